@@ -1,0 +1,192 @@
+"""Image and mask files to arrays: every common format becomes the same (H, W, 3) uint8 RGB.
+
+What the pixels mean, and which file belongs to which name, is left to `afa.data.voc`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from afa.errors import AfaError
+
+IMAGE_SUFFIXES: Final[frozenset[str]] = frozenset(
+    (
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".jp2",
+        ".jpeg",
+        ".jpg",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".tif",
+        ".tiff",
+        ".webp",
+    )
+)
+"""Suffixes of the files that count as images, lower case, with the dot."""
+
+_UPRIGHT: Final[dict[object, Image.Transpose]] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the image upright."""
+
+_T = TypeVar("_T")
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """Read an image of any common format as upright 8-bit RGB.
+
+    The EXIF orientation is applied. Gray, palette, CMYK and 1-bit images are converted; 16-bit gray is
+    divided by 257; transparent pixels are laid over white. Of an animation the first frame is read.
+
+    Args:
+        path: Image file; its content, not its suffix, says the format.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+
+    Raises:
+        AfaError: The file is missing, empty, truncated, not an image, too large to be meant (Pillow's
+            limit of about 89 million pixels), or holds floating-point pixels.
+    """
+
+    def upright_rgb(image: Image.Image) -> NDArray[np.uint8]:
+        image.load()
+        # Not ImageOps.exif_transpose: it fails on broken EXIF that it would write back.
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        return _to_rgb(image if turn is None else image.transpose(turn), path)
+
+    return _decode(path, upright_rgb)
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Height and width that `read_image` would return, pixels, without decoding where the format allows.
+
+    Raises:
+        AfaError: As `read_image`, as far as the header tells.
+    """
+
+    def upright_size(image: Image.Image) -> tuple[int, int]:
+        if image.format == "TIFF":
+            image.load()  # Pillow turns TIFFs itself, when it loads them.
+        sideways = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return image.size if sideways else (image.height, image.width)
+
+    return _decode(path, upright_size)
+
+
+def read_mask(path: Path) -> NDArray[np.uint8]:
+    """Read an index PNG: its palette indices, or gray values, are the classes.
+
+    Returns:
+        (H, W) uint8, the stored indices.
+
+    Raises:
+        AfaError: The file cannot be read (as `read_image`), or is not a PNG of mode P or L.
+    """
+
+    def indices(image: Image.Image) -> NDArray[np.uint8]:
+        if image.format != "PNG" or image.mode not in ("P", "L"):
+            raise AfaError(
+                f"{path}: is a {image.format} of mode {image.mode}; save masks as index PNG of mode P or L"
+            )
+        return np.array(image, dtype=np.uint8)
+
+    return _decode(path, indices)
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """List the images that files and folders name.
+
+    Args:
+        paths: Files, taken whatever their suffix, and folders, walked recursively for files with one of
+            `IMAGE_SUFFIXES`. Hidden files and folders in them are passed over.
+
+    Returns:
+        Image files in the order of `paths`, each folder's sorted, each file once.
+
+    Raises:
+        AfaError: A path does not exist, or a folder holds no image.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        if path.is_dir():
+            images = [file for file in sorted(path.rglob("*")) if _is_visible_image(file, path)]
+            if not images:
+                raise AfaError(
+                    f"{path}: no image in this folder; looked for {', '.join(sorted(IMAGE_SUFFIXES))}"
+                )
+            found.update(dict.fromkeys(images))
+        elif path.exists():
+            found[path] = None
+        else:
+            raise AfaError(f"{path}: no such image or folder; check the path")
+    return list(found)
+
+
+def image_name(text: str) -> str:
+    """The name of an image in lists and tags: the text without an image suffix, if it has one.
+
+    >>> image_name("2007_000032.JPG"), image_name("v1.2_cat")
+    ('2007_000032', 'v1.2_cat')
+    """
+    stem, dot, suffix = text.rpartition(".")
+    return stem if stem and dot + suffix.lower() in IMAGE_SUFFIXES else text
+
+
+def _is_visible_image(file: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+    return not hidden and file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+
+
+def _decode(path: Path, read: Callable[[Image.Image], _T]) -> _T:
+    """Open `path` and apply `read`; whatever is wrong with the file becomes one line that says so."""
+    if not path.is_file():
+        kind = "is a folder, not an image" if path.is_dir() else "no such image"
+        raise AfaError(f"{path}: {kind}; check the path")
+    if path.stat().st_size == 0:
+        raise AfaError(f"{path}: the file is empty (0 bytes); replace it or leave it out")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of oddities that it then reads well (broken EXIF, byte transparency).
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return read(image)
+    except AfaError:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise AfaError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale the image down") from None
+    except UnidentifiedImageError:
+        raise AfaError(f"{path}: not an image that Pillow can read; replace it or leave it out") from None
+    except Exception as error:  # Decoders raise nearly anything on a broken file.
+        reason = " ".join(str(error).split())
+        raise AfaError(f"{path}: cannot be read as an image ({reason}); replace it or leave it out") from None
+
+
+def _to_rgb(image: Image.Image, path: Path) -> NDArray[np.uint8]:
+    if image.mode == "F":
+        raise AfaError(f"{path}: floating-point pixels have no known range; save as 8-bit or 16-bit")
+    if image.mode.startswith("I"):
+        gray = np.rint(np.clip(np.asarray(image), 0, 65535) / 257).astype(np.uint8)
+        return np.repeat(gray[:, :, None], 3, axis=2)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.array(image.convert("RGB"), dtype=np.uint8)

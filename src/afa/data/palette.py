@@ -1,0 +1,103 @@
+"""Class maps as pictures: the VOC palette, color maps, overlays, and index PNGs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from afa.errors import AfaError
+from afa.types import IGNORE_INDEX
+
+
+def voc_palette() -> NDArray[np.uint8]:
+    """The colors of PASCAL VOC's masks.
+
+    The bits of the class index, lowest first, are dealt to red, green, blue in turn, and fill each color
+    from its highest bit down; so neighboring classes differ strongly.
+
+    Returns:
+        (256, 3) uint8 RGB; row 0, the background, is black.
+
+    >>> voc_palette()[[1, 15, 255]].tolist()
+    [[128, 0, 0], [192, 128, 128], [224, 224, 192]]
+    """
+    index = np.arange(256)[:, None]
+    channel = np.arange(3)[None, :]
+    colors = np.zeros((256, 3), dtype=np.int64)
+    for place in range(3):  # 8 bits of the index: at most 3 for each color
+        colors |= ((index >> (3 * place + channel)) & 1) << (7 - place)
+    return colors.astype(np.uint8)
+
+
+def colorize(label: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Paint a class map with the VOC palette.
+
+    Args:
+        label: (H, W) uint8 class indices.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    return voc_palette()[label]
+
+
+def overlay(image: NDArray[np.uint8], label: NDArray[np.uint8], *, alpha: float = 0.5) -> NDArray[np.uint8]:
+    """Tint an image by class, with a solid outline around each region.
+
+    The background stays as it is; ignored pixels (255) are lightened and hatched.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        label: (H, W) uint8 class indices.
+        alpha: Weight of the class color in the tint, 0 to 1.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    assert image.shape[:2] == label.shape, (image.shape, label.shape)
+    rows, columns = np.indices(label.shape)
+    edge = np.zeros(label.shape, dtype=bool)
+    edge[:, 1:] |= label[:, 1:] != label[:, :-1]
+    edge[1:] |= label[1:] != label[:-1]
+    edge[:, :-1] |= label[:, :-1] != label[:, 1:]
+    edge[:-1] |= label[:-1] != label[1:]
+    ignored = label == IGNORE_INDEX
+    weight = np.where(edge, 1.0, alpha)
+    weight[ignored] = np.where((rows + columns) % 8 < 2, 0.8, 0.35)[ignored]
+    weight[label == 0] = 0.0
+    color = colorize(label)
+    color[ignored] = 255
+    mixed = image + weight[:, :, None] * (color.astype(np.float64) - image)
+    return np.rint(mixed).astype(np.uint8)
+
+
+def write_index_png(path: Path, label: NDArray[np.uint8]) -> None:
+    """Write a class map as a mode-P PNG with the VOC palette; missing folders are made.
+
+    The file appears whole or not at all: it is written under another name in the same folder, then renamed.
+
+    Args:
+        path: File to write or replace.
+        label: (H, W) uint8 class indices.
+
+    Raises:
+        AfaError: The file cannot be written.
+    """
+    assert label.dtype == np.uint8, label.dtype
+    assert label.ndim == 2, label.shape
+    image = Image.fromarray(label)
+    image.putpalette(voc_palette().tobytes())
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(partial, format="PNG")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise AfaError(
+            f"{path}: cannot be written ({error.strerror}); free space or choose another folder"
+        ) from None

@@ -1,0 +1,1 @@
+"""Trained networks at work: the predictor, and the passes that write masks and pseudo labels to files."""

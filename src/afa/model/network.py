@@ -1,0 +1,143 @@
+"""The whole network: image in, class logits, class scores, segmentation logits and affinity out.
+
+It never sees tags, files or configuration objects; pseudo labels and losses are made elsewhere from what it returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from afa.model.affinity_head import AffinityHead
+from afa.model.backbone import Backbone, BackboneOutput
+from afa.model.decoder import MlpDecoder
+from afa.types import NetworkOutput
+
+
+class AfaNetwork(nn.Module):
+    """Encoder, classifier, decoder and affinity head.
+
+    Args:
+        backbone: Encoder.
+        num_classes: C, foreground classes; the decoder has C + 1.
+        pooling: Global pooling of the classifier: `gmp`, `gap` or `topk` (Table 1).
+        pooling_percent: Share of positions that `topk` averages, percent.
+        decoder_width: Channels of the decoder.
+        decoder_dropout: Dropout before the decoder's class layer.
+        attention_scaling: Divide Q K^T by sqrt(d) before the affinity head, as the paper writes.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        *,
+        pooling: str = "gmp",
+        pooling_percent: float = 25.0,
+        decoder_width: int = 256,
+        decoder_dropout: float = 0.1,
+        attention_scaling: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.pooling = pooling
+        self.pooling_percent = pooling_percent
+        self.attention_factor = backbone.attention_scale if attention_scaling else 1.0
+        self.backbone = backbone
+        self.classifier = nn.Conv2d(backbone.channels[-1], num_classes, 1, bias=False)
+        self.decoder = MlpDecoder(
+            backbone.channels, num_classes + 1, width=decoder_width, dropout=decoder_dropout
+        )
+        self.affinity_head = AffinityHead(backbone.num_attention_maps)
+
+    def forward(self, image: Tensor, *, segmentation: bool = True, affinity: bool = True) -> NetworkOutput:
+        """Run the training forward pass.
+
+        Args:
+            image: (B, 3, H, W) normalized image.
+            segmentation: Also run the decoder.
+            affinity: Also return affinity and attention logits.
+
+        Returns:
+            Everything asked for; `class_scores` carry no gradient.
+        """
+        encoded = self.backbone(image, attention=affinity)
+        image_logits = self.classifier(self._pool(encoded.features[-1]))[:, :, 0, 0]
+        return NetworkOutput(
+            image_logits=image_logits.float(),
+            class_scores=self._class_scores(encoded),
+            seg_logits=self.decoder(encoded.features).float() if segmentation else None,
+            affinity=self._affinity(encoded),
+            attention_logits=encoded.attention_logits,
+            attention_scale=self.backbone.attention_scale,
+        )
+
+    @torch.no_grad()
+    def score(self, image: Tensor, affinity: bool = False) -> NetworkOutput:
+        """Run a CAM pass: the encoder alone, without gradient, stochastic depth or change to any buffer.
+
+        Args:
+            image: (B, 3, H, W) normalized image.
+            affinity: Also return affinity and attention logits.
+
+        Returns:
+            `image_logits` and `class_scores`, and the affinity if asked for.
+        """
+        with _in_eval_mode(self.backbone):
+            encoded = self.backbone(image, attention=affinity)
+        return NetworkOutput(
+            image_logits=self.classifier(self._pool(encoded.features[-1]))[:, :, 0, 0].float(),
+            class_scores=self._class_scores(encoded),
+            affinity=self._affinity(encoded),
+            attention_logits=encoded.attention_logits,
+            attention_scale=self.backbone.attention_scale,
+        )
+
+    def segment(self, image: Tensor) -> Tensor:
+        """Segment a batch.
+
+        Args:
+            image: (B, 3, H, W) normalized image.
+
+        Returns:
+            (B, K, H/4, W/4) logits.
+        """
+        logits: Tensor = self.decoder(self.backbone(image).features)
+        return logits.float()
+
+    def _affinity(self, encoded: BackboneOutput) -> Tensor | None:
+        if encoded.attention_logits is None:
+            return None
+        affinity: Tensor = self.affinity_head(encoded.attention_logits * self.attention_factor)
+        return affinity
+
+    @torch.no_grad()
+    def _class_scores(self, encoded: BackboneOutput) -> Tensor:
+        return nn.functional.conv2d(encoded.features[-1], self.classifier.weight).float()
+
+    def _pool(self, feature: Tensor) -> Tensor:
+        """Pool (B, D, h, w) over space to (B, D, 1, 1)."""
+        if self.pooling == "gmp":
+            return feature.amax((2, 3), keepdim=True)
+        if self.pooling == "gap":
+            return feature.mean((2, 3), keepdim=True)
+        assert self.pooling == "topk", self.pooling
+        flat = feature.flatten(2)
+        count = max(1, math.ceil(flat.shape[2] * self.pooling_percent / 100))
+        return flat.topk(count, dim=2).values.mean(2)[:, :, None, None]
+
+
+@contextlib.contextmanager
+def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Switch the training flag of a module and its parts off, and back to what each had."""
+    flags = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in flags:
+            part.training = training

@@ -1,0 +1,1 @@
+"""Pseudo labels without gradient: CAM, refinement, affinity labels, random walk, and the two label merges."""

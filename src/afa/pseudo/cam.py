@@ -1,0 +1,117 @@
+"""Class activation maps over several scales and flips (paper Eq. 2; method.md section 2).
+
+Computes CAMs from the raw class scores of encoder passes; which network gives the scores is the caller's choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from afa.types import NetworkOutput, normalize_image
+
+ScoreFunction = Callable[[Tensor, bool], NetworkOutput]
+"""(normalized image (B, 3, H, W), whether the affinity is wanted) -> class scores and perhaps affinity."""
+
+
+@dataclass(frozen=True)
+class CamResult:
+    """Multi-scale CAM and what the random walk needs.
+
+    Attributes:
+        cam: (B, C, H, W) in [0, 1], each class and image scaled to its own range.
+        grid: (h, w) tokens of the pass at the largest scale.
+        walk: Output of the unflipped pass at the largest scale, with affinity and attention, if asked for.
+    """
+
+    cam: Tensor
+    grid: tuple[int, int]
+    walk: NetworkOutput | None = None
+
+
+def fuse_scores(scores: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Fuse raw class scores of several scales into one CAM.
+
+    Per scale: upsample, maximum over flip, ReLU; then sum over scales and scale each class to [0, 1].
+
+    Args:
+        scores: Per scale (2B, C, h, w) raw class scores: B of the plain images, then B of the flipped ones.
+        size: (H, W) of the CAM.
+
+    Returns:
+        (B, C, H, W) in [0, 1].
+
+    Source:
+        Paper Eq. 2; fusion as in method.md section 2.
+    """
+    total: Tensor | None = None
+    for score in scores:
+        plain, flipped = interpolate(score, size=size, mode="bilinear", align_corners=False).chunk(2)
+        positive = torch.maximum(plain, flipped.flip(-1)).relu()
+        total = positive if total is None else total + positive
+    assert total is not None
+    return normalize_cam(total)
+
+
+def normalize_cam(cam: Tensor) -> Tensor:
+    """Scale each class of each image to [0, 1] over its positions.
+
+    Args:
+        cam: (B, C, H, W) any range.
+
+    Returns:
+        (B, C, H, W): minus the spatial minimum, over the spatial maximum + 1e-5 of what is left.
+    """
+    shifted = cam - cam.amin((2, 3), keepdim=True)
+    return shifted / (shifted.amax((2, 3), keepdim=True) + 1e-5)
+
+
+@torch.no_grad()
+def multi_scale_cam(
+    score: ScoreFunction,
+    image: Tensor,
+    *,
+    scales: Sequence[float],
+    affinity: bool = False,
+    plain_scores: Tensor | None = None,
+) -> CamResult:
+    """Run the encoder over all scales and flips and fuse the class scores.
+
+    Args:
+        score: Encoder pass.
+        image: (B, 3, H, W) RGB in [0, 1].
+        scales: Input scales.
+        affinity: Also return the affinity and attention of the unflipped pass at the largest scale.
+        plain_scores: (B, C, h, w) class scores of the unflipped image at scale 1, if a pass made them already.
+
+    Returns:
+        CAM at the size of the image.
+    """
+    size = (image.shape[2], image.shape[3])
+    normalized = normalize_image(image)
+    batch = image.shape[0]
+    scores: list[Tensor] = []
+    grid = (0, 0)
+    walk: NetworkOutput | None = None
+    for scale in scales:
+        wanted = affinity and scale == max(scales)
+        view = normalized
+        if scale != 1.0:
+            scaled_size = (int(size[0] * scale), int(size[1] * scale))
+            view = interpolate(normalized, size=scaled_size, mode="bilinear", align_corners=False)
+        if scale == 1.0 and plain_scores is not None and not wanted:
+            plain, flipped = plain_scores, score(view.flip(-1), False).class_scores
+        elif wanted:
+            # Only the plain half gives its affinity away, so only that half pays for it.
+            walk = score(view, True)
+            plain, flipped = walk.class_scores, score(view.flip(-1), False).class_scores
+        else:
+            plain, flipped = score(torch.cat([view, view.flip(-1)]), False).class_scores.split(batch)
+        if scale == max(scales):
+            grid = (plain.shape[2], plain.shape[3])
+        scores.append(torch.cat([plain, flipped]))
+    return CamResult(cam=fuse_scores(scores, size), grid=grid, walk=walk)

@@ -1,0 +1,84 @@
+"""From scores to hard labels: argmax, the two-threshold merge, the valid box (paper Eq. 4; method.md section 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from afa.pseudo.scores import present_scores, with_background
+from afa.types import IGNORE_INDEX
+
+
+def cam_label(cam: Tensor, tags: Tensor, *, background: float) -> Tensor:
+    """Label each pixel by the highest of the background score and the tagged classes' CAMs.
+
+    Args:
+        cam: (B, C, H, W) in [0, 1].
+        tags: (B, C), above 0 where present.
+        background: Background score.
+
+    Returns:
+        (B, H, W) int64 in 0..C.
+    """
+    return present_scores(with_background(cam, background), tags, softmax=False).argmax(1)
+
+
+def merge_labels(label_low: Tensor, label_high: Tensor) -> Tensor:
+    """Merge the label of the low background score with that of the high one.
+
+    Args:
+        label_low: (B, H, W) int64 label that claims foreground easily.
+        label_high: (B, H, W) int64 label that claims foreground cautiously.
+
+    Returns:
+        (B, H, W) int64: the high-score label where it is foreground, 0 where both are background, else 255.
+
+    Source:
+        Method.md section 3, the reference's form of Eq. 4.
+
+    >>> merge_labels(torch.tensor([0, 2, 2]), torch.tensor([0, 0, 2])).tolist()
+    [0, 255, 2]
+    """
+    uncertain = torch.where(label_low == 0, label_low, IGNORE_INDEX)
+    return torch.where(label_high > 0, label_high, uncertain)
+
+
+def threshold_label(cam: Tensor, tags: Tensor, *, low: float, high: float) -> Tensor:
+    """Label by two thresholds on the best tagged class, as Eq. 4 is printed.
+
+    Args:
+        cam: (B, C, H, W).
+        tags: (B, C), above 0 where present.
+        low: beta_l; at or below it a pixel is background.
+        high: beta_h; at or above it a pixel takes the best class.
+
+    Returns:
+        (B, H, W) int64 in 0..C and 255.
+    """
+    best, index = cam.masked_fill((tags <= 0)[:, :, None, None], -1.0).max(1)
+    label = torch.full_like(index, IGNORE_INDEX)
+    label[best <= low] = 0
+    return torch.where(best >= high, index + 1, label)
+
+
+def ignore_outside(label: Tensor, valid_box: Tensor) -> Tensor:
+    """Ignore everything outside the part that holds the photograph.
+
+    Args:
+        label: (B, H, W) int64.
+        valid_box: (B, 4) int64 (top, bottom, left, right), half open.
+
+    Returns:
+        (B, H, W) int64, 255 outside the box.
+    """
+    return torch.where(inside_box(valid_box, label.shape[1], label.shape[2]), label, IGNORE_INDEX)
+
+
+def inside_box(valid_box: Tensor, height: int, width: int) -> Tensor:
+    """Mark the pixels of each box: (B, 4) -> (B, H, W) bool."""
+    top, bottom, left, right = valid_box[:, :, None].unbind(1)
+    row = torch.arange(height, device=valid_box.device)[None]
+    column = torch.arange(width, device=valid_box.device)[None]
+    rows = (row >= top) & (row < bottom)
+    columns = (column >= left) & (column < right)
+    return rows[:, :, None] & columns[:, None, :]

@@ -1,0 +1,332 @@
+"""From an image and its tags to pseudo labels: CAM, labels, walk and refinement in the method's order.
+
+Nothing here has a gradient. What a step shares is computed once: one refinement kernel per image serves both
+thresholds, all classes and, wherever the valid box is the whole canvas, both labels; the two thresholds go through
+walk and refinement side by side; only the classes of the tags take part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from afa.config import PseudoConfig
+from afa.pseudo.affinity import window_mask
+from afa.pseudo.cam import CamResult, ScoreFunction, multi_scale_cam
+from afa.pseudo.labels import cam_label, ignore_outside, merge_labels, threshold_label
+from afa.pseudo.par import refine, refinement_kernel
+from afa.pseudo.scores import PresentClasses, mask_scores, present_classes, present_scores, with_background
+from afa.pseudo.walk import mean_attention_affinity, transition, walk_scores
+from afa.types import IGNORE_INDEX
+
+PSEUDO_KINDS = ("cam", "propagated", "cam_label", "propagated_label", "initial_label", "refined_label")
+"""What `infer_pseudo` can be asked for."""
+
+
+class Refiner:
+    """Low-level refinement of score maps by the images of one batch.
+
+    The kernel is computed when it is first needed, once per batch.
+
+    Args:
+        image: (B, 3, H, W) RGB in [0, 1].
+        config: Refinement settings.
+    """
+
+    def __init__(self, image: Tensor, config: PseudoConfig) -> None:
+        self.image = image
+        self.config = config
+        self.size = (image.shape[2], image.shape[3])
+
+    @property
+    def small_size(self) -> tuple[int, int]:
+        """Size at which scores are refined on the canvas."""
+        stride = self.config.refinement_stride
+        return (max(1, self.size[0] // stride), max(1, self.size[1] // stride))
+
+    @cached_property
+    def kernel(self) -> Tensor:
+        """(B, n, h, w) kernel of the whole canvas."""
+        return self._kernel(_resize(self.image, self.small_size))
+
+    def on_canvas(self, scores: Tensor) -> Tensor:
+        """Refine (B, P, h, w) scores over the whole canvas, to (B, P, H, W)."""
+        scores = _resize(scores, self.small_size)
+        if self.config.refinement != "none":
+            scores = self._refine(scores, self.kernel)
+        return _resize(scores, self.size)
+
+    def in_box(self, scores: Tensor, valid_box: Tensor) -> Tensor:
+        """Refine (B, P, h, w) scores inside each valid box, to (B, P, H, W); 0 outside the box.
+
+        Image and scores are cropped at full size and then brought to the refinement size, scores with aligned
+        corners (method.md sections 3 and 5).
+        """
+        scores = _resize(scores, self.size)
+        if self.config.refinement == "none":
+            return scores
+        boxes = valid_box.tolist()
+        if all(box == [0, self.size[0], 0, self.size[1]] for box in boxes):
+            small = interpolate(scores, size=self.small_size, mode="bilinear", align_corners=True)
+            return _resize(self._refine(small, self.kernel), self.size)
+        refined = torch.zeros_like(scores)
+        for index, (top, bottom, left, right) in enumerate(boxes):
+            inside = (slice(index, index + 1), slice(None), slice(top, bottom), slice(left, right))
+            refined[inside] = self._refine_crop(index, inside, scores[inside])
+        return refined
+
+    def _refine_crop(self, index: int, inside: tuple[slice, ...], crop: Tensor) -> Tensor:
+        size = (crop.shape[2], crop.shape[3])
+        stride = self.config.refinement_stride
+        small_size = (max(1, size[0] // stride), max(1, size[1] // stride))
+        small = interpolate(crop, size=small_size, mode="bilinear", align_corners=True)
+        if size == self.size:
+            kernel = self.kernel[index : index + 1]
+        else:
+            kernel = self._kernel(_resize(self.image[inside], small_size))
+        return _resize(self._refine(small, kernel), size)
+
+    def _kernel(self, image: Tensor) -> Tensor:
+        config = self.config
+        assert config.refinement != "none"
+        return refinement_kernel(
+            image,
+            dilations=config.dilations,
+            rgb_bandwidth=config.rgb_bandwidth,
+            pos_bandwidth=config.pos_bandwidth,
+            pos_weight=config.pos_weight,
+            kind=config.refinement,
+        )
+
+    def _refine(self, scores: Tensor, kernel: Tensor) -> Tensor:
+        return refine(scores, kernel, dilations=self.config.dilations, iterations=self.config.iterations)
+
+
+@dataclass(frozen=True)
+class TrainingLabels:
+    """Pseudo labels of a training batch.
+
+    Attributes:
+        initial_label: (B, H, W) int64 in 0..C and 255; None when nothing learns from it at this step.
+        refined_label: The same after walk and refinement; None likewise.
+    """
+
+    initial_label: Tensor | None
+    refined_label: Tensor | None
+
+
+@torch.no_grad()
+def training_labels(
+    score: ScoreFunction,
+    image: Tensor,
+    tags: Tensor,
+    valid_box: Tensor,
+    *,
+    config: PseudoConfig,
+    want_initial: bool,
+    want_refined: bool,
+    plain_scores: Tensor | None = None,
+    num_slots: int | None = None,
+) -> TrainingLabels:
+    """Make the pseudo labels that a training step learns from, and no others.
+
+    Args:
+        score: Encoder pass.
+        image: (B, 3, H, W) RGB in [0, 1].
+        tags: (B, C), above 0 where present.
+        valid_box: (B, 4) int64 (top, bottom, left, right), half open.
+        config: Settings.
+        want_initial: Make the initial label.
+        want_refined: Make the refined label.
+        plain_scores: (B, C, h, w) class scores of the training forward, reused for scale 1.
+        num_slots: 1 + the largest number of tags of an image, if known.
+
+    Returns:
+        The labels that were wanted.
+    """
+    walks = want_refined and config.propagation != "none"
+    cam = multi_scale_cam(score, image, scales=config.scales, affinity=walks, plain_scores=plain_scores)
+    present = present_classes(tags, num_slots=num_slots)
+    refiner = Refiner(image, config)
+    initial = refined = None
+    if want_initial or (want_refined and not walks):
+        initial = initial_label(cam.cam, present, refiner, valid_box, config=config)
+    if want_refined:
+        refined = refined_label(cam, present, refiner, valid_box, config=config) if walks else initial
+    return TrainingLabels(initial if want_initial else None, refined)
+
+
+def initial_label(
+    cam: Tensor, present: PresentClasses, refiner: Refiner, valid_box: Tensor, *, config: PseudoConfig
+) -> Tensor:
+    """Label from CAM and low-level refinement.
+
+    Args:
+        cam: (B, C, H, W) in [0, 1].
+        present: Classes that compete.
+        refiner: Refiner of the same images.
+        valid_box: (B, 4) int64.
+        config: Settings.
+
+    Returns:
+        (B, H, W) int64 in 0..C and 255.
+
+    Source:
+        Paper Eq. 4 and section 3.4; method.md section 3.
+    """
+    small = _resize(_present_cam(cam, present), refiner.small_size)
+    refined = refiner.on_canvas(_competing_scores(small, present, config))
+    return ignore_outside(_decide(refined, present, config), valid_box)
+
+
+def refined_label(
+    cam: CamResult, present: PresentClasses, refiner: Refiner, valid_box: Tensor, *, config: PseudoConfig
+) -> Tensor:
+    """Label from CAM, random walk and low-level refinement.
+
+    Args:
+        cam: CAM with the affinity or attention of its largest scale.
+        present: Classes that compete.
+        refiner: Refiner of the same images.
+        valid_box: (B, 4) int64.
+        config: Settings.
+
+    Returns:
+        (B, H, W) int64 in 0..C and 255.
+
+    Source:
+        Paper Eq. 6 and 7; method.md section 5.
+    """
+    small = _resize(_present_cam(cam.cam, present), cam.grid)
+    scores = _competing_scores(small, present, config)
+    walk = _transition(cam, config)
+    spread = torch.bmm(walk, scores.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(scores.shape)
+    if config.refinement_region == "canvas":
+        refined = refiner.on_canvas(spread)
+    else:
+        refined = refiner.in_box(spread, valid_box)
+    return ignore_outside(_decide(refined, present, config), valid_box)
+
+
+@torch.no_grad()
+def infer_pseudo(
+    score: ScoreFunction,
+    image: Tensor,
+    tags: Tensor,
+    *,
+    config: PseudoConfig,
+    want: Collection[str],
+    refined: bool = False,
+) -> dict[str, Tensor]:
+    """Make CAMs and pseudo labels of whole images.
+
+    Args:
+        score: Encoder pass.
+        image: (B, 3, H, W) RGB in [0, 1].
+        tags: (B, C), above 0 where present.
+        config: Settings.
+        want: What to return, of `PSEUDO_KINDS`.
+        refined: Also put `cam_label` and `propagated_label` through the low-level refinement.
+
+    Returns:
+        By name: `cam` (B, C, H, W) in [0, 1], absent classes 0; `propagated` (B, K, H, W) scores after the walk;
+        `cam_label` and `propagated_label` (B, H, W) int64 in 0..C at their background scores; `initial_label` and
+        `refined_label` (B, H, W) int64 in 0..C and 255.
+    """
+    assert set(want) <= set(PSEUDO_KINDS), want
+    walks = config.propagation != "none" and bool(
+        {"propagated", "propagated_label", "refined_label"} & set(want)
+    )
+    size = (image.shape[2], image.shape[3])
+    cam = multi_scale_cam(score, image, scales=config.scales, affinity=walks)
+    present = present_classes(tags)
+    refiner = Refiner(image, config)
+    box = torch.tensor([[0, size[0], 0, size[1]]], device=image.device).expand(image.shape[0], -1)
+    result: dict[str, Tensor] = {}
+    if "cam" in want:
+        result["cam"] = cam.cam * (tags > 0)[:, :, None, None]
+    if "cam_label" in want:
+        if refined:
+            scores = present_scores(with_background(cam.cam, config.background_cam), tags, softmax=True)
+            result["cam_label"] = refiner.on_canvas(scores).argmax(1)
+        else:
+            result["cam_label"] = cam_label(cam.cam, tags, background=config.background_cam)
+    if {"propagated", "propagated_label"} & set(want):
+        scores = _propagated_scores(cam, tags, config)
+        if "propagated" in want:
+            result["propagated"] = _resize(scores, size)
+        if "propagated_label" in want:
+            scores = refiner.in_box(scores, box) if refined else _resize(scores, size)
+            result["propagated_label"] = scores.argmax(1)
+    if "initial_label" in want or ("refined_label" in want and not walks):
+        label = initial_label(cam.cam, present, refiner, box, config=config)
+        result.update({kind: label for kind in ("initial_label", "refined_label") if kind in want})
+    if "refined_label" in want and walks:
+        result["refined_label"] = refined_label(cam, present, refiner, box, config=config)
+    return result
+
+
+def _transition(cam: CamResult, config: PseudoConfig) -> Tensor:
+    assert cam.walk is not None
+    if config.propagation == "attention":
+        assert cam.walk.attention_logits is not None
+        affinity = mean_attention_affinity(cam.walk.attention_logits, scale=cam.walk.attention_scale)
+    else:
+        assert cam.walk.affinity is not None
+        affinity = cam.walk.affinity
+    mask = window_mask(*cam.grid, config.affinity_radius, affinity.device)
+    return transition(affinity, mask, power=config.affinity_power, epsilon=config.walk_epsilon)
+
+
+def _propagated_scores(cam: CamResult, tags: Tensor, config: PseudoConfig) -> Tensor:
+    """(B, K, h, w) scores at the background score of propagated CAMs; without a walk, those of the CAM."""
+    if cam.walk is None:
+        scores = with_background(cam.cam, config.background_propagated)
+        return present_scores(scores, tags, softmax=config.softmax_scores)
+    return walk_scores(
+        _transition(cam, config),
+        cam.cam,
+        tags,
+        grid=cam.grid,
+        background=config.background_propagated,
+        softmax=config.softmax_scores,
+    )
+
+
+def _present_cam(cam: Tensor, present: PresentClasses) -> Tensor:
+    """CAMs of the foreground slots: (B, C, H, W) -> (B, P - 1, H, W)."""
+    return PresentClasses(present.index[:, 1:] - 1, present.valid[:, 1:]).gather(cam)
+
+
+def _competing_scores(cam: Tensor, present: PresentClasses, config: PseudoConfig) -> Tensor:
+    """What is refined or walked: per background score the slots' scores, or for Eq. 4 as printed the CAMs."""
+    if config.label_rule == "threshold":
+        return mask_scores(cam, present.valid[:, 1:], softmax=False)
+    groups = [
+        mask_scores(with_background(cam, background), present.valid, softmax=config.softmax_scores)
+        for background in (config.background_low, config.background_high)
+    ]
+    return torch.cat(groups, 1)
+
+
+def _decide(scores: Tensor, present: PresentClasses, config: PseudoConfig) -> Tensor:
+    """Turn what `_competing_scores` gave, after refinement, into one label per pixel."""
+    if config.label_rule == "threshold":
+        slots = threshold_label(
+            scores, present.valid[:, 1:], low=config.background_low, high=config.background_high
+        )
+        known = slots != IGNORE_INDEX
+        return torch.where(known, present.to_class(torch.where(known, slots, 0)), slots)
+    low, high = scores.chunk(2, 1)
+    return merge_labels(present.to_class(low.argmax(1)), present.to_class(high.argmax(1)))
+
+
+def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    if maps.shape[2:] == size:
+        return maps
+    return interpolate(maps, size=size, mode="bilinear", align_corners=False)

@@ -1,0 +1,93 @@
+"""Background and presence: which classes compete in an image, and their scores (method.md sections 3 and 5).
+
+Only the classes of an image's tags take part in its labels. Instead of a variable list per image, every image
+gets the same number of slots, so that a whole batch is one tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PresentClasses:
+    """The classes that compete in each image: the background, then its tags in rising order.
+
+    Attributes:
+        index: (B, P) int64 class indices in 0..C; slot 0 is the background.
+        valid: (B, P) bool, False for slots that an image with fewer tags leaves empty.
+    """
+
+    index: Tensor
+    valid: Tensor
+
+    def gather(self, scores: Tensor) -> Tensor:
+        """Pick the slots' channels: (B, K, H, W) -> (B, P, H, W)."""
+        batch, slots = self.index.shape
+        index = self.index.view(batch, slots, 1, 1).expand(-1, -1, *scores.shape[2:])
+        return scores.gather(1, index)
+
+    def to_class(self, slot: Tensor) -> Tensor:
+        """Turn slot numbers into class indices: (B, H, W) int64 -> (B, H, W) int64."""
+        return self.index.gather(1, slot.flatten(1)).view_as(slot)
+
+
+def present_classes(tags: Tensor, *, num_slots: int | None = None) -> PresentClasses:
+    """List the classes that compete in each image.
+
+    Args:
+        tags: (B, C), above 0 where present.
+        num_slots: P, at least 1 + the largest number of tags of an image; None counts (which waits for a GPU).
+
+    Returns:
+        Slots of each image.
+    """
+    present = tags > 0
+    if num_slots is None:
+        num_slots = 1 + int(present.sum(1).max())
+    order = torch.argsort((~present).to(torch.uint8), dim=1, stable=True)[:, : num_slots - 1]
+    background = torch.zeros_like(order[:, :1])
+    if order.shape[1] == 0:
+        background = torch.zeros(tags.shape[0], 1, dtype=torch.int64, device=tags.device)
+    valid = torch.cat([torch.ones_like(background, dtype=torch.bool), present.gather(1, order)], 1)
+    return PresentClasses(torch.cat([background, order + 1], 1), valid)
+
+
+def with_background(cam: Tensor, background: float) -> Tensor:
+    """Put a constant background score before the classes: (B, C, H, W) -> (B, K, H, W)."""
+    return torch.cat([torch.full_like(cam[:, :1], background), cam], 1)
+
+
+def mask_scores(scores: Tensor, valid: Tensor, *, softmax: bool) -> Tensor:
+    """Let only valid channels compete.
+
+    Args:
+        scores: (B, P, H, W).
+        valid: (B, P) bool.
+        softmax: Softmax over the valid channels; off, the scores stay as they are.
+
+    Returns:
+        (B, P, H, W), 0 in channels that are not valid.
+    """
+    absent = ~valid[:, :, None, None]
+    if softmax:
+        return scores.masked_fill(absent, -torch.inf).softmax(1)
+    return scores.masked_fill(absent, 0.0)
+
+
+def present_scores(scores: Tensor, tags: Tensor, *, softmax: bool) -> Tensor:
+    """Let background and tagged classes compete, in all K channels.
+
+    Args:
+        scores: (B, K, H, W), background first.
+        tags: (B, C), above 0 where present.
+        softmax: As `mask_scores`.
+
+    Returns:
+        (B, K, H, W), 0 in absent classes.
+    """
+    valid = torch.cat([torch.ones_like(tags[:, :1], dtype=torch.bool), tags > 0], 1)
+    return mask_scores(scores, valid, softmax=softmax)

@@ -1,0 +1,102 @@
+"""Random walk of CAMs over the affinity (paper Eq. 6 and 7; method.md section 5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from afa.pseudo.affinity import window_mask
+from afa.pseudo.scores import present_scores, with_background
+
+
+def transition(affinity: Tensor, mask: Tensor, *, power: float, epsilon: float) -> Tensor:
+    """Turn an affinity into a transition matrix.
+
+    Args:
+        affinity: (B, hw, hw) non-negative.
+        mask: (hw, hw) bool; pairs outside carry nothing.
+        power: alpha of Eq. 6.
+        epsilon: Added to each degree; 0.1 in the reference, 0 in the paper.
+
+    Returns:
+        (B, hw, hw): row i holds what position i takes from every position; rows sum to degree / (degree + epsilon).
+
+    Source:
+        Paper Eq. 6. The reference divides by column sums and multiplies from the other side; for a symmetric
+        affinity that is the same walk.
+    """
+    weights = (affinity * mask).pow(power)
+    return (weights / (weights.sum(1, keepdim=True) + epsilon)).transpose(1, 2)
+
+
+def mean_attention_affinity(attention_logits: Tensor, *, scale: float) -> Tensor:
+    """Mean attention of the last blocks, for Table 3's "propagation with MHSA".
+
+    Args:
+        attention_logits: (B, n, hw, hw) raw Q K^T.
+        scale: Factor before the softmax, 1 / sqrt(d).
+
+    Returns:
+        (B, hw, hw) in (0, 1): softmax attention averaged over maps and made symmetric.
+    """
+    attention = (attention_logits.float() * scale).softmax(-1).mean(1)
+    return (attention + attention.transpose(1, 2)) / 2
+
+
+def propagate(
+    cam: Tensor,
+    tags: Tensor,
+    affinity: Tensor,
+    *,
+    grid: tuple[int, int],
+    background: float,
+    radius: int,
+    power: float = 2.0,
+    epsilon: float = 0.1,
+    softmax: bool = True,
+) -> Tensor:
+    """Spread CAMs and a background score over the affinity, one step.
+
+    Args:
+        cam: (B, C, H, W) in [0, 1], any size.
+        tags: (B, C), above 0 where present.
+        affinity: (B, hw, hw).
+        grid: (h, w) tokens of the affinity.
+        background: Constant background score.
+        radius: Chebyshev radius of the walk, tokens.
+        power: alpha of Eq. 6.
+        epsilon: Added to each degree.
+        softmax: Softmax over background and present classes first (reference).
+
+    Returns:
+        (B, K, h, w) propagated scores; absent classes are 0.
+
+    Source:
+        Paper Eq. 7; softmax and background: method.md section 5.
+    """
+    mask = window_mask(*grid, radius, affinity.device)
+    walk = transition(affinity, mask, power=power, epsilon=epsilon)
+    return walk_scores(walk, cam, tags, grid=grid, background=background, softmax=softmax)
+
+
+def walk_scores(
+    walk: Tensor, cam: Tensor, tags: Tensor, *, grid: tuple[int, int], background: float, softmax: bool
+) -> Tensor:
+    """Do the step of `propagate` with a transition matrix at hand.
+
+    Args:
+        walk: (B, hw, hw) transition matrix.
+        cam: As `propagate`.
+        tags: As `propagate`.
+        grid: As `propagate`.
+        background: As `propagate`.
+        softmax: As `propagate`.
+
+    Returns:
+        (B, K, h, w) propagated scores.
+    """
+    small = interpolate(cam, size=grid, mode="bilinear", align_corners=False)
+    scores = present_scores(with_background(small, background), tags, softmax=softmax)
+    spread = torch.bmm(walk, scores.flatten(2).transpose(1, 2))
+    return spread.transpose(1, 2).reshape(scores.shape)

@@ -1,0 +1,97 @@
+"""Whole jobs: train, evaluate and report in one go, and the demo that does so on generated data."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from afa.config import Config, load_config
+from afa.data.shapes import write_shapes
+from afa.data.voc import open_scored
+from afa.evaluation.evaluate import evaluate
+from afa.report.examples import write_examples
+from afa.report.html import write_report
+from afa.runtime import pick_device, process_group, say
+from afa.training.checkpoint import write_atomically
+from afa.training.loop import train
+
+SCORED_LABELS = ("seg", "cam", "propagated")
+"""Kinds of labels that a finished run is scored by."""
+
+_SMOKE: dict[str, Any] = {"schedule.max_steps": 40, "schedule.cls_steps": 15, "schedule.refined_steps": 25}
+
+
+def train_and_report(config: Config, run: Path, *, resume: bool = False, progress: bool = True) -> None:
+    """Train, score segmentation, CAM and propagated CAM on the validation list, and write the report.
+
+    Args:
+        config: Settings. With an empty `data.val_list` nothing is scored.
+        run: Run folder.
+        resume: Go on with the run that the folder holds.
+        progress: Show progress on standard error.
+
+    Raises:
+        AfaError: As `afa.training.loop.train` and `afa.evaluation.evaluate.evaluate`.
+    """
+    device = pick_device(config.train.device)
+    with process_group(device) as processes:
+        progress = progress and processes.is_main
+        result = train(config, run, device=device, processes=processes, resume=resume, progress=progress)
+        if config.data.val_list:
+            scored = open_scored(config.data)
+            for labels in SCORED_LABELS:
+                figures = evaluate(
+                    result.network,
+                    scored,
+                    config=config,
+                    labels=labels,
+                    device=device,
+                    precision=config.train.precision,
+                    progress=progress,
+                )
+                if processes.is_main:
+                    path = run / "evaluation" / f"{labels}.json"
+                    path.parent.mkdir(exist_ok=True)
+                    write_atomically(path, json.dumps(figures.to_json(), indent=2) + "\n")
+                    say(f"{labels}: mIoU {figures.miou:.2f} on {figures.num_images} images")
+            if processes.is_main and config.train.example_images:
+                write_examples(
+                    result.network,
+                    scored,
+                    run,
+                    config=config,
+                    device=device,
+                    count=config.train.example_images,
+                )
+        if processes.is_main:
+            page = write_report(run)
+            say(f"run folder {run}; open {page}")
+
+
+def run_demo(
+    run: Path, *, smoke: bool = False, resume: bool = False, overrides: dict[str, Any] | None = None
+) -> None:
+    """Generate `shapes`, train on its tags, and report.
+
+    Args:
+        run: Run folder; the data set is written to its `data` folder.
+        smoke: A few steps on a few images, to see that everything runs.
+        resume: Go on with the run that the folder holds.
+        overrides: Dotted configuration keys that win over the demo's.
+    """
+    began = time.perf_counter()
+    num_train, num_val = (64, 16) if smoke else (1600, 200)
+    data = run / "data"
+    config = load_config(
+        None, {"data.root": str(data)} | (_SMOKE if smoke else {}) | (overrides or {}), preset="demo"
+    )
+    say(f"writing {num_train} training and {num_val} validation images to {data}")
+    write_shapes(data, num_train=num_train, num_val=num_val, image_size=config.augment.crop_size)
+    train_and_report(config, run, resume=resume)
+    figures = json.loads((run / "report.json").read_text())
+    say(
+        f"demo done in {time.perf_counter() - began:.0f} s: segmentation mIoU {figures['miou']:.1f}, "
+        f"CAM {figures['cam_miou']:.1f}, propagated CAM {figures['propagated_miou']:.1f}"
+    )

@@ -1,0 +1,142 @@
+"""The one module that touches global state: seed, device, precision, process group, progress on the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+
+from afa.errors import AfaError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Arithmetic of the network by its name in the configuration."""
+
+
+def pick_device(name: str) -> torch.device:
+    """Choose the device to compute on.
+
+    Args:
+        name: `auto` (cuda, else mps, else cpu), `cpu`, `cuda` or `mps`.
+
+    Raises:
+        AfaError: The device asked for is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    elif name not in available:
+        raise AfaError(f"--device is {name!r}; use one of auto, cpu, cuda, mps")
+    elif not available[name]:
+        there = ", ".join(kind for kind, present in available.items() if present)
+        raise AfaError(
+            f"--device is {name!r}, which this machine or this PyTorch lacks; available: auto, {there}"
+        )
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device(name)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make dropout and stochastic depth a function of the step, so that a resumed run repeats them exactly."""
+    torch.manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """Run the network inside in `fp32`, `bf16` or `fp16`."""
+    if precision == "fp32":
+        yield
+        return
+    with torch.autocast(device.type, dtype=PRECISIONS[precision]):
+        yield
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run.
+
+    Attributes:
+        rank: Number of this process.
+        count: How many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+    def total(self, count: Tensor) -> Tensor:
+        """Add a tensor up over all processes."""
+        if self.count > 1:
+            count = count.clone()
+            dist.all_reduce(count)
+        return count
+
+    def wait(self) -> None:
+        """Wait until every process has come here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[Processes]:
+    """Join the processes that torchrun started; a plain start is a group of one.
+
+    Args:
+        device: Device of this process; GPUs talk over NCCL, everything else over gloo.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Processes()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def say(text: str) -> None:
+    """Print a line for the user, on standard error so that standard output stays data."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def progress_bar(*, enabled: bool = True, extra: str = "") -> Progress:
+    """A progress bar on standard error with count, rate, time gone and time left.
+
+    Args:
+        enabled: Off shows nothing (other ranks, `--quiet`).
+        extra: Name of a task field that is shown after the bar, such as a loss.
+    """
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    ]
+    if extra:
+        columns.append(TextColumn("{task.fields[" + extra + "]}"))
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, disable=not enabled or not console.is_terminal)

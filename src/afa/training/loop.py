@@ -1,0 +1,396 @@
+"""The training loop: evaluate, save, stop?, step, log. All input and output of a run happens here."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from afa import __version__
+from afa.build import build_network
+from afa.config import Config, config_to_dict, config_to_toml, load_config
+from afa.data.loader import resolve_workers, train_batches
+from afa.data.voc import ScoredImages, TaggedImages, open_scored, open_tagged
+from afa.errors import AfaError
+from afa.evaluation.evaluate import evaluate
+from afa.model.network import AfaNetwork
+from afa.runtime import Processes, autocast, progress_bar, say, seed_step
+from afa.training.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    save_weights,
+    write_atomically,
+)
+from afa.training.metrics import MetricsLog
+from afa.training.optimizer import build_optimizer, set_learning_rate, trained_parameters
+from afa.training.schedule import learning_rate, phase
+from afa.training.step import StepLosses, compute_losses, gradients_are_finite
+from afa.types import Batch, NetworkOutput
+
+MAX_SKIPPED_STEPS = 50
+"""Steps in a row whose gradients are not finite before a run gives up."""
+
+_FREE_KEYS = frozenset(
+    {"data.root", "data.workers", "train.device", "train.log_steps", "train.eval_steps", "train.eval_images"}
+    | {"train.save_steps", "train.example_images", "train.tensorboard"}
+)
+"""Keys that may differ between a run and its resumption: none of them changes the weights."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run leaves in memory.
+
+    Attributes:
+        network: Trained network, in evaluation mode.
+        classes: Names of the C foreground classes.
+        seconds: Time spent in training steps, all resumptions added up.
+    """
+
+    network: AfaNetwork
+    classes: tuple[str, ...]
+    seconds: float
+
+
+@dataclass
+class _Sums:
+    """Sums of the losses since the last log line, on the device, so that logging does not wait for it."""
+
+    count: int = 0
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, losses: StepLosses) -> None:
+        self.count += 1
+        for name in ("cls", "seg", "aff"):
+            value = getattr(losses, name)
+            if value is not None:
+                self.values[name] = self.values.get(name, torch.zeros_like(value)) + value
+
+    def means(self, processes: Processes) -> dict[str, float | None]:
+        """Mean of each loss over steps; cls is a mean over processes, the others are sums of their shares."""
+        result: dict[str, float | None] = {"cls_loss": None, "seg_loss": None, "aff_loss": None}
+        for name, value in self.values.items():
+            total = float(processes.total(value)) / self.count
+            result[f"{name}_loss"] = total / processes.count if name == "cls" else total
+        return result
+
+
+def train(
+    config: Config,
+    run: Path,
+    *,
+    device: torch.device,
+    processes: Processes = Processes(),  # noqa: B008  (frozen)
+    resume: bool = False,
+    progress: bool = True,
+) -> TrainResult:
+    """Train a network from tags and write its run folder, up to the final weights.
+
+    Args:
+        config: Settings; `data.root` names the data set.
+        run: Run folder; made if absent.
+        device: Where to train.
+        processes: Processes that train together.
+        resume: Go on from the newest checkpoint of `run`; without one, start.
+        progress: Show progress on standard error.
+
+    Returns:
+        The trained network.
+
+    Raises:
+        AfaError: Bad data, configuration or weights; `run` holds a run already and `resume` is off, or holds one
+            with other settings; the disk is full; the loss stays not finite.
+    """
+    progress = progress and processes.is_main
+    images = open_tagged(config.data)
+    scored = _open_validation(config)
+    if processes.is_main:
+        _prepare_run(run, config, images.classes, resume=resume)
+    processes.wait()
+    torch.manual_seed(config.train.seed)
+    network = build_network(config.model, len(images.classes)).to(device)
+    optimizer = build_optimizer(network, config.schedule)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+    start, seconds_before = 0, 0.0
+    checkpoint = latest_checkpoint(run) if resume else None
+    if checkpoint is not None:
+        state = load_checkpoint(checkpoint, network)
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        start, seconds_before = state["step"], state["seconds"]
+        if processes.is_main:
+            say(f"resuming {run} after step {start} of {config.schedule.max_steps}")
+    log = (
+        MetricsLog(run, resume_step=start, tensorboard=config.train.tensorboard)
+        if processes.is_main
+        else None
+    )
+    trainer = _Trainer(config, run, device, processes, network, optimizer, scaler, images, scored, log)
+    try:
+        seconds = trainer.run_steps(start, seconds_before, progress=progress)
+    finally:
+        if log is not None:
+            log.close()
+    network.eval()
+    if processes.is_main:
+        save_weights(run / "model.safetensors", network)
+        _write_environment(run, config, device, processes, network, seconds)
+    processes.wait()
+    return TrainResult(network, images.classes, seconds)
+
+
+class _Trainer:
+    """The state of a running loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: Path,
+        device: torch.device,
+        processes: Processes,
+        network: AfaNetwork,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        images: TaggedImages,
+        scored: ScoredImages | None,
+        log: MetricsLog | None,
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.device = device
+        self.processes = processes
+        self.network = network
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.images = images
+        self.scored = scored
+        self.log = log
+        self.parameters = trained_parameters(optimizer)
+        self.module: torch.nn.Module = network
+        if processes.count > 1:
+            # The phases leave decoder and affinity head unused at first.
+            self.module = DistributedDataParallel(
+                network, find_unused_parameters=True, broadcast_buffers=False
+            )
+        self.skipped = 0
+
+    def run_steps(self, start: int, seconds_before: float, *, progress: bool) -> float:
+        """Do steps `start` .. max_steps - 1; returns the seconds of training, earlier ones included."""
+        config, schedule = self.config, self.config.schedule
+        batches = train_batches(
+            self.images,
+            augment=config.augment,
+            batch_size=schedule.batch_size,
+            seed=config.train.seed,
+            start_step=start,
+            max_steps=schedule.max_steps,
+            rank=self.processes.rank,
+            world_size=self.processes.count,
+            workers=resolve_workers(config.data.workers, processes=self.processes.count),
+        )
+        sums = _Sums()
+        began = time.perf_counter()
+        line_began, line_step, told = began, start, began
+        step = start
+        bar = progress_bar(enabled=progress, extra="loss")
+        self.network.train()
+        with bar:
+            task = bar.add_task("training", total=schedule.max_steps, completed=start, rate="", loss="")
+            try:
+                for batch in batches:
+                    sums.add(self._step(step, batch))
+                    step += 1
+                    now = time.perf_counter()
+                    if step % config.train.log_steps == 0 or step == schedule.max_steps:
+                        rate = (step - line_step) * schedule.batch_size / (now - line_began)
+                        line = self._log_line(step, sums, rate, seconds_before + now - began)
+                        sums, line_began, line_step = _Sums(), now, step
+                        text = _describe(line)
+                        bar.update(task, rate=f"{rate:.1f} images/s", loss=text)
+                        if progress and not bar.console.is_terminal and now - told > 10:
+                            left = (schedule.max_steps - step) * schedule.batch_size / rate
+                            say(
+                                f"step {step}/{schedule.max_steps}  {rate:.1f} images/s  {text}  {left:.0f} s left"
+                            )
+                            told = now
+                    bar.update(task, completed=step)
+                    if step % config.train.save_steps == 0 or step == schedule.max_steps:
+                        self._save(step, seconds_before + time.perf_counter() - began)
+                    if (
+                        config.train.eval_steps
+                        and step % config.train.eval_steps == 0
+                        and step < schedule.max_steps
+                    ):
+                        paused = time.perf_counter()
+                        self._evaluate(step)
+                        # Evaluation is not training: neither the clock nor the rate counts it.
+                        gone = time.perf_counter() - paused
+                        began, line_began = began + gone, line_began + gone
+            except KeyboardInterrupt:
+                self._save(step, seconds_before + time.perf_counter() - began)
+                raise AfaError(
+                    f"stopped after step {step} of {schedule.max_steps}; the same command with --resume goes on"
+                ) from None
+        return seconds_before + time.perf_counter() - began
+
+    def _step(self, step: int, batch: Batch) -> StepLosses:
+        config = self.config
+        num_slots = 1 + int(batch.tags.sum(1).max())
+        batch = batch.to(self.device, non_blocking=True)
+        seed_step(config.train.seed, step, self.processes.rank)
+        set_learning_rate(self.optimizer, step, config.schedule)
+        losses = compute_losses(
+            self._forward,
+            self._score,
+            batch,
+            config=config,
+            phase=phase(step, config.schedule, config.loss),
+            num_slots=num_slots,
+            total=self.processes.total if self.processes.count > 1 else None,
+            num_processes=self.processes.count,
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
+        self.scaler.unscale_(self.optimizer)
+        if config.schedule.grad_clip > 0:
+            torch.nn.utils.clip_grad_norm_(self.parameters, config.schedule.grad_clip)
+        finite = bool(gradients_are_finite(self.parameters))
+        # fp16's scaler skips an overflowing step itself and lowers its scale; in other precisions skipping is ours.
+        if finite or self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.skipped = 0 if finite else self.skipped + 1
+        if self.skipped > MAX_SKIPPED_STEPS:
+            raise AfaError(
+                f"the gradients of the last {self.skipped} steps up to step {step} were not finite; the weights are "
+                "still those before them; lower schedule.learning_rate or use --precision fp32"
+            )
+        return losses
+
+    def _forward(self, image: Tensor, segmentation: bool, affinity: bool) -> NetworkOutput:
+        with autocast(self.device, self.config.train.precision):
+            output: NetworkOutput = self.module(image, segmentation=segmentation, affinity=affinity)
+        return output
+
+    def _score(self, image: Tensor, affinity: bool) -> NetworkOutput:
+        with autocast(self.device, self.config.train.precision):
+            return self.network.score(image, affinity)
+
+    def _log_line(self, step: int, sums: _Sums, rate: float, seconds: float) -> dict[str, Any]:
+        config = self.config
+        means = sums.means(self.processes)
+        weights = {
+            "cls_loss": 1.0,
+            "seg_loss": config.loss.segmentation_weight,
+            "aff_loss": config.loss.affinity_weight,
+        }
+        line: dict[str, Any] = {
+            "kind": "train",
+            "step": step,
+            "phase": phase(step - 1, config.schedule, config.loss).name,
+            "loss": sum(weights[name] * value for name, value in means.items() if value is not None),
+            **means,
+            "learning_rate": learning_rate(step - 1, config.schedule),
+            "images_per_second": rate,
+            "seconds": seconds,
+        }
+        if self.log is not None:
+            self.log.write(line)
+        return line
+
+    def _save(self, step: int, seconds: float) -> None:
+        if self.processes.is_main:
+            state = {
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "seconds": seconds,
+            }
+            save_checkpoint(self.run, step=step, network=self.network, state=state)
+
+    def _evaluate(self, step: int) -> None:
+        if self.scored is None:
+            return
+        self.network.eval()
+        result = evaluate(
+            self.network,
+            self.scored,
+            config=self.config,
+            labels="seg",
+            device=self.device,
+            precision=self.config.train.precision,
+            limit=self.config.train.eval_images,
+            progress=False,
+        )
+        self.network.train()
+        if self.log is not None:
+            figures = result.to_json()
+            keys = ("labels", "protocol", "miou", "num_images", "seconds")
+            self.log.write({"kind": "eval", "step": step} | {key: figures[key] for key in keys})
+            say(f"step {step}: segmentation mIoU {figures['miou']:.1f} on {figures['num_images']} images")
+
+
+def _open_validation(config: Config) -> ScoredImages | None:
+    return open_scored(config.data) if config.data.val_list else None
+
+
+def _prepare_run(run: Path, config: Config, classes: tuple[str, ...], *, resume: bool) -> None:
+    stored_path = run / "config.toml"
+    if stored_path.is_file() and not resume:
+        raise AfaError(f"{run}: holds a run already; pass --resume to go on with it, or another --out")
+    if stored_path.is_file():
+        stored, wanted = _flat(load_config(stored_path)), _flat(config)
+        for key, value in wanted.items():
+            if key not in _FREE_KEYS and stored[key] != value:
+                raise AfaError(
+                    f"{run}: was started with {key} = {stored[key]}, not {value}; resume it with the same settings "
+                    "or start another --out"
+                )
+    run.mkdir(parents=True, exist_ok=True)
+    write_atomically(run / "classes.txt", "".join(f"{name}\n" for name in classes))
+    write_atomically(stored_path, config_to_toml(config))
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    tree = config_to_dict(config)
+    return {
+        f"{s}.{key}": value
+        for s, part in tree.items()
+        if isinstance(part, dict)
+        for key, value in part.items()
+    }
+
+
+def _write_environment(
+    run: Path, config: Config, device: torch.device, processes: Processes, network: AfaNetwork, seconds: float
+) -> None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    environment = {
+        "device": name,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "afa": __version__,
+        "seconds_train": round(seconds, 3),
+        "steps": config.schedule.max_steps,
+        "num_parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "processes": processes.count,
+        "precision": config.train.precision,
+        "threads": torch.get_num_threads(),
+    }
+    write_atomically(run / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def _describe(line: dict[str, Any]) -> str:
+    parts = [
+        f"{name[:-5]} {line[name]:.3f}"
+        for name in ("cls_loss", "seg_loss", "aff_loss")
+        if line[name] is not None
+    ]
+    return f"{line['phase']}: " + ", ".join(parts)

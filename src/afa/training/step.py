@@ -1,0 +1,115 @@
+"""One training step from batch to losses: pure, without input, output or optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from afa.config import Config
+from afa.losses import TotalFunction, affinity_loss, classification_loss, segmentation_loss
+from afa.pseudo.affinity import affinity_label, token_label
+from afa.pseudo.cam import ScoreFunction
+from afa.pseudo.pipeline import TrainingLabels, training_labels
+from afa.training.schedule import Phase
+from afa.types import Batch, NetworkOutput, normalize_image
+
+ForwardFunction = Callable[[Tensor, bool, bool], NetworkOutput]
+"""(normalized image, segmentation wanted, affinity wanted) -> network output with gradient."""
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """Losses of a step.
+
+    Attributes:
+        total: Scalar to differentiate. Averaged over processes its gradient is that of the whole batch's loss.
+        cls: Scalar, detached: mean over this process's images.
+        seg: Scalar, detached: this process's share, or None when the phase has no such loss.
+        aff: Likewise.
+        labels: Pseudo labels that were learnt from.
+    """
+
+    total: Tensor
+    cls: Tensor
+    seg: Tensor | None
+    aff: Tensor | None
+    labels: TrainingLabels
+
+
+def compute_losses(
+    forward: ForwardFunction,
+    score: ScoreFunction,
+    batch: Batch,
+    *,
+    config: Config,
+    phase: Phase,
+    num_slots: int | None = None,
+    total: TotalFunction | None = None,
+    num_processes: int = 1,
+) -> StepLosses:
+    """Compute everything that a step of this phase needs.
+
+    Args:
+        forward: Training pass of the network.
+        score: CAM pass of the network.
+        batch: Images, tags and valid boxes, on the network's device.
+        config: Settings.
+        phase: What the step computes.
+        num_slots: 1 + the largest number of tags of an image, if known on the host.
+        total: Adds a count up over all processes.
+        num_processes: Number of processes.
+
+    Returns:
+        Losses; `total` = cls + lambda_1 seg + lambda_2 aff (paper Eq. 12).
+    """
+    image = batch.image.float() / 255
+    output = forward(normalize_image(image), phase.segmentation, phase.affinity)
+    cls = classification_loss(output.image_logits, batch.tags)
+    loss = cls
+    seg = aff = None
+    labels = TrainingLabels(None, None)
+    if phase.want_initial or phase.want_refined:
+        labels = training_labels(
+            score,
+            image,
+            batch.tags,
+            batch.valid_box,
+            config=config.pseudo,
+            want_initial=phase.want_initial,
+            want_refined=phase.want_refined,
+            plain_scores=output.class_scores if config.pseudo.reuse_training_pass else None,
+            num_slots=num_slots,
+        )
+    target = labels.refined_label if phase.want_refined else labels.initial_label
+    if phase.segmentation:
+        assert output.seg_logits is not None
+        assert target is not None
+        logits = interpolate(output.seg_logits, size=target.shape[1:], mode="bilinear", align_corners=False)
+        seg = segmentation_loss(logits, target, form=config.loss.segmentation_form, total=total)
+        loss = loss + num_processes * config.loss.segmentation_weight * seg
+    if phase.affinity:
+        follows = config.schedule.affinity_target == "segmentation"
+        source = target if follows else labels.initial_label
+        assert output.affinity is not None
+        assert source is not None
+        grid = (output.class_scores.shape[2], output.class_scores.shape[3])
+        pairs = affinity_label(token_label(source, grid), radius=config.pseudo.affinity_radius)
+        aff = affinity_loss(output.affinity, pairs, form=config.loss.affinity_form, total=total)
+        loss = loss + num_processes * config.loss.affinity_weight * aff
+    return StepLosses(
+        total=loss,
+        cls=cls.detach(),
+        seg=None if seg is None else seg.detach(),
+        aff=None if aff is None else aff.detach(),
+        labels=labels,
+    )
+
+
+def gradients_are_finite(parameters: list[torch.nn.Parameter]) -> Tensor:
+    """Whether every gradient is finite: a boolean scalar on the parameters' device, not waited for."""
+    norms = [parameter.grad.norm() for parameter in parameters if parameter.grad is not None]
+    return torch.stack(norms).sum().isfinite()

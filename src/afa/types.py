@@ -1,0 +1,92 @@
+"""What the parts of afa hand to each other. Imports nothing of afa.
+
+Shape letters, fixed for the whole project: B batch, C foreground classes, K = C + 1 classes with the
+background at 0, H W pixels, h w tokens of the last encoder stage, hw = h * w, n attention maps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX: Final = 255
+"""Label of pixels that no loss and no score counts."""
+
+IMAGE_MEAN: Final = (0.485, 0.456, 0.406)
+"""Mean of the ImageNet images per RGB channel, of values in [0, 1]."""
+
+IMAGE_STD: Final = (0.229, 0.224, 0.225)
+"""Standard deviation of the ImageNet images per RGB channel, of values in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Training images and everything a weakly-supervised step may know of them.
+
+    There is no field for pixel masks: a training step cannot read what it is not given.
+
+    Attributes:
+        image: (B, 3, H, W) uint8 RGB, 0 outside the valid box.
+        tags: (B, C) float32, 1 where the class is tagged as present.
+        valid_box: (B, 4) int64, (top, bottom, left, right) of the part of each image that holds the photograph,
+            half open: rows top..bottom-1.
+        names: B image names, for messages.
+    """
+
+    image: Tensor
+    tags: Tensor
+    valid_box: Tensor
+    names: tuple[str, ...]
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
+        """Copy the tensors to `device`."""
+        return Batch(
+            image=self.image.to(device, non_blocking=non_blocking),
+            tags=self.tags.to(device, non_blocking=non_blocking),
+            valid_box=self.valid_box.to(device, non_blocking=non_blocking),
+            names=self.names,
+        )
+
+    def pin_memory(self) -> Batch:
+        """Copy the tensors to page-locked memory, for fast transfers to a GPU."""
+        return Batch(
+            self.image.pin_memory(), self.tags.pin_memory(), self.valid_box.pin_memory(), names=self.names
+        )
+
+
+@dataclass(frozen=True)
+class NetworkOutput:
+    """What the network says of a batch; the parts that were not asked for are None.
+
+    Attributes:
+        image_logits: (B, C) class logits of the whole image.
+        class_scores: (B, C, h, w) classifier weight applied to the last stage: the raw CAM, any sign.
+        seg_logits: (B, K, H/4, W/4) segmentation logits.
+        affinity: (B, hw, hw) in (0, 1), symmetric.
+        attention_logits: (B, n, hw, hw) Q K^T of the last blocks, unscaled, before softmax.
+        attention_scale: Factor that the encoder applies to the attention logits before its softmax, 1 / sqrt(d).
+    """
+
+    image_logits: Tensor
+    class_scores: Tensor
+    seg_logits: Tensor | None = None
+    affinity: Tensor | None = None
+    attention_logits: Tensor | None = None
+    attention_scale: float = 1.0
+
+
+def normalize_image(image: Tensor) -> Tensor:
+    """Turn pixels into what the encoders were trained on.
+
+    Args:
+        image: (B, 3, H, W) float RGB in [0, 1].
+
+    Returns:
+        (B, 3, H, W), (image - IMAGE_MEAN) / IMAGE_STD.
+    """
+    mean = torch.tensor(IMAGE_MEAN, dtype=image.dtype, device=image.device).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGE_STD, dtype=image.dtype, device=image.device).view(1, 3, 1, 1)
+    return (image - mean) / std

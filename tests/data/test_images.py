@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from afa.data.images import IMAGE_SUFFIXES, find_images, image_name, read_image, read_mask, read_size
+from afa.errors import AfaError
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
+def write_png(path: Path, *, width: int, height: int, depth: int, kind: int, rows: bytes) -> None:
+    """A PNG written by hand, for what Pillow does not write (and for sizes that lie)."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+def message(path: Path) -> str:
+    with pytest.raises(AfaError) as caught:
+        read_image(path)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.startswith(f"{path}: ")
+    return text
+
+
+def test_rgb_is_read_as_it_is(tmp_path: Path, pixels: np.ndarray) -> None:
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png")
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, pixels)
+    image[0] = 0  # a caller may write into it
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("1", "png"), ("L", "png"), ("P", "gif"), ("CMYK", "jpg"), ("YCbCr", "jpg"), ("L", "pgm")],
+)
+def test_other_color_modes_become_rgb(tmp_path: Path, pixels: np.ndarray, mode: str, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(pixels).convert(mode).save(path)
+    image = read_image(path)
+    assert image.shape == (5, 7, 3)
+    assert image.dtype == np.uint8
+    assert image.std() > 1
+    if mode in ("1", "L"):
+        np.testing.assert_array_equal(image[:, :, 0], image[:, :, 2])
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_gray_is_scaled_not_cut(tmp_path: Path, suffix: str) -> None:
+    values = np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / f"a.{suffix}")
+    image = read_image(tmp_path / f"a.{suffix}")
+    np.testing.assert_array_equal(
+        image, np.repeat(np.array([[[0], [1], [128], [255]]], dtype=np.uint8), 3, 2)
+    )
+
+
+def test_32_bit_gray_counts_as_16_bit(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 65535, 70000, -1]], dtype=np.int32)).save(tmp_path / "a.tif")
+    assert read_image(tmp_path / "a.tif")[0, :, 0].tolist() == [0, 255, 255, 0]
+
+
+def test_16_bit_rgb_png(tmp_path: Path) -> None:
+    row = b"\0" + struct.pack(">6H", 65535, 0, 32896, 0, 65535, 0)
+    write_png(tmp_path / "a.png", width=2, height=1, depth=16, kind=2, rows=row)
+    assert read_image(tmp_path / "a.png").tolist() == [[[255, 0, 128], [0, 255, 0]]]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_become_white(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "a.png"
+    if mode == "P":
+        image = Image.fromarray(np.array([[0, 1]], dtype=np.uint8))
+        image.putpalette([10, 10, 10, 10, 10, 10])
+        image.save(path, transparency=bytes([0, 255]))  # byte transparency: Pillow warns on conversion
+    else:
+        black = Image.new("RGBA", (2, 1), (10, 10, 10, 255))
+        black.putpixel((0, 0), (10, 10, 10, 0))
+        black.convert(mode).save(path)
+    assert read_image(path).tolist() == [[[255] * 3, [10] * 3]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_exif_orientation_is_applied(
+    tmp_path: Path, pixels: np.ndarray, suffix: str, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(pixels).save(path, exif=exif)
+    with Image.open(path) as stored:
+        expected = np.asarray(ImageOps.exif_transpose(stored))
+    np.testing.assert_array_equal(read_image(path), expected)
+    assert read_size(path) == expected.shape[:2]
+    assert (expected.shape[0] == 7) == (orientation >= 5)
+
+
+def test_broken_exif_is_no_reason_to_refuse(tmp_path: Path, pixels: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
+    content = bytearray((tmp_path / "a.jpg").read_bytes())
+    start = content.index(b"Exif\0\0") + 6
+    content[start + 4 : start + 8] = b"\xff\xff\xff\xff"  # offset of the first directory
+    (tmp_path / "a.jpg").write_bytes(content)
+    assert read_image(tmp_path / "a.jpg").shape == (5, 7, 3)
+
+
+def test_missing(tmp_path: Path) -> None:
+    assert "no such image; check the path" in message(tmp_path / "a.jpg")
+    assert "is a folder" in message(tmp_path)
+
+
+def test_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"")
+    assert "empty (0 bytes)" in message(tmp_path / "a.jpg")
+
+
+def test_not_an_image(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_text("no pixels here")
+    assert "not an image that Pillow can read; replace it" in message(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
+def test_truncated(tmp_path: Path, suffix: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(noise).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    text = message(path)
+    assert "cannot be read as an image (" in text or "not an image" in text
+    assert text.endswith("replace it or leave it out")
+
+
+def test_truncated_says_so(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:2000])
+    assert "truncated" in message(tmp_path / "a.jpg")
+
+
+def test_too_many_pixels(tmp_path: Path) -> None:
+    for side in (10_000, 60_000):  # Pillow warns of the first and refuses the second
+        write_png(tmp_path / "a.png", width=side, height=side, depth=8, kind=0, rows=b"\0")
+        assert "more than 89,478,485 pixels; scale the image down" in message(tmp_path / "a.png")
+
+
+def test_zero_sized(tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png", width=0, height=4, depth=8, kind=0, rows=b"\0" * 4)
+    message(tmp_path / "a.png")
+
+
+def test_floating_point_pixels(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((2, 2), dtype=np.float32)).save(tmp_path / "a.tif")
+    assert "floating-point pixels" in message(tmp_path / "a.tif")
+
+
+def test_mask_gives_the_stored_indices(tmp_path: Path) -> None:
+    label = np.array([[0, 1, 255], [20, 3, 0]], dtype=np.uint8)
+    image = Image.fromarray(label)
+    image.save(tmp_path / "gray.png")
+    image.putpalette(bytes(range(256)) * 3)
+    image.save(tmp_path / "palette.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "gray.png"), label)
+    np.testing.assert_array_equal(read_mask(tmp_path / "palette.png"), label)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "found"), [("RGB", "png", "PNG of mode RGB"), ("L", "jpg", "JPEG of mode L")]
+)
+def test_mask_of_another_kind(tmp_path: Path, mode: str, suffix: str, found: str) -> None:
+    Image.new(mode, (4, 4)).save(tmp_path / f"a.{suffix}")
+    with pytest.raises(AfaError, match=f"is a {found}; save masks as index PNG of mode P or L"):
+        read_mask(tmp_path / f"a.{suffix}")
+
+
+def test_find_images(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a.png", "sub/c.webp", "notes.txt", ".hidden.png", ".git/d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    inside = [tmp_path / name for name in ("a.png", "b.JPG", "sub/c.webp")]
+    assert find_images([tmp_path]) == inside
+    notes = tmp_path / "notes.txt"
+    assert find_images([notes, tmp_path / "b.JPG", tmp_path]) == [notes, inside[1], inside[0], inside[2]]
+
+
+def test_find_images_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(AfaError, match=r"no image in this folder; looked for \.avif"):
+        find_images([tmp_path])
+    with pytest.raises(AfaError, match="no such image or folder"):
+        find_images([tmp_path / "x.png"])
+
+
+def test_image_name() -> None:
+    assert [image_name(f"x{suffix}") for suffix in IMAGE_SUFFIXES] == ["x"] * len(IMAGE_SUFFIXES)
+    assert image_name("2007.05_x") == "2007.05_x"
+    assert image_name(".png") == ".png"

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from afa.config import AugmentConfig
+from afa.data.loader import resolve_workers, step_indices, train_batches
+from afa.data.voc import TaggedImages
+from afa.errors import AfaError
+from afa.types import Batch
+
+AUGMENT = AugmentConfig(crop_size=32)
+NUM_IMAGES = 7
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> TaggedImages:
+    paths = []
+    for seed in range(NUM_IMAGES):
+        pixels = np.random.default_rng(seed).integers(1, 256, (30 + seed, 40, 3), dtype=np.uint8)
+        paths.append(tmp_path / f"{seed}.png")
+        Image.fromarray(pixels).save(paths[-1])
+    names = tuple(path.stem for path in paths)
+    tags = np.eye(NUM_IMAGES, 3, dtype=bool)
+    tags[3:, 0] = True
+    return TaggedImages(classes=("x", "y", "z"), names=names, paths=paths, tags=tags)
+
+
+def batches(images: TaggedImages, *, start: int = 0, end: int = 5, **options: int) -> list[Batch]:
+    chosen = {"batch_size": 4, "seed": 0, **options}
+    return list(train_batches(images, augment=AUGMENT, start_step=start, max_steps=end, **chosen))
+
+
+def assert_equal(ours: list[Batch], theirs: list[Batch]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.names == other.names
+        assert one.image.equal(other.image)
+        assert one.tags.equal(other.tags)
+        assert one.valid_box.equal(other.valid_box)
+
+
+def test_each_epoch_is_a_permutation() -> None:
+    order = np.concatenate([step_indices(10, step=step, batch_size=4, seed=0) for step in range(10)])
+    epochs = order.reshape(4, 10)
+    assert [sorted(epoch) for epoch in epochs.tolist()] == [list(range(10))] * 4
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
+
+
+def test_step_indices_are_a_function_of_their_arguments() -> None:
+    first = step_indices(10, step=7, batch_size=4, seed=1)
+    step_indices(10, step=0, batch_size=4, seed=2)
+    np.testing.assert_array_equal(step_indices(10, step=7, batch_size=4, seed=1), first)
+    assert first.dtype == np.int64
+    assert not np.array_equal(step_indices(10, step=7, batch_size=4, seed=2), first)
+
+
+def test_order_does_not_depend_on_the_batch_size() -> None:
+    def order(batch_size: int) -> np.ndarray:
+        steps = range(12 // batch_size)
+        return np.concatenate([step_indices(5, step=s, batch_size=batch_size, seed=0) for s in steps])
+
+    np.testing.assert_array_equal(order(12), order(3))  # 12 of 5 images: one batch spans three epochs
+    np.testing.assert_array_equal(order(1), order(4))
+
+
+def test_batch(images: TaggedImages) -> None:
+    batch = batches(images, end=1)[0]
+    assert batch.image.shape == (4, 3, 32, 32)
+    assert batch.image.dtype == torch.uint8
+    assert batch.image.is_contiguous()
+    assert batch.tags.shape == (4, 3)
+    assert batch.tags.dtype == torch.float32
+    assert batch.valid_box.shape == (4, 4)
+    assert batch.valid_box.dtype == torch.int64
+    indices = step_indices(NUM_IMAGES, step=0, batch_size=4, seed=0)
+    assert batch.names == tuple(str(index) for index in indices)
+    for index, picture, tags, box in zip(indices, batch.image, batch.tags, batch.valid_box, strict=True):
+        assert tags.tolist() == images.tags(index).tolist()
+        top, bottom, left, right = box.tolist()
+        assert (picture[:, top:bottom, left:right] > 0).all()
+        assert picture.count_nonzero() == 3 * (bottom - top) * (right - left)
+
+
+def test_restart_continues_exactly(images: TaggedImages) -> None:
+    assert_equal(batches(images, start=3, end=6), batches(images, end=6)[3:])
+
+
+def test_same_image_is_augmented_anew_each_time(images: TaggedImages) -> None:
+    seen = [picture for batch in batches(images, end=10) for picture in batch.image]
+    assert len({picture.numpy().tobytes() for picture in seen}) == 40
+
+
+def test_seed_changes_everything(images: TaggedImages) -> None:
+    ours, theirs = batches(images, end=1)[0], batches(images, end=1, seed=1)[0]
+    assert not ours.image.equal(theirs.image)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_share_the_global_batch(images: TaggedImages, world_size: int) -> None:
+    shares = [batches(images, rank=rank, world_size=world_size) for rank in range(world_size)]
+    whole = [
+        Batch(
+            image=torch.cat([part.image for part in parts]),
+            tags=torch.cat([part.tags for part in parts]),
+            valid_box=torch.cat([part.valid_box for part in parts]),
+            names=tuple(name for part in parts for name in part.names),
+        )
+        for parts in zip(*shares, strict=True)
+    ]
+    assert_equal(whole, batches(images))
+
+
+def test_workers_change_nothing(images: TaggedImages) -> None:
+    assert_equal(batches(images, workers=2), batches(images))
+
+
+def test_global_random_state_is_left_alone(images: TaggedImages) -> None:
+    """Else a resumed run, which starts the loader anew, would draw other dropout masks."""
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    for workers in (0, 1):
+        batches(images, end=2, workers=workers)
+        assert torch.random.get_rng_state().equal(before)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_image_is_one_line(images: TaggedImages, workers: int) -> None:
+    images.image_path(5).write_bytes(b"garbage")
+    with pytest.raises(AfaError) as caught:
+        batches(images, workers=workers)
+    assert not multiprocessing.active_children()
+    assert str(caught.value) == (
+        f"{images.image_path(5)}: not an image that Pillow can read; replace it or leave it out"
+    )
+
+
+def test_batch_size_must_divide(images: TaggedImages) -> None:
+    with pytest.raises(AfaError, match=r"schedule\.batch_size is 4; use a multiple of the number of proc.*3"):
+        train_batches(images, augment=AUGMENT, batch_size=4, seed=0, start_step=0, max_steps=1, world_size=3)
+
+
+def test_leaving_early_stops_the_workers(images: TaggedImages) -> None:
+    stream = train_batches(
+        images, augment=AUGMENT, batch_size=4, seed=0, start_step=0, max_steps=1000, workers=1
+    )
+    next(stream)
+    assert multiprocessing.active_children()
+    del stream
+    assert not multiprocessing.active_children()
+
+
+def test_fork_warning_of_newer_pythons_stays_inside(
+    images: TaggedImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork, forks = os.fork, []
+
+    def warning_fork() -> int:
+        text = "This process (pid=1) is multi-threaded, use of fork() may lead to deadlocks in the child."
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        forks.append(text)
+        return fork()
+
+    monkeypatch.setattr(os, "fork", warning_fork)
+    assert len(batches(images, end=2, workers=1)) == 2
+    assert forks or multiprocessing.get_start_method() != "fork"
+
+
+def test_no_steps_left(images: TaggedImages) -> None:
+    assert batches(images, start=5, end=5) == []
+
+
+def test_resolve_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_workers(0) == 0
+    assert resolve_workers(3) == 3
+    for cores, processes, expected in [(1, 1, 0), (2, 1, 1), (16, 1, 8), (16, 4, 3), (2, 4, 0)]:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores), raising=False)
+        assert resolve_workers(-1, processes=processes) == expected

@@ -1,0 +1,269 @@
+"""The pass over a list: figures against numpy, tags, shards, and the messages of its errors."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, distributed, multiprocessing, nn
+
+from afa.config import Config, DataConfig
+from afa.data.palette import write_index_png
+from afa.data.voc import ScoredImages, open_scored
+from afa.errors import AfaError
+from afa.evaluation import evaluate as evaluate_module
+from afa.evaluation.evaluate import EvaluationResult, evaluate, read_ahead
+from afa.types import IMAGE_MEAN, IMAGE_STD, NetworkOutput
+
+CPU = torch.device("cpu")
+CLASSES = ("cat", "dog", "horse")
+# Per image: the class that its color says, its tags, and the classes of the four quarters of its mask.
+IMAGES: dict[str, tuple[int, str | None, tuple[int, int, int, int]]] = {
+    "a": (1, "cat", (1, 1, 0, 255)),
+    "b": (2, "dog", (2, 0, 0, 0)),
+    "c": (0, "cat dog", (0, 0, 0, 1)),
+    "d": (2, "cat", (1, 1, 1, 2)),
+    "e": (1, "cat", (1, 1, 1, 1)),
+}
+
+
+class ColorNetwork(nn.Module):
+    """Predicts for every pixel the class c of the image's red value, 60 * c, and tags it so."""
+
+    num_classes = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+        self.num_calls = 0
+
+    def forward(self, image: Tensor, *, segmentation: bool, affinity: bool) -> NetworkOutput:
+        assert not self.training
+        self.num_calls += 1
+        red = (image[:, 0] * IMAGE_STD[0] + IMAGE_MEAN[0]) * 255 / 60
+        distance = -(red[:, None] - torch.arange(4.0).view(1, 4, 1, 1)).abs()
+        image_logits = distance[:, 1:].mean((2, 3)) + 0.5
+        return NetworkOutput(image_logits, distance[:, 1:], seg_logits=distance[:, :, ::4, ::4])
+
+
+def write_data(root: Path, *, tags: bool = True) -> ScoredImages:
+    for folder in ("JPEGImages", "SegmentationClassAug", "lists"):
+        (root / folder).mkdir(parents=True)
+    lines = ["image,tags"]
+    for i, (name, (color, image_tags, quarters)) in enumerate(IMAGES.items()):
+        height, width = 40 + 4 * i, 60 - 4 * i
+        pixels = np.full((height, width, 3), 60 * color, dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "JPEGImages" / f"{name}.png")
+        write_index_png(root / "SegmentationClassAug" / f"{name}.png", mask_of(height, width, quarters))
+        lines += [f"{name},{image_tags}"]
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    (root / "lists" / "val.txt").write_text("\n".join(IMAGES))
+    if tags:
+        (root / "lists" / "tags.csv").write_text("\n".join(lines))
+    return open_scored(DataConfig(root=str(root)))
+
+
+def mask_of(height: int, width: int, quarters: tuple[int, int, int, int]) -> np.ndarray:
+    grid = np.array(quarters, dtype=np.uint8).reshape(2, 2)
+    return grid.repeat(height // 2, 0).repeat(width // 2, 1)
+
+
+def run(images: ScoredImages, **settings: Any) -> EvaluationResult:
+    settings = {"config": Config(), "device": CPU, "progress": False, **settings}
+    return evaluate(ColorNetwork(), images, **settings)  # type: ignore[arg-type]
+
+
+def expected_matrix(names: list[str]) -> np.ndarray:
+    matrix = np.zeros((4, 4), dtype=np.int64)
+    for i, (name, (color, _, quarters)) in enumerate(IMAGES.items()):
+        for label in quarters if name in names else ():
+            if label != 255:
+                matrix[label, color] += (20 + 2 * i) * (30 - 2 * i)
+    return matrix
+
+
+@pytest.mark.parametrize("protocol", [None, "single", "multiscale"])
+def test_segmentation_figures(tmp_path: Path, protocol: str | None) -> None:
+    result = run(write_data(tmp_path), protocol=protocol)
+    matrix = expected_matrix(list(IMAGES))
+    np.testing.assert_array_equal(result.matrix, matrix)
+    correct = matrix.diagonal()
+    ious = 100 * correct[:3] / (matrix.sum(0) + matrix.sum(1) - correct)[:3]
+    assert result.miou == pytest.approx(ious.mean())
+    assert result.per_class == {
+        "background": pytest.approx(ious[0]),
+        "cat": pytest.approx(ious[1]),
+        "dog": pytest.approx(ious[2]),
+        "horse": None,
+    }
+    assert (result.protocol, result.labels, result.num_images) == (protocol or "single", "seg", 5)
+    # Classifier: a cat, b dog, c nothing, d dog, e cat -> 3 hits of 4 found and 6 true tags.
+    assert result.extras == {"tag_f1": pytest.approx(100 * 2 * 3 / (4 + 6))}
+
+
+def test_json_has_the_promised_keys_rounded(tmp_path: Path) -> None:
+    result = run(write_data(tmp_path), limit=2)
+    written = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert list(written) == ["miou", "per_class", "protocol", "labels", "num_images", "seconds", "tag_f1"]
+    assert written["num_images"] == 2
+    assert written["miou"] == round(result.miou, 2) != result.miou
+    assert list(written["per_class"]) == ["background", *CLASSES]
+    assert written["per_class"]["horse"] is None
+    np.testing.assert_array_equal(result.matrix, expected_matrix(["a", "b"]))
+
+
+def test_one_pass_per_image_and_the_mode_is_restored(tmp_path: Path) -> None:
+    network = ColorNetwork().train()
+    images = write_data(tmp_path)
+    evaluate(network, images, config=Config(), device=CPU, progress=False)  # type: ignore[arg-type]
+    assert network.training
+    assert network.num_calls == len(IMAGES)
+
+
+def test_segmentation_needs_no_tags(tmp_path: Path) -> None:
+    result = run(write_data(tmp_path, tags=False))
+    assert result.num_images == 5
+    assert result.extras == {"tag_f1": None}
+
+
+def test_masks_without_labeled_pixels_give_null(tmp_path: Path) -> None:
+    images = write_data(tmp_path)
+    write_index_png(tmp_path / "SegmentationClassAug" / "a.png", np.full((40, 60), 255, dtype=np.uint8))
+    result = run(images, limit=1)
+    assert math.isnan(result.miou)
+    assert result.to_json()["miou"] is None
+
+
+def fake_pseudo_label(monkeypatch: pytest.MonkeyPatch, value: int) -> list[dict[str, Any]]:
+    """Let pseudo labels be `value` on the left half and background on the right."""
+    calls: list[dict[str, Any]] = []
+
+    def pseudo_label(network: object, image: np.ndarray, tags: np.ndarray, **settings: Any) -> Tensor:
+        calls.append({"tags": tags.tolist(), **settings})
+        label = torch.zeros(image.shape[:2], dtype=torch.int64)
+        label[:, : image.shape[1] // 2] = value
+        return label
+
+    monkeypatch.setattr(evaluate_module, "pseudo_label", pseudo_label)
+    return calls
+
+
+@pytest.mark.parametrize("labels", ["cam", "propagated"])
+def test_cam_labels_get_the_true_tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: str) -> None:
+    calls = fake_pseudo_label(monkeypatch, 1)
+    config = Config()
+    result = run(write_data(tmp_path), labels=labels, config=config, refine=True, limit=2)
+    assert [call["tags"] for call in calls] == [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    assert {(call["kind"], call["refine"]) for call in calls} == {(labels, True)}
+    assert all(call["config"] is config.pseudo for call in calls)
+    # Quarters of a: 1 1 / 0 ignored against 1 0 / 1 0; of b: 2 0 / 0 0 against the same.
+    first, second = 20 * 30, 22 * 28
+    expected = [[second * 2, first + second, 0, 0], [first, first, 0, 0], [0, second, 0, 0], [0, 0, 0, 0]]
+    assert result.matrix.tolist() == expected
+    assert result.extras == {}
+    assert result.labels == labels
+
+
+def test_uncertain_pixels_are_not_scored_but_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_pseudo_label(monkeypatch, 255)
+    result = run(write_data(tmp_path), labels="refined", limit=1)
+    # Quarters of a: 1 1 / 0 ignored. The right half is decided, as background: one wrong, one ignored.
+    assert result.matrix.sum() == result.matrix[1, 0] == 20 * 30
+    assert result.extras == {"coverage": pytest.approx(100 / 3)}
+
+
+def test_real_pseudo_labels_are_scored(tmp_path: Path) -> None:
+    from afa.build import build_network
+    from afa.config import ModelConfig
+
+    torch.manual_seed(0)
+    network = build_network(ModelConfig(backbone="mit_tiny", weights="", decoder_width=8), 3)
+    images = write_data(tmp_path)
+    result = evaluate(
+        network, images, config=Config(), device=CPU, labels="propagated", limit=2, progress=False
+    )
+    assert result.matrix.sum() == expected_matrix(["a", "b"]).sum()
+    assert result.matrix[:, 3].sum() == 0  # No image is tagged horse.
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"labels": "mask"}, "labels is 'mask'; use one of seg, cam, propagated, initial, refined"),
+        ({"protocol": "crf"}, "protocol is 'crf'; use one of single, multiscale"),
+        ({"limit": 0}, "there is no image to evaluate; give a list with at least one name"),
+    ],
+)
+def test_wrong_settings(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(AfaError) as caught:
+        run(write_data(tmp_path), **settings)
+    assert str(caught.value) == message
+
+
+def test_cam_labels_without_tags(tmp_path: Path) -> None:
+    with pytest.raises(AfaError, match=r"no entry for image 'a'") as caught:
+        run(write_data(tmp_path, tags=False), labels="cam")
+    assert "\n" not in str(caught.value)
+
+
+def test_other_classes(tmp_path: Path) -> None:
+    images = write_data(tmp_path)
+    network = ColorNetwork()
+    network.num_classes = 20
+    with pytest.raises(AfaError) as caught:
+        evaluate(network, images, config=Config(), device=CPU, progress=False)  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        "the network has 20 classes and the data set 3; evaluate on data with the classes of the run"
+    )
+
+
+def test_no_mask_folder(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    with pytest.raises(AfaError) as caught:
+        open_scored(DataConfig(root=str(tmp_path), mask_dir="nowhere"))
+    assert str(caught.value) == f"{tmp_path / 'nowhere'}: no such folder; set data.mask_dir"
+
+
+def test_broken_mask_is_one_line(tmp_path: Path) -> None:
+    images = write_data(tmp_path)
+    (tmp_path / "SegmentationClassAug" / "c.png").write_bytes(b"not a png")
+    with pytest.raises(AfaError, match=r"c\.png: not an image") as caught:
+        run(images)
+    assert "\n" not in str(caught.value)
+
+
+def test_read_ahead_keeps_order_and_delivers_errors_at_their_place() -> None:
+    def read(index: int) -> int:
+        if index == 7:
+            raise AfaError("seven")
+        return index * index
+
+    results: list[tuple[int, object]] = []
+    for index, reading in read_ahead(read, range(30)):
+        error = reading.exception()
+        results.append((index, str(error) if error else reading.result()))
+    assert results == [(i, "seven" if i == 7 else i * i) for i in range(30)]
+
+
+def _score_shard(rank: int, root: str) -> None:
+    distributed.init_process_group("gloo", f"file://{root}/rendezvous", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    result = run(open_scored(DataConfig(root=root)))
+    Path(root, f"rank{rank}.json").write_text(json.dumps([result.matrix.tolist(), result.to_json()]))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    alone = run(write_data(tmp_path))
+    multiprocessing.spawn(_score_shard, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    for rank in (0, 1):
+        matrix, written = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert matrix == alone.matrix.tolist()
+        assert {**written, "seconds": 0} == {**alone.to_json(), "seconds": 0}

@@ -1,0 +1,180 @@
+"""Sizes, scales and fusion of the protocols, seen through networks that report what they were given."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from afa.config import EvaluationConfig, ModelConfig, PseudoConfig
+from afa.errors import AfaError
+from afa.evaluation import protocols
+from afa.evaluation.protocols import dense_logits, image_tensor, pseudo_label, seg_logits
+from afa.types import NetworkOutput, normalize_image
+
+
+class SpyNetwork(nn.Module):
+    """Two classes and background; logits are the channels of the input at a quarter of its size."""
+
+    num_classes = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+        self.views: list[Tensor] = []
+
+    def forward(self, image: Tensor, *, segmentation: bool, affinity: bool) -> NetworkOutput:
+        assert segmentation
+        assert not affinity
+        self.views.append(image)
+        size = ((image.shape[2] + 3) // 4, (image.shape[3] + 3) // 4)
+        # Not symmetric in x: a flip that is not undone would show.
+        ramp = torch.linspace(0, 1, size[1])
+        logits = interpolate(image, size=size, mode="bilinear", align_corners=False) + ramp
+        return NetworkOutput(
+            image_logits=image.mean((2, 3))[:, :2] * len(self.views),
+            class_scores=logits[:, :2],
+            seg_logits=logits,
+        )
+
+
+def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def run_spy(image: np.ndarray, protocol: str, **settings: Any) -> tuple[SpyNetwork, Tensor]:
+    network = SpyNetwork()
+    logits = seg_logits(network, image, protocol=protocol, config=EvaluationConfig(**settings))
+    return network, logits
+
+
+def test_single_is_one_pass_at_native_size() -> None:
+    image = random_image(45, 70)
+    network, logits = run_spy(image, "single")
+    (view,) = network.views
+    assert torch.equal(view, normalize_image(image_tensor(image, device=torch.device("cpu"))))
+    assert logits.shape == (3, 45, 70)
+    again = SpyNetwork()(view, segmentation=True, affinity=False).seg_logits
+    expected = interpolate(again, size=(45, 70), mode="bilinear", align_corners=False)[0]
+    assert torch.equal(logits, expected)
+
+
+def test_short_side_scales_the_view_and_not_the_logits() -> None:
+    network, logits = run_spy(random_image(50, 100), "single", short_side=64)
+    assert network.views[0].shape == (1, 3, 64, 128)
+    assert logits.shape == (3, 50, 100)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 50), (31, 32)])
+def test_small_images_are_stretched_to_32_pixels(size: tuple[int, int]) -> None:
+    network, logits = run_spy(random_image(*size), "single")
+    assert network.views[0].shape[2:] == (max(32, size[0]), max(32, size[1]))
+    assert logits.shape == (3, *size)
+
+
+def test_multiscale_runs_each_scale_with_its_flip() -> None:
+    network, logits = run_spy(random_image(40, 80), "multiscale", long_side=128, scales=(1.0, 0.5, 0.75))
+    assert [tuple(view.shape) for view in network.views] == [(2, 3, 64, 128), (2, 3, 32, 64), (2, 3, 48, 96)]
+    for view in network.views:
+        assert torch.equal(view[1], view[0].flip(-1))
+    assert logits.shape == (3, 40, 80)
+
+
+def test_multiscale_is_the_maximum_over_scales_of_the_mean_over_flips() -> None:
+    image = random_image(40, 80)
+    network, logits = run_spy(image, "multiscale", long_side=96, scales=(1.0, 0.75))
+    passes = []
+    for view in network.views:
+        again = SpyNetwork()(view, segmentation=True, affinity=False).seg_logits
+        # Enlarged before the flip is undone: the mean commutes with both.
+        plain, flipped = interpolate(again, size=(40, 80), mode="bilinear", align_corners=False)
+        passes.append((plain + flipped.flip(-1)) / 2)
+    torch.testing.assert_close(logits, torch.maximum(*passes), rtol=0, atol=1e-5)
+    assert not torch.allclose(logits, passes[0])
+    assert not torch.allclose(logits, passes[1])
+
+
+def test_image_logits_come_from_the_same_passes() -> None:
+    network = SpyNetwork()
+    config = EvaluationConfig(long_side=64, scales=(1.0, 0.5))
+    logits = dense_logits(network, random_image(32, 64), protocol="multiscale", config=config)
+    means = [(view.mean((2, 3))[:, :2] * (i + 1)).mean(0) for i, view in enumerate(network.views)]
+    torch.testing.assert_close(logits.image, torch.maximum(*means))
+    assert len(network.views) == 2
+
+
+def test_out_size_and_read_only_or_flipped_arrays() -> None:
+    image = random_image(40, 40)
+    image.flags.writeable = False
+    config = EvaluationConfig()
+    logits = dense_logits(SpyNetwork(), image[:, ::-1], protocol="single", config=config, out_size=(11, 13))
+    assert logits.segmentation.shape == (3, 11, 13)
+
+
+def test_unknown_protocol_lists_the_known_ones() -> None:
+    with pytest.raises(AfaError, match=r"^protocol is 'crf'; use one of single, multiscale$"):
+        run_spy(random_image(32, 32), "crf")
+
+
+class FakePipeline:
+    """Takes the place of `infer_pseudo`: the label is the column's index."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, score: Any, image: Tensor, tags: Tensor, **settings: Any) -> dict[str, Tensor]:
+        self.calls.append({"score": score, "image": image, "tags": tags, **settings})
+        batch, _, height, width = image.shape
+        label = torch.arange(width).expand(batch, height, width)
+        return dict.fromkeys(settings["want"], label)
+
+
+def test_pseudo_label_asks_for_the_kind_at_native_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = FakePipeline()
+    monkeypatch.setattr(protocols, "infer_pseudo", pipeline)
+    image, tags = random_image(70, 90), np.array([0.0, 1.0], dtype=np.float32)
+    config = PseudoConfig()
+    label = pseudo_label(SpyNetwork(), image, tags, kind="propagated", config=config, refine=True)
+    (call,) = pipeline.calls
+    assert call["want"] == ("propagated_label",)
+    assert call["refined"] is True
+    assert call["config"] is config
+    assert call["tags"].tolist() == [[0.0, 1.0]]
+    assert call["image"].shape == (1, 3, 70, 90)
+    assert float(call["image"].max()) <= 1.0
+    assert torch.equal(label, torch.arange(90).expand(70, 90))
+
+
+def test_pseudo_label_of_a_small_image_has_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = FakePipeline()
+    monkeypatch.setattr(protocols, "infer_pseudo", pipeline)
+    config = PseudoConfig(scales=(1.0, 0.5))
+    label = pseudo_label(SpyNetwork(), random_image(16, 100), np.ones(2), kind="cam", config=config)
+    assert pipeline.calls[0]["image"].shape == (1, 3, 64, 100)
+    assert label.shape == (16, 100)
+    assert label.dtype == torch.int64
+
+
+def test_unknown_pseudo_label_lists_the_known_ones() -> None:
+    with pytest.raises(AfaError, match=r"^labels is 'seg'; use one of cam, propagated, initial, refined$"):
+        pseudo_label(SpyNetwork(), random_image(9, 9), np.ones(2), kind="seg", config=PseudoConfig())
+
+
+@pytest.mark.parametrize("kind", ["cam", "propagated", "initial", "refined"])
+@pytest.mark.parametrize("size", [(9, 40), (65, 50)])
+def test_every_pseudo_label_of_a_real_network(kind: str, size: tuple[int, int]) -> None:
+    from afa.build import build_network
+
+    torch.manual_seed(0)
+    network = build_network(ModelConfig(backbone="mit_tiny", weights="", decoder_width=8), 3)
+    network.train()
+    label = pseudo_label(
+        network, random_image(*size), np.array([1, 0, 1]), kind=kind, config=PseudoConfig(iterations=2)
+    )
+    assert label.shape == size
+    # Class 2 is not tagged; only the labels that training learns from have uncertain pixels.
+    allowed = {0, 1, 3} if kind in ("cam", "propagated") else {0, 1, 3, 255}
+    assert set(label.unique().tolist()) <= allowed
+    assert network.training

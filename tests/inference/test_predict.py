@@ -1,0 +1,292 @@
+"""Masks of many files: names, broken images, tags, resuming, and the messages of errors."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from afa.config import Config, DataConfig
+from afa.data.images import read_mask
+from afa.data.palette import voc_palette
+from afa.data.voc import TaggedImages, open_tagged
+from afa.errors import AfaError
+from afa.inference import predict as predict_module
+from afa.inference.predict import PredictSummary, predict_files, pseudo_files
+from afa.inference.predictor import Predictor
+from afa.types import IMAGE_MEAN, IMAGE_STD, NetworkOutput
+
+CLASSES = ("cat", "dog", "horse")
+
+
+class ColorNetwork(nn.Module):
+    """Predicts for every pixel the class c of the image's red value, 60 * c."""
+
+    num_classes = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+
+    def forward(self, image: Tensor, *, segmentation: bool, affinity: bool) -> NetworkOutput:
+        red = (image[:, 0] * IMAGE_STD[0] + IMAGE_MEAN[0]) * 255 / 60
+        distance = -(red[:, None] - torch.arange(4.0).view(1, 4, 1, 1)).abs()
+        return NetworkOutput(
+            distance[:, 1:].mean((2, 3)), distance[:, 1:], seg_logits=distance[:, :, ::4, ::4]
+        )
+
+
+def write_image(path: Path, color: int, *, size: tuple[int, int] = (40, 50)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((*size, 3), 60 * color, dtype=np.uint8)).save(path)
+    return path
+
+
+def run(paths: list[Path], out: Path, **settings: Any) -> PredictSummary:
+    predictor = Predictor(ColorNetwork(), CLASSES)  # type: ignore[arg-type]
+    return predict_files(predictor, paths, out, progress=False, **settings)
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_files_become_index_png_and_overlay(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    summary = run(
+        [write_image(tmp_path / "one.png", 1), write_image(tmp_path / "two.JPG", 2, size=(9, 70))], out
+    )
+    assert files_in(out) == ["masks/one.png", "masks/two.png", "overlays/one.jpg", "overlays/two.jpg"]
+    with Image.open(out / "masks" / "one.png") as mask:
+        assert mask.mode == "P"
+        assert mask.getpalette() == voc_palette().ravel().tolist()
+        assert (np.array(mask) == 1).all()
+    assert (read_mask(out / "masks" / "two.png") == np.full((9, 70), 2)).all()
+    with Image.open(out / "overlays" / "two.jpg") as picture:
+        assert (picture.format, picture.size) == ("JPEG", (70, 9))
+    assert (summary.written, summary.skipped, summary.failed) == (2, 0, ())
+    assert str(summary).startswith(f"2 masks written to {out / 'masks'} in ")
+
+
+def test_scores_and_no_overlay(tmp_path: Path) -> None:
+    image = write_image(tmp_path / "one.png", 3)
+    run([image], tmp_path / "out", scores=True, overlay=False)
+    assert files_in(tmp_path / "out") == ["masks/one.png", "scores/one.npz"]
+    with np.load(tmp_path / "out" / "scores" / "one.npz") as written:
+        assert written["classes"].tolist() == ["background", *CLASSES]
+        assert written["scores"].dtype == np.float16
+        expected = Predictor(ColorNetwork(), CLASSES)(image).scores  # type: ignore[arg-type]
+        np.testing.assert_array_equal(written["scores"], expected.astype(np.float16))
+
+
+def test_folders_keep_their_tree_and_files_are_done_once(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    write_image(images / "x.png", 1)
+    write_image(images / "deep" / "er" / "x.png", 2)
+    (images / "notes.txt").write_text("not an image")
+    out = tmp_path / "out"
+    summary = run([images, images / "x.png", images / "deep" / ".." / "x.png"], out, overlay=False)
+    assert files_in(out) == ["masks/deep/er/x.png", "masks/x.png"]
+    assert read_mask(out / "masks" / "deep" / "er" / "x.png").max() == 2
+    assert summary.written == 2
+
+
+def test_several_folders_keep_their_names(tmp_path: Path) -> None:
+    write_image(tmp_path / "monday" / "x.png", 1)
+    write_image(tmp_path / "tuesday" / "x.png", 2)
+    run([tmp_path / "monday", tmp_path / "tuesday"], tmp_path / "out", overlay=False)
+    assert files_in(tmp_path / "out") == ["masks/monday/x.png", "masks/tuesday/x.png"]
+    assert read_mask(tmp_path / "out" / "masks" / "tuesday" / "x.png").max() == 2
+
+
+def test_masks_of_an_earlier_call_are_not_images(tmp_path: Path) -> None:
+    write_image(tmp_path / "x.png", 1)
+    for _ in range(2):
+        summary = run([tmp_path], tmp_path, scores=True)
+        assert summary.written == 1
+    assert files_in(tmp_path / "masks") == ["x.png"]
+    # Asked for by name, a folder called masks is as good as any.
+    assert run([tmp_path / "masks"], tmp_path / "out").written == 1
+
+
+def test_broken_images_are_reported_and_the_rest_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    for i in range(12):
+        write_image(images / f"{i:02d}.png", i % 4)
+    encoded = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(
+        encoded, "png"
+    )
+    (images / "03.png").write_bytes(encoded.getvalue()[:1000])
+    (images / "07.png").write_bytes(b"")
+    summary = run([images], tmp_path / "out", overlay=False)
+    assert files_in(tmp_path / "out") == [f"masks/{i:02d}.png" for i in range(12) if i not in (3, 7)]
+    assert summary.written == 10
+    assert str(summary).endswith("; 2 images failed")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"skipped: {line}" for line in summary.failed]
+    assert lines[0].startswith(f"skipped: {images / '03.png'}: cannot be read as an image (")
+    assert lines[1].startswith(f"skipped: {images / '07.png'}: the file is empty (0 bytes); ")
+
+
+def test_tags_restrict_each_image(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    write_image(images / "a.png", 1)
+    write_image(images / "sub" / "b.png", 1)
+    write_image(images / "c.png", 3)
+    tags = {"a": ("cat",), "sub/b": ("dog",), "b": ("cat",), "c": ("cat", "horse")}
+    run([images], tmp_path / "out", tags=tags)
+    masks = tmp_path / "out" / "masks"
+    assert read_mask(masks / "a.png").min() == 1
+    assert 1 not in read_mask(masks / "sub" / "b.png")
+    assert read_mask(masks / "c.png").min() == 3
+
+
+def test_tags_are_found_by_file_name_too(tmp_path: Path) -> None:
+    write_image(tmp_path / "images" / "sub" / "b.png", 1)
+    run([tmp_path / "images"], tmp_path / "out", tags={"b": ("cat",)})
+    assert read_mask(tmp_path / "out" / "masks" / "sub" / "b.png").min() == 1
+
+
+def test_unknown_tag_fails_that_image(tmp_path: Path) -> None:
+    paths = [write_image(tmp_path / "a.png", 1), write_image(tmp_path / "b.png", 1)]
+    summary = run(paths, tmp_path / "out", tags={"a": ("catt",), "b": ("cat",)})
+    assert summary.written == 1
+    assert summary.failed == (f"{paths[0]}: unknown tag 'catt'; did you mean cat? allowed: cat, dog, horse",)
+
+
+def test_messages(tmp_path: Path) -> None:
+    image = write_image(tmp_path / "a.png", 1)
+    other = write_image(tmp_path / "sub" / "a.jpg", 1)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "file").write_text("")
+    cases: list[tuple[list[Path], dict[str, Any], str]] = [
+        (
+            [image, other],
+            {},
+            f"{image} and {other} would both be written as a.png; rename one, or predict them ",
+        ),
+        (
+            [image],
+            {"tags": {"b": ("cat",)}},
+            "the tags have no entry for 'a' (1 of 1 images); add it, or predict",
+        ),
+        ([], {}, "there is no image to predict; pass image files or folders that hold some"),
+        ([empty], {}, f"{empty}: no image in this folder; "),
+        ([tmp_path / "gone.jpg"], {}, f"{tmp_path / 'gone.jpg'}: no such image or folder; check the path"),
+    ]
+    for paths, settings, message in cases:
+        with pytest.raises(AfaError) as caught:
+            run(paths, tmp_path / "out", **settings)
+        assert str(caught.value).startswith(message)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(
+        AfaError, match=r"file/masks: cannot be made \(Not a directory\); choose another folder$"
+    ):
+        run([image], tmp_path / "file")
+    (tmp_path / "out" / "overlays" / "a.jpg").mkdir(parents=True)
+    with pytest.raises(AfaError, match=r"overlays/a\.jpg: cannot be written \(Is a directory\); free space"):
+        run([image], tmp_path / "out")
+
+
+def test_a_failed_write_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(predict_module.np, "savez_compressed", fail)
+    image = write_image(tmp_path / "a.png", 1)
+    with pytest.raises(AfaError, match=r"scores/a\.npz: cannot be written \(No space left on device\)"):
+        run([image], tmp_path / "out", scores=True)
+    assert files_in(tmp_path / "out") == []
+
+
+def tagged_images(root: Path, colors: dict[str, int]) -> TaggedImages:
+    for name, color in colors.items():
+        write_image(root / "JPEGImages" / f"{name}.png", color)
+    (root / "lists").mkdir()
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    (root / "lists" / "train.txt").write_text("\n".join(colors))
+    rows = [f"{name},{CLASSES[color - 1]}" for name, color in colors.items()]
+    (root / "lists" / "tags.csv").write_text("\n".join(["image,tags", *rows]))
+    return open_tagged(DataConfig(root=str(root)))
+
+
+@pytest.fixture
+def pseudo_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Let a pseudo label be the tagged class on the left half and uncertain on the right."""
+    calls: list[dict[str, Any]] = []
+
+    def pseudo_label(network: object, image: np.ndarray, tags: np.ndarray, **settings: Any) -> Tensor:
+        calls.append({"tags": tags.tolist(), **settings})
+        label = torch.full(image.shape[:2], 255)
+        label[:, : image.shape[1] // 2] = int(tags.argmax()) + 1
+        return label
+
+    monkeypatch.setattr(predict_module, "pseudo_label", pseudo_label)
+    return calls
+
+
+def run_pseudo(images: TaggedImages, out: Path, **settings: Any) -> PredictSummary:
+    settings = {"config": Config(), "device": torch.device("cpu"), "progress": False, **settings}
+    return pseudo_files(ColorNetwork(), images, out, **settings)  # type: ignore[arg-type]
+
+
+def test_pseudo_labels_are_written_with_their_uncertain_pixels(
+    tmp_path: Path, pseudo_calls: list[dict[str, Any]]
+) -> None:
+    images = tagged_images(tmp_path / "data", {"a": 1, "b": 3})
+    summary = run_pseudo(images, tmp_path / "out", kind="initial")
+    assert files_in(tmp_path / "out") == ["masks/a.png", "masks/b.png"]
+    mask = read_mask(tmp_path / "out" / "masks" / "b.png")
+    assert (mask[:, :25] == 3).all()
+    assert (mask[:, 25:] == 255).all()
+    assert [call["tags"] for call in pseudo_calls] == [[1, 0, 0], [0, 0, 1]]
+    assert {call["kind"] for call in pseudo_calls} == {"initial"}
+    assert (summary.written, summary.skipped, summary.failed) == (2, 0, ())
+
+
+def test_pseudo_labels_resume(
+    tmp_path: Path, pseudo_calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tagged_images(tmp_path / "data", {"a": 1, "b": 2, "c": 3})
+    out = tmp_path / "out"
+    run_pseudo(images, out, overlay=True)
+    assert len(pseudo_calls) == 3
+    (out / "masks" / "b.png").unlink()
+    before = (out / "masks" / "a.png").stat().st_mtime_ns
+    capsys.readouterr()
+    summary = run_pseudo(images, out, overlay=True)
+    assert len(pseudo_calls) == 4
+    assert (out / "masks" / "a.png").stat().st_mtime_ns == before
+    assert files_in(out) == [f"{kind}" for kind in ("masks/a.png", "masks/b.png", "masks/c.png")] + [
+        "overlays/a.jpg",
+        "overlays/b.jpg",
+        "overlays/c.jpg",
+    ]
+    assert (summary.written, summary.skipped) == (1, 2)
+    assert "2 were there already and left as they are (delete them to redo)" in str(summary)
+    expected = f"{out / 'masks'}: 2 of 3 masks are there already and left as they are\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_pseudo_labels_go_on_after_a_broken_image(tmp_path: Path, pseudo_calls: list[dict[str, Any]]) -> None:
+    images = tagged_images(tmp_path / "data", {"a": 1, "b": 2})
+    (tmp_path / "data" / "JPEGImages" / "a.png").write_bytes(b"broken")
+    summary = run_pseudo(images, tmp_path / "out")
+    assert files_in(tmp_path / "out") == ["masks/b.png"]
+    assert len(summary.failed) == 1
+    assert "a.png: not an image" in summary.failed[0]
+
+
+def test_unknown_pseudo_kind(tmp_path: Path) -> None:
+    images = tagged_images(tmp_path / "data", {"a": 1})
+    with pytest.raises(AfaError, match=r"^labels is 'seg'; use one of cam, propagated, initial, refined$"):
+        run_pseudo(images, tmp_path / "out", kind="seg")

@@ -1,0 +1,190 @@
+"""The predictor: kinds of input, restriction by tags, sizes, and the messages of its errors."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from afa.config import EvaluationConfig
+from afa.errors import AfaError
+from afa.evaluation.protocols import seg_logits
+from afa.inference.predictor import Prediction, Predictor, image_array
+from afa.types import NetworkOutput
+
+CLASSES = ("cat", "dog", "horse")
+
+
+class ScaledColors(nn.Module):
+    """Logits are the color channels, doubled, and a constant: class 3 wherever a pixel is dark."""
+
+    num_classes = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+        self.sizes: list[tuple[int, ...]] = []
+
+    def forward(self, image: Tensor, *, segmentation: bool, affinity: bool) -> NetworkOutput:
+        self.sizes.append(tuple(image.shape[2:]))
+        logits = torch.cat([2 * image, torch.zeros_like(image[:, :1])], 1)[:, :, ::4, ::4]
+        return NetworkOutput(logits[:, 1:].amax((2, 3)), logits[:, 1:], seg_logits=logits)
+
+
+def random_image(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def predictor(**settings: Any) -> Predictor:
+    return Predictor(ScaledColors(), CLASSES, **settings)  # type: ignore[arg-type]
+
+
+def test_prediction_has_the_size_of_the_image_and_its_scores_sum_to_one() -> None:
+    image = random_image(41, 57)
+    prediction = predictor()(image)
+    assert prediction.label.shape == (41, 57)
+    assert prediction.label.dtype == np.uint8
+    assert prediction.scores.shape == (4, 41, 57)
+    assert prediction.scores.dtype == np.float32
+    assert prediction.classes == ("background", *CLASSES)
+    logits = seg_logits(ScaledColors(), image, protocol="single", config=EvaluationConfig())  # type: ignore[arg-type]
+    np.testing.assert_allclose(prediction.scores, torch.softmax(logits, 0).numpy(), atol=1e-6)
+    np.testing.assert_array_equal(prediction.label, prediction.scores.argmax(0))
+    assert len(np.unique(prediction.label)) == 4
+
+
+def test_tags_restrict_the_argmax_and_the_softmax() -> None:
+    image = random_image(40, 40)
+    free = predictor()(image)
+    prediction = predictor()(image, tags=["dog"])
+    assert set(np.unique(free.label)) - {0, 2}
+    assert set(np.unique(prediction.label)) == {0, 2}
+    assert not prediction.scores[[1, 3]].any()
+    np.testing.assert_allclose(prediction.scores.sum(0), 1, atol=1e-6)
+    ratio = free.scores[2] / free.scores[0]
+    np.testing.assert_allclose(prediction.scores[2] / prediction.scores[0], ratio, rtol=1e-4)
+
+
+def test_no_tags_is_all_background() -> None:
+    prediction = predictor()(random_image(40, 40), tags=())
+    assert not prediction.label.any()
+    assert (prediction.scores[0] == 1).all()
+
+
+def test_path_pillow_and_array_are_the_same(tmp_path: Path) -> None:
+    image = random_image(40, 50)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    expected = predictor()(image)
+    for kind in (
+        tmp_path / "image.png",
+        str(tmp_path / "image.png"),
+        Image.fromarray(image),
+        np.asarray(Image.fromarray(image)),
+    ):
+        np.testing.assert_array_equal(predictor()(kind).scores, expected.scores)
+
+
+def test_pillow_images_are_turned_upright_and_made_rgb() -> None:
+    image = Image.fromarray(random_image(40, 50)).convert("L")
+    image.getexif()[0x0112] = 6
+    assert image_array(image).shape == (50, 40, 3)
+
+
+def test_the_image_is_left_alone() -> None:
+    image = random_image(40, 50)
+    before = image.copy()
+    predictor()(image, tags=["cat"])
+    np.testing.assert_array_equal(image, before)
+
+
+def test_large_images_are_scaled_down_for_the_network_only() -> None:
+    predict = predictor(max_side=64)
+    prediction = predict(random_image(100, 200))
+    assert predict.network.sizes == [(32, 64)]
+    assert prediction.label.shape == (100, 200)
+    assert predict(random_image(1, 500)).scores.shape == (4, 1, 500)
+
+
+def test_protocol_is_the_configured_one_unless_given() -> None:
+    config = EvaluationConfig(protocol="multiscale", scales=(1.0, 0.5), long_side=64)
+    predict = predictor(config=config)
+    predict(random_image(64, 64))
+    assert predict.network.sizes == [(64, 64), (32, 32)]
+    predict = predictor(config=config, protocol="single")
+    predict(random_image(40, 40))
+    assert predict.network.sizes == [(40, 40)]
+
+
+def test_save_and_overlay(tmp_path: Path) -> None:
+    image = random_image(40, 50)
+    prediction = predictor()(image)
+    prediction.save(tmp_path / "new" / "mask.png")
+    with Image.open(tmp_path / "new" / "mask.png") as mask:
+        assert mask.mode == "P"
+        np.testing.assert_array_equal(np.array(mask), prediction.label)
+    assert prediction.overlay(image).size == (50, 40)
+    blank = Prediction(np.zeros((40, 50), dtype=np.uint8), prediction.scores, prediction.classes)
+    assert prediction.overlay(image).tobytes() != blank.overlay(image).tobytes()
+
+
+def test_unknown_tag_names_the_closest_class() -> None:
+    with pytest.raises(AfaError) as caught:
+        predictor()(random_image(40, 40), tags=["hrose"])
+    assert str(caught.value) == "unknown tag 'hrose'; did you mean horse? allowed: cat, dog, horse"
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        (np.zeros((4, 4, 3), dtype=np.float32), "float32 array of shape (4, 4, 3)"),
+        (np.zeros((4, 4), dtype=np.uint8), "uint8 array of shape (4, 4)"),
+        (np.zeros((3, 4, 4), dtype=np.uint8), "uint8 array of shape (3, 4, 4)"),
+        (np.zeros((0, 4, 3), dtype=np.uint8), "uint8 array of shape (0, 4, 3)"),
+    ],
+)
+def test_other_arrays(image: Any, found: str) -> None:
+    with pytest.raises(AfaError) as caught:
+        predictor()(image)
+    assert str(caught.value) == f"the image is a {found}; pass (height, width, 3) uint8 RGB"
+
+
+def test_missing_file_unknown_protocol_and_foreign_overlay(tmp_path: Path) -> None:
+    with pytest.raises(AfaError, match=r"nothing\.jpg: no such image; check the path$"):
+        predictor()(tmp_path / "nothing.jpg")
+    with pytest.raises(AfaError, match=r"^protocol is 'crf'; use one of single, multiscale$"):
+        predictor(protocol="crf")
+    with pytest.raises(
+        AfaError, match=r"^the image is 20x10 pixels and the prediction 50x40; pass the image"
+    ):
+        predictor()(random_image(40, 50)).overlay(random_image(10, 20))
+
+
+def test_from_run(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from afa.build import build_network
+    from afa.config import config_to_toml, load_config
+
+    settings = {"model.backbone": "mit_tiny", "model.weights": "", "model.decoder_width": 8}
+    config = load_config(None, {**settings, "evaluation.protocol": "multiscale"})
+    torch.manual_seed(0)
+    network = build_network(config.model, 3, pretrained=False).eval()
+    (tmp_path / "config.toml").write_text(config_to_toml(config))
+    (tmp_path / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    loaded = Predictor.from_run(tmp_path, device="cpu", protocol="single")
+    assert loaded.classes == CLASSES
+    assert loaded.protocol == "single"
+    assert Predictor.from_run(str(tmp_path), device="cpu").protocol == "multiscale"
+    image = random_image(48, 64)
+    expected = Predictor(network, CLASSES, protocol="single")(image)
+    np.testing.assert_array_equal(loaded(image).scores, expected.scores)
+
+
+def test_from_run_of_another_folder(tmp_path: Path) -> None:
+    with pytest.raises(AfaError, match=r"not a run folder") as caught:
+        Predictor.from_run(tmp_path)
+    assert "\n" not in str(caught.value)

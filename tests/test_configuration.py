@@ -1,0 +1,228 @@
+"""What afa.config promises: where values come from, and one clear line for each mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from afa.config import (
+    PRESETS,
+    AugmentConfig,
+    Config,
+    ScheduleConfig,
+    config_from_dict,
+    config_to_dict,
+    config_to_toml,
+    field_docs,
+    load_config,
+)
+from afa.errors import AfaError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.toml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def one_line(error: pytest.ExceptionInfo[AfaError]) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_defaults_are_the_paper_preset() -> None:
+    assert load_config() == Config()
+    assert load_config(preset="paper") == Config()
+    config = load_config()
+    assert (config.schedule.max_steps, config.schedule.batch_size, config.augment.crop_size) == (
+        20_000,
+        8,
+        512,
+    )
+    assert (config.pseudo.background_low, config.pseudo.background_high) == (0.35, 0.55)
+
+
+def test_flags_win_over_file_wins_over_preset(tmp_path: Path) -> None:
+    path = write(tmp_path, 'preset = "paper_coco"\n[schedule]\nmax_steps = 70\nrefined_steps = 6_000\n')
+    config = load_config(path, {"schedule.max_steps": "7"})
+    assert config.preset == "paper_coco"
+    assert config.schedule.max_steps == 7
+    assert config.schedule.refined_steps == 6_000
+    assert config.schedule.cls_steps == 5_000
+    assert config.pseudo.iterations == 15
+    assert load_config(path, preset="paper").schedule.cls_steps == 2_000
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("schedule.max_steps", "1_000", 1000),
+        ("schedule.learning_rate", "1e-4", 1e-4),
+        ("schedule.learning_rate", "1", 1.0),
+        ("schedule.freeze_norms", "False", False),
+        ("model.pooling", "gap", "gap"),
+        ("model.weights", "", ""),
+        ("pseudo.scales", "1,0.5", (1.0, 0.5)),
+        ("pseudo.dilations", "[1, 2]", (1, 2)),
+        ("data.classes", "['cat', \"dog\"]", ("cat", "dog")),
+        ("data.classes", "cat,dog", ("cat", "dog")),
+        ("data.classes", "", ()),
+        ("schedule.betas", "0.9,0.99", (0.9, 0.99)),
+    ],
+)
+def test_flag_text_becomes_the_type_of_the_field(key: str, text: str, value: object) -> None:
+    section, name = key.split(".")
+    read = getattr(getattr(load_config(overrides={key: text}), section), name)
+    assert read == value
+    assert type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"schedule.max_stepz": "1"}, "unknown key schedule.max_stepz; did you mean max_steps?"),
+        ({"shedule.max_steps": "1"}, "unknown key shedule.max_steps; did you mean schedule.max_steps?"),
+        ({"max_steps": "1"}, "unknown key max_steps;"),
+        ({"schedule.": "1"}, "unknown key schedule.;"),
+        ({"schedule.max_steps": "many"}, "schedule.max_steps is 'many'; give a whole number"),
+        ({"schedule.max_steps": 1.5}, "schedule.max_steps is 1.5; give a whole number"),
+        ({"schedule.max_steps": True}, "schedule.max_steps is True; give a whole number"),
+        ({"schedule.max_steps": "0"}, "schedule.max_steps is 0; use 1 or more"),
+        ({"schedule.learning_rate": "fast"}, "schedule.learning_rate is 'fast'; give a number"),
+        ({"schedule.learning_rate": "nan"}, "schedule.learning_rate is 'nan'; give a finite number"),
+        ({"schedule.learning_rate": "inf"}, "schedule.learning_rate is 'inf'; give a finite number"),
+        ({"schedule.learning_rate": "-1"}, "schedule.learning_rate is -1.0; use 0.0 to 10.0"),
+        ({"schedule.freeze_norms": "maybe"}, "schedule.freeze_norms is 'maybe'; use true or false"),
+        ({"schedule.freeze_norms": 1}, "schedule.freeze_norms is 1; use true or false"),
+        ({"schedule.betas": "0.9"}, "schedule.betas has 1 values; give 2"),
+        ({"model.pooling": "max"}, "model.pooling is 'max'; use one of gmp, gap, topk"),
+        ({"pseudo.scales": 1.0}, "pseudo.scales is 1.0; give a list"),
+        ({"pseudo.scales": "1,9"}, "pseudo.scales is 9.0; use 0.1 to 4.0"),
+        ({"pseudo.scales": ""}, "pseudo.scales is empty"),
+        ({"pseudo.dilations": ""}, "pseudo.dilations is empty"),
+        ({"evaluation.scales": ""}, "evaluation.scales is empty"),
+        ({"data.root": 3}, "data.root is 3; give a text"),
+        ({"pseudo.background_low": 0.6}, "pseudo.background_low is 0.6, above pseudo.background_high (0.55)"),
+        ({"augment.scale_min": 3}, "augment.scale_min is 3.0, above augment.scale_max (2.0)"),
+        ({"augment.crop_size": 100}, "augment.crop_size is 100; use a multiple of 32"),
+        ({"schedule.refined_steps": 1}, "schedule.refined_steps is 1, before schedule.cls_steps (2000)"),
+        ({"pseudo.reuse_training_pass": True, "pseudo.scales": "0.5"}, "has no 1.0 to reuse"),
+        ({"data.classes": "cat", "data.class_subset": "dog"}, "data.class_subset names 'dog'"),
+    ],
+)
+def test_a_wrong_flag_is_one_clear_line(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(AfaError) as error:
+        load_config(overrides=overrides)
+    assert message in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[model]\npoolin = 'gap'\n", "unknown key model.poolin; did you mean pooling? allowed: backbone, "),
+        ("[modell]\npooling = 'gap'\n", "unknown section [modell]; did you mean model? allowed: data, "),
+        ("model = 3\n", "model is 3; write a table [model]"),
+        ("preset = 'papr'\n", "preset is 'papr'; use one of paper, paper_coco"),
+        ("preset = 3\n", "preset is 3; use one of"),
+        ("[model\n", "not valid TOML"),
+        ("[schedule]\nmax_steps = '2.5'\n", "schedule.max_steps is '2.5'; give a whole number"),
+    ],
+)
+def test_a_wrong_file_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(AfaError) as error:
+        load_config(path)
+    assert message in one_line(error)
+
+
+def test_messages_about_unknown_keys_name_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "[model]\npoolin = 'gap'\n")
+    with pytest.raises(AfaError) as error:
+        load_config(path)
+    assert one_line(error).startswith(str(path))
+
+
+def test_a_missing_or_unreadable_file_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(AfaError, match=r"absent\.toml: no such configuration file"):
+        load_config(tmp_path / "absent.toml")
+    with pytest.raises(AfaError, match="cannot be read as a configuration file"):
+        load_config(tmp_path)
+    path = tmp_path / "latin.toml"
+    path.write_bytes(b"# \xe9\n")
+    with pytest.raises(AfaError, match="cannot be read as a configuration file"):
+        load_config(path)
+
+
+def test_round_trip_through_toml_and_json(tmp_path: Path) -> None:
+    config = load_config(
+        preset="paper_coco",
+        overrides={
+            "data.root": 'a "quoted" \\ folder, ünïcode',
+            "data.classes": "cat,dog",
+            "schedule.learning_rate": 1e-7,
+            "schedule.freeze_norms": False,
+        },
+    )
+    assert load_config(write(tmp_path, config_to_toml(config))) == config
+    assert config_from_dict(config_to_dict(config), origin="checkpoint") == config
+
+
+def test_a_stored_configuration_with_foreign_keys_is_refused() -> None:
+    with pytest.raises(AfaError, match=r"checkpoint: unknown section 'optimizer'"):
+        config_from_dict({"optimizer": {}}, origin="checkpoint")
+    with pytest.raises(AfaError, match=r"checkpoint: unknown key model\.depth"):
+        config_from_dict({"model": {"depth": 3}}, origin="checkpoint")
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    config = Config()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.schedule.max_steps = 3  # type: ignore[misc]
+
+
+def test_field_docs_lists_every_key_once() -> None:
+    docs = field_docs()
+    sections = [f.name for f in dataclasses.fields(Config) if f.name != "preset"]
+    assert {key.split(".")[0] for key in docs} == set(sections)
+    assert docs["schedule.max_steps"] == ("int", 20_000)
+    assert len(docs) == sum(len(dataclasses.fields(type(getattr(Config(), section)))) for section in sections)
+
+
+def test_every_default_passes_its_own_check() -> None:
+    """A default out of its own range would be refused as soon as a stored configuration is read back."""
+    assert config_from_dict(config_to_dict(Config()), origin="defaults") == Config()
+
+
+@pytest.mark.parametrize("cls", [AugmentConfig, ScheduleConfig])
+def test_numeric_fields_state_a_range(cls: type[Any]) -> None:
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        if hints[f.name] in (int, float):
+            assert "low" in f.metadata, f.name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_loads(preset: str) -> None:
+    assert load_config(preset=preset).preset == preset
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_loads_and_says_how_to_run_it(path: Path) -> None:
+    config = load_config(path)
+    assert config.data.root == "", "the folder of the images differs by machine; it is a flag"
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# afa ")
+    assert path.stem in first
+
+
+def test_the_voc_recipe_is_the_paper_preset() -> None:
+    recipe = load_config(next(path for path in CONFIGS if path.stem == "voc_mit_b1"))
+    for section in ("augment", "model", "pseudo", "loss", "schedule", "evaluation"):
+        assert getattr(recipe, section) == getattr(Config(), section), section
