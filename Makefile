@@ -32,7 +32,7 @@ test: $(STAMP)
 
 parity: $(STAMP)
 	$(if $(VECTORS),,$(error name the file: make parity VECTORS=reference_vectors.npz))
-	$(BIN)/python bench/parity.py $(VECTORS)
+	$(BIN)/python -m afa.parity $(VECTORS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """Pixel-adaptive refinement the way published code has it: the plain side of `bench/par.py`.
 
-Neighbors come out of dilated 3x3 convolutions whose filters are one-hot, one convolution per dilation, for the
-image and again for the scores at every iteration. Every call computes its kernel anew. Equal in result to
-`afa.pseudo.par.par`, and slow; nothing but the benchmark should use it.
+Neighbors come out of dilated 3x3 convolutions whose filters are one-hot, one convolution per dilation, for
+the image and again for the scores at every iteration. Every call computes its kernel anew. Equal in result
+to `afa.pseudo.par.par`, and slow; nothing but the benchmark should use it.
 """
 
 from __future__ import annotations

@@ -104,9 +104,7 @@ def refinement_kernel(
     return kernel
 
 
-def refine(
-    scores: Array, kernel: Array, *, dilations: Sequence[int] = DILATIONS, iterations: int = 10
-) -> Array:
+def refine(scores: Array, kernel: Array, *, dilations: Sequence[int] = DILATIONS, iterations: int = 10) -> Array:
     current = np.asarray(scores, dtype=np.float64)
     _, height, width = current.shape
     for _ in range(iterations):
@@ -121,9 +119,7 @@ def refine(
 
 def par(image: Array, scores: Array, *, dilations: Sequence[int] = DILATIONS, iterations: int = 10) -> Array:
     resized = bilinear(scores, (image.shape[1], image.shape[2]), align_corners=True)
-    return refine(
-        resized, refinement_kernel(image, dilations=dilations), dilations=dilations, iterations=iterations
-    )
+    return refine(resized, refinement_kernel(image, dilations=dilations), dilations=dilations, iterations=iterations)
 
 
 # --- CAM and labels (Eq. 2, Eq. 4) ---

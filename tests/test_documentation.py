@@ -44,9 +44,7 @@ def parameters(function: Function) -> dict[str, str]:
     """Name -> annotation of each parameter but self and cls."""
     args = function.args
     every = [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg]
-    found = {
-        arg.arg: ast.unparse(arg.annotation) if arg.annotation else "" for arg in every if arg is not None
-    }
+    found = {arg.arg: ast.unparse(arg.annotation) if arg.annotation else "" for arg in every if arg is not None}
     return {name: kind for name, kind in found.items() if name not in ("self", "cls", "_")}
 
 

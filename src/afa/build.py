@@ -82,9 +82,7 @@ def read_classes(run: Path) -> tuple[str, ...]:
         AfaError: Not a run folder.
     """
     if not (run / "config.toml").is_file() or not (run / "classes.txt").is_file():
-        raise AfaError(
-            f"{run}: not a run folder (no config.toml and classes.txt); pass the --out of afa train"
-        )
+        raise AfaError(f"{run}: not a run folder (no config.toml and classes.txt); pass the --out of afa train")
     return tuple((run / "classes.txt").read_text(encoding="utf-8").splitlines())
 
 

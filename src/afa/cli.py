@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from afa import __version__
 from afa.errors import AfaError
@@ -35,10 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 1 done with failures, 2 a mistake in what was given.
     """
-    parser = build_parser()
-    arguments, rest = parser.parse_known_args(argv)
     try:
-        overrides = _overrides(rest, arguments)
+        words, overrides = _take_keys(sys.argv[1:] if argv is None else argv)
+        arguments, rest = build_parser().parse_known_args(words)
+        if rest and arguments.run is not _refuse:
+            raise AfaError(f"unknown argument {rest[0]!r}; afa COMMAND --help lists them, keys are --SECTION.KEY VALUE")
+        for name in _SHORTHANDS:
+            if getattr(arguments, name, None) is not None:
+                overrides[f"train.{name}"] = getattr(arguments, name)
         run: Callable[[argparse.Namespace, dict[str, str]], int] = arguments.run
         return run(arguments, overrides)
     except AfaError as error:
@@ -56,9 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise AfaError(f"{message}; see {self.prog} --help")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """Parser of everything but `--SECTION.KEY VALUE`, which `main` takes from what is left."""
-    parser = argparse.ArgumentParser(
+    """Parser of everything but `--SECTION.KEY VALUE`, which `main` takes out before."""
+    parser = _Parser(
         prog="afa",
         description="Image-level tags in, segmentation masks out.",
         epilog="Any key of the configuration is a flag: --SECTION.KEY VALUE, such as --schedule.max_steps 1000.",
@@ -66,9 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"afa {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    demo = _add(
-        commands, "demo", _demo, "train on generated images and write a report; a few minutes on a laptop"
-    )
+    demo = _add(commands, "demo", _demo, "train on generated images and write a report; a few minutes on a laptop")
     demo.add_argument("--out", default="runs/demo", metavar="RUN", help="run folder (default: %(default)s)")
     demo.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
     demo.add_argument("--resume", action="store_true", help="go on with the run in RUN")
@@ -82,9 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = _add(commands, "evaluate", _evaluate, "score a run against masks")
     evaluate.add_argument("folder", metavar="RUN", help="run folder")
     evaluate.add_argument("--data", required=True, metavar="DIR", help="VOC-style folder with masks")
-    evaluate.add_argument(
-        "--list", metavar="FILE", help="image names, one a line (default: data.val_list of the run)"
-    )
+    evaluate.add_argument("--list", metavar="FILE", help="image names, one a line (default: data.val_list of the run)")
     evaluate.add_argument("--protocol", choices=("single", "multiscale"), help="default: that of the run")
     evaluate.add_argument(
         "--labels",
@@ -92,9 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="seg",
         help="what is scored; all but seg use the images' true tags (default: %(default)s)",
     )
-    evaluate.add_argument(
-        "--refine", action="store_true", help="refine cam or propagated scores by the image first"
-    )
+    evaluate.add_argument("--refine", action="store_true", help="refine cam or propagated scores by the image first")
     evaluate.add_argument("--limit", type=_positive, metavar="N", help="only the first N images")
     evaluate.add_argument("--json", metavar="FILE", help="also write the figures here; - is standard output")
 
@@ -102,9 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("folder", metavar="RUN", help="run folder")
     predict.add_argument("images", nargs="+", metavar="IMAGES", help="image files or folders")
     predict.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
-    predict.add_argument(
-        "--tags", metavar="FILE", help="tags of the images: only tagged classes are predicted"
-    )
+    predict.add_argument("--tags", metavar="FILE", help="tags of the images: only tagged classes are predicted")
     predict.add_argument("--scores", action="store_true", help="also write class scores")
     predict.add_argument("--no-overlay", action="store_true", help="write no color overlays")
 
@@ -112,9 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     pseudo.add_argument("folder", metavar="RUN", help="run folder")
     pseudo.add_argument("--data", required=True, metavar="DIR", help="VOC-style folder with tags")
     pseudo.add_argument("--out", required=True, metavar="DIR", help="folder of the labels")
-    pseudo.add_argument(
-        "--list", metavar="FILE", help="image names, one a line (default: data.train_list of the run)"
-    )
+    pseudo.add_argument("--list", metavar="FILE", help="image names, one a line (default: data.train_list of the run)")
     pseudo.add_argument("--kind", choices=("refined", "initial", "propagated", "cam"), default="refined")
 
     report = _add(commands, "report", _report, "write report.html and report.json anew", network=False)
@@ -127,9 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add(commands: Any, name: str, run: Any, text: str, *, network: bool = True) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text[0].upper() + text[1:] + "."
-    )
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(run=run)
     if network:
         parser.add_argument("--device", metavar="auto|cpu|cuda|mps", help="where to compute (default: auto)")
@@ -138,35 +137,31 @@ def _add(commands: Any, name: str, run: Any, text: str, *, network: bool = True)
     return parser
 
 
-def _overrides(rest: Sequence[str], arguments: argparse.Namespace) -> dict[str, str]:
-    """Turn `--section.key value` and the shorthands into dotted keys."""
+def _take_keys(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Take `--section.key value` out of the arguments: what is left, and the values by dotted key.
+
+    First of all, because argparse, which does not know these flags, would take their values for its own arguments.
+    """
+    left: list[str] = []
     overrides: dict[str, str] = {}
-    words = iter(rest)
+    words = iter(argv)
     for word in words:
         key, has_value, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or "." not in key:
-            if arguments.run is _refuse:
-                continue
-            raise AfaError(
-                f"unknown argument {word!r}; see afa --help, and write configuration keys as --SECTION.KEY VALUE"
-            )
+            left.append(word)
+            continue
         if not has_value:
-            following = next(words, None)
-            if following is None:
+            value = next(words, "--")
+            if value.startswith("--"):
                 raise AfaError(f"--{key} has no value; write --{key} VALUE")
-            value = following
         overrides[key] = value
-    for name in _SHORTHANDS:
-        if getattr(arguments, name, None) is not None:
-            overrides[f"train.{name}"] = getattr(arguments, name)
-    return overrides
+    return left, overrides
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _demo(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
@@ -229,11 +224,14 @@ def _evaluate(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
         sys.stdout.write(text)
         return 0
     if arguments.json:
-        write_atomically(Path(arguments.json), text)
+        path = Path(arguments.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
     width = max(len(name) for name in figures["per_class"])
     for name, iou in figures["per_class"].items():
         print(f"{name:{width}}  {'  -  ' if iou is None else f'{iou:5.1f}'}")
-    print(f"{'mIoU':{width}}  {figures['miou']:5.2f}  ({arguments.labels}, {figures['protocol']}, "
+    miou = "no labeled pixel" if figures["miou"] is None else f"{figures['miou']:5.2f}"
+    print(f"{'mIoU':{width}}  {miou}  ({arguments.labels}, {figures['protocol']}, "
           f"{figures['num_images']} images, {figures['seconds']:.0f} s)")  # fmt: skip
     return 0
 
@@ -249,9 +247,7 @@ def _predict(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
 
     config = _run_config(Path(arguments.folder), overrides)
     loaded = load_run(Path(arguments.folder), pick_device(config.train.device))
-    predictor = Predictor(
-        loaded.network, loaded.classes, config=config.evaluation, precision=config.train.precision
-    )
+    predictor = Predictor(loaded.network, loaded.classes, config=config.evaluation, precision=config.train.precision)
     tags = read_tags(Path(arguments.tags), predictor.classes) if arguments.tags else None
     summary = predict_files(
         predictor,
@@ -261,6 +257,7 @@ def _predict(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
         scores=arguments.scores,
         overlay=not arguments.no_overlay,
     )
+    print(summary)
     return 1 if summary.failed else 0
 
 
@@ -279,6 +276,7 @@ def _pseudo(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     summary = pseudo_files(
         loaded.network, images, Path(arguments.out), config=config, kind=arguments.kind, device=device
     )
+    print(summary)
     return 1 if summary.failed else 0
 
 

@@ -417,9 +417,7 @@ def check_config(config: Config) -> None:
         raise AfaError(
             f"pseudo.reuse_training_pass is true, yet pseudo.scales {pseudo.scales} has no 1.0 to reuse; add it"
         )
-    unknown = [
-        name for name in config.data.class_subset if config.data.classes and name not in config.data.classes
-    ]
+    unknown = [name for name in config.data.class_subset if config.data.classes and name not in config.data.classes]
     if unknown:
         raise AfaError(f"data.class_subset names {unknown[0]!r}, which is not in data.classes")
 
@@ -435,7 +433,7 @@ def field_docs() -> dict[str, tuple[str, Any]]:
 
 def _sections() -> dict[str, type[Any]]:
     hints = typing.get_type_hints(Config)
-    return {name: cls for name, cls in hints.items() if dataclasses.is_dataclass(cls)}
+    return {name: cls for name, cls in hints.items() if isinstance(cls, type) and dataclasses.is_dataclass(cls)}
 
 
 def _allowed(key: str, allowed: Sequence[str] | Mapping[str, Any]) -> str:

@@ -70,9 +70,7 @@ def train_and_report(config: Config, run: Path, *, resume: bool = False, progres
             say(f"run folder {run}; open {page}")
 
 
-def run_demo(
-    run: Path, *, smoke: bool = False, resume: bool = False, overrides: dict[str, Any] | None = None
-) -> None:
+def run_demo(run: Path, *, smoke: bool = False, resume: bool = False, overrides: dict[str, Any] | None = None) -> None:
     """Generate `shapes`, train on its tags, and report.
 
     Args:
@@ -84,9 +82,7 @@ def run_demo(
     began = time.perf_counter()
     num_train, num_val = (64, 16) if smoke else (1600, 200)
     data = run / "data"
-    config = load_config(
-        None, {"data.root": str(data)} | (_SMOKE if smoke else {}) | (overrides or {}), preset="demo"
-    )
+    config = load_config(None, {"data.root": str(data)} | (_SMOKE if smoke else {}) | (overrides or {}), preset="demo")
     say(f"writing {num_train} training and {num_val} validation images to {data}")
     write_shapes(data, num_train=num_train, num_val=num_val, image_size=config.augment.crop_size)
     train_and_report(config, run, resume=resume)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,9 +45,7 @@ def pick_device(name: str) -> torch.device:
         raise AfaError(f"--device is {name!r}; use one of auto, cpu, cuda, mps")
     elif not available[name]:
         there = ", ".join(kind for kind, present in available.items() if present)
-        raise AfaError(
-            f"--device is {name!r}, which this machine or this PyTorch lacks; available: auto, {there}"
-        )
+        raise AfaError(f"--device is {name!r}, which this machine or this PyTorch lacks; available: auto, {there}")
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return torch.device(name)
@@ -90,6 +90,15 @@ class Processes:
             dist.all_reduce(count)
         return count
 
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is set in any process; all get the same answer.
+
+        Args:
+            flag: This process's.
+            device: Device that the processes talk from.
+        """
+        return bool(self.total(torch.tensor(int(flag), device=device))) if self.count > 1 else flag
+
     def wait(self) -> None:
         """Wait until every process has come here."""
         if self.count > 1:
@@ -113,6 +122,32 @@ def process_group(device: torch.device) -> Iterator[Processes]:
         yield Processes(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Let a loop ask whether the user wants it to stop, so that Ctrl-C never cuts a step in half.
+
+    The second Ctrl-C interrupts at once. Outside the main thread, which alone gets signals, nothing changes.
+
+    Yields:
+        Function that says whether Ctrl-C was pressed.
+    """
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, previous)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    previous = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def say(text: str) -> None:

@@ -52,9 +52,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Copy the tensors to page-locked memory, for fast transfers to a GPU."""
-        return Batch(
-            self.image.pin_memory(), self.tags.pin_memory(), self.valid_box.pin_memory(), names=self.names
-        )
+        return Batch(self.image.pin_memory(), self.tags.pin_memory(), self.valid_box.pin_memory(), names=self.names)
 
 
 @dataclass(frozen=True)

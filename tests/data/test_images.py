@@ -25,10 +25,7 @@ def write_png(path: Path, *, width: int, height: int, depth: int, kind: int, row
 
     header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
     path.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     )
 
 
@@ -69,9 +66,7 @@ def test_16_bit_gray_is_scaled_not_cut(tmp_path: Path, suffix: str) -> None:
     values = np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / f"a.{suffix}")
     image = read_image(tmp_path / f"a.{suffix}")
-    np.testing.assert_array_equal(
-        image, np.repeat(np.array([[[0], [1], [128], [255]]], dtype=np.uint8), 3, 2)
-    )
+    np.testing.assert_array_equal(image, np.repeat(np.array([[[0], [1], [128], [255]]], dtype=np.uint8), 3, 2))
 
 
 def test_32_bit_gray_counts_as_16_bit(tmp_path: Path) -> None:
@@ -101,9 +96,7 @@ def test_transparent_pixels_become_white(tmp_path: Path, mode: str) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_exif_orientation_is_applied(
-    tmp_path: Path, pixels: np.ndarray, suffix: str, orientation: int
-) -> None:
+def test_exif_orientation_is_applied(tmp_path: Path, pixels: np.ndarray, suffix: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"a.{suffix}"

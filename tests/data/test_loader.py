@@ -147,18 +147,14 @@ def test_batch_size_must_divide(images: TaggedImages) -> None:
 
 
 def test_leaving_early_stops_the_workers(images: TaggedImages) -> None:
-    stream = train_batches(
-        images, augment=AUGMENT, batch_size=4, seed=0, start_step=0, max_steps=1000, workers=1
-    )
+    stream = train_batches(images, augment=AUGMENT, batch_size=4, seed=0, start_step=0, max_steps=1000, workers=1)
     next(stream)
     assert multiprocessing.active_children()
     del stream
     assert not multiprocessing.active_children()
 
 
-def test_fork_warning_of_newer_pythons_stays_inside(
-    images: TaggedImages, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fork_warning_of_newer_pythons_stays_inside(images: TaggedImages, monkeypatch: pytest.MonkeyPatch) -> None:
     fork, forks = os.fork, []
 
     def warning_fork() -> int:

@@ -34,9 +34,7 @@ def draw_many(
 
 
 def read_all(root: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
-    }
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -177,9 +175,7 @@ def test_existing_data_set_is_reused(folder):
 )
 def test_data_set_with_other_parameters_is_refused(folder, change):
     before = read_all(folder)
-    with pytest.raises(
-        AfaError, match=r"shapes.json: this data set has other parameters: remove .* or choose another"
-    ):
+    with pytest.raises(AfaError, match=r"shapes.json: this data set has other parameters: remove .* or choose another"):
         write_shapes(folder, **{"num_train": 12, "num_val": 5, "image_size": 64, "seed": 3, **change})
     assert read_all(folder) == before
 
@@ -222,9 +218,7 @@ def test_two_processes_may_write_at_once(folder, tmp_path, monkeypatch):
 
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(
-        AfaError, match=r"file/data: cannot be written .*; free space or choose another folder"
-    ):
+    with pytest.raises(AfaError, match=r"file/data: cannot be written .*; free space or choose another folder"):
         write_shapes(tmp_path / "file" / "data", num_train=1, num_val=1)
 
 

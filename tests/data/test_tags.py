@@ -174,9 +174,7 @@ class Hostile:
 @pytest.mark.parametrize(
     ("function", "name"), [(os.mkdir, "posix.mkdir"), (exec, "exec"), (getattr, "getattr"), (np.load, "load")]
 )
-def test_hostile_npy_is_refused_and_runs_nothing(
-    tmp_path: Path, function: Any, name: str, protocol: int
-) -> None:
+def test_hostile_npy_is_refused_and_runs_nothing(tmp_path: Path, function: Any, name: str, protocol: int) -> None:
     target = tmp_path / "made"
     argument = f"import os; os.mkdir({str(target)!r})" if function is exec else str(target)
     path = pickled(tmp_path, {"a": Hostile(function, argument)}, protocol=protocol)

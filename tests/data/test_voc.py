@@ -123,8 +123,7 @@ def test_class_subset(data: DataConfig, root: Path) -> None:
 def test_class_subset_leaves_an_image_without_tag(data: DataConfig) -> None:
     text = message(replace(data, class_subset=("dog", "bird")))
     assert text.endswith(
-        "train.txt: image 'b' has no tag of data.class_subset (1 of 3 images); "
-        "use a list of images with dog, bird"
+        "train.txt: image 'b' has no tag of data.class_subset (1 of 3 images); use a list of images with dog, bird"
     )
     scored = open_scored(replace(data, class_subset=("cat",)))
     assert scored.has_tags(0)
@@ -186,9 +185,7 @@ def test_tags_are_searched_in_order(data: DataConfig, root: Path) -> None:
     annotations = root / "Annotations"
     annotations.mkdir()
     for name in TAGS:
-        (annotations / f"{name}.xml").write_text(
-            "<annotation><object><name>bird</name></object></annotation>"
-        )
+        (annotations / f"{name}.xml").write_text("<annotation><object><name>bird</name></object></annotation>")
     one_hot = {name: np.array([0, 1, 0]) for name in TAGS}
     np.save(root / "cls_labels_onehot.npy", one_hot)  # type: ignore[arg-type]
     assert open_tagged(data).tags(2).tolist() == [0, 0, 1]
@@ -292,9 +289,7 @@ def test_training_never_reads_the_masks(tmp_path: Path) -> None:
         if case == "deleted":
             shutil.rmtree(masks)
         images = open_tagged(data)
-        outcomes.append(
-            list(train_batches(images, augment=augment, batch_size=2, seed=0, start_step=0, max_steps=3))
-        )
+        outcomes.append(list(train_batches(images, augment=augment, batch_size=2, seed=0, start_step=0, max_steps=3)))
     for other in outcomes[1:]:
         for ours, theirs in zip(outcomes[0], other, strict=True):
             assert ours.names == theirs.names

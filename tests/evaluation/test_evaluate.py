@@ -168,9 +168,7 @@ def test_cam_labels_get_the_true_tags(tmp_path: Path, monkeypatch: pytest.Monkey
     assert result.labels == labels
 
 
-def test_uncertain_pixels_are_not_scored_but_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_uncertain_pixels_are_not_scored_but_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_pseudo_label(monkeypatch, 255)
     result = run(write_data(tmp_path), labels="refined", limit=1)
     # Quarters of a: 1 1 / 0 ignored. The right half is decided, as background: one wrong, one ignored.
@@ -185,9 +183,7 @@ def test_real_pseudo_labels_are_scored(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = build_network(ModelConfig(backbone="mit_tiny", weights="", decoder_width=8), 3)
     images = write_data(tmp_path)
-    result = evaluate(
-        network, images, config=Config(), device=CPU, labels="propagated", limit=2, progress=False
-    )
+    result = evaluate(network, images, config=Config(), device=CPU, labels="propagated", limit=2, progress=False)
     assert result.matrix.sum() == expected_matrix(["a", "b"]).sum()
     assert result.matrix[:, 3].sum() == 0  # No image is tagged horse.
 

@@ -35,9 +35,7 @@ class ColorNetwork(nn.Module):
     def forward(self, image: Tensor, *, segmentation: bool, affinity: bool) -> NetworkOutput:
         red = (image[:, 0] * IMAGE_STD[0] + IMAGE_MEAN[0]) * 255 / 60
         distance = -(red[:, None] - torch.arange(4.0).view(1, 4, 1, 1)).abs()
-        return NetworkOutput(
-            distance[:, 1:].mean((2, 3)), distance[:, 1:], seg_logits=distance[:, :, ::4, ::4]
-        )
+        return NetworkOutput(distance[:, 1:].mean((2, 3)), distance[:, 1:], seg_logits=distance[:, :, ::4, ::4])
 
 
 def write_image(path: Path, color: int, *, size: tuple[int, int] = (40, 50)) -> Path:
@@ -57,9 +55,7 @@ def files_in(folder: Path) -> list[str]:
 
 def test_files_become_index_png_and_overlay(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    summary = run(
-        [write_image(tmp_path / "one.png", 1), write_image(tmp_path / "two.JPG", 2, size=(9, 70))], out
-    )
+    summary = run([write_image(tmp_path / "one.png", 1), write_image(tmp_path / "two.JPG", 2, size=(9, 70))], out)
     assert files_in(out) == ["masks/one.png", "masks/two.png", "overlays/one.jpg", "overlays/two.jpg"]
     with Image.open(out / "masks" / "one.png") as mask:
         assert mask.mode == "P"
@@ -113,16 +109,12 @@ def test_masks_of_an_earlier_call_are_not_images(tmp_path: Path) -> None:
     assert run([tmp_path / "masks"], tmp_path / "out").written == 1
 
 
-def test_broken_images_are_reported_and_the_rest_is_done(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_broken_images_are_reported_and_the_rest_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = tmp_path / "images"
     for i in range(12):
         write_image(images / f"{i:02d}.png", i % 4)
     encoded = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(
-        encoded, "png"
-    )
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(encoded, "png")
     (images / "03.png").write_bytes(encoded.getvalue()[:1000])
     (images / "07.png").write_bytes(b"")
     summary = run([images], tmp_path / "out", overlay=False)
@@ -188,9 +180,7 @@ def test_messages(tmp_path: Path) -> None:
         assert str(caught.value).startswith(message)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(
-        AfaError, match=r"file/masks: cannot be made \(Not a directory\); choose another folder$"
-    ):
+    with pytest.raises(AfaError, match=r"file/masks: cannot be made \(Not a directory\); choose another folder$"):
         run([image], tmp_path / "file")
     (tmp_path / "out" / "overlays" / "a.jpg").mkdir(parents=True)
     with pytest.raises(AfaError, match=r"overlays/a\.jpg: cannot be written \(Is a directory\); free space"):

@@ -156,9 +156,7 @@ def test_missing_file_unknown_protocol_and_foreign_overlay(tmp_path: Path) -> No
         predictor()(tmp_path / "nothing.jpg")
     with pytest.raises(AfaError, match=r"^protocol is 'crf'; use one of single, multiscale$"):
         predictor(protocol="crf")
-    with pytest.raises(
-        AfaError, match=r"^the image is 20x10 pixels and the prediction 50x40; pass the image"
-    ):
+    with pytest.raises(AfaError, match=r"^the image is 20x10 pixels and the prediction 50x40; pass the image"):
         predictor()(random_image(40, 50)).overlay(random_image(10, 20))
 
 

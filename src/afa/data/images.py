@@ -48,6 +48,10 @@ _UPRIGHT: Final[dict[object, Image.Transpose]] = {
 
 _T = TypeVar("_T")
 
+# Pillow warns of oddities that it then reads well, such as broken EXIF. Images are decoded in threads, where a filter
+# cannot be set for one call only.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
 
 def read_image(path: Path) -> NDArray[np.uint8]:
     """Read an image of any common format as upright 8-bit RGB.
@@ -103,9 +107,7 @@ def read_mask(path: Path) -> NDArray[np.uint8]:
 
     def indices(image: Image.Image) -> NDArray[np.uint8]:
         if image.format != "PNG" or image.mode not in ("P", "L"):
-            raise AfaError(
-                f"{path}: is a {image.format} of mode {image.mode}; save masks as index PNG of mode P or L"
-            )
+            raise AfaError(f"{path}: is a {image.format} of mode {image.mode}; save masks as index PNG of mode P or L")
         return np.array(image, dtype=np.uint8)
 
     return _decode(path, indices)
@@ -129,9 +131,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         if path.is_dir():
             images = [file for file in sorted(path.rglob("*")) if _is_visible_image(file, path)]
             if not images:
-                raise AfaError(
-                    f"{path}: no image in this folder; looked for {', '.join(sorted(IMAGE_SUFFIXES))}"
-                )
+                raise AfaError(f"{path}: no image in this folder; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
             found.update(dict.fromkeys(images))
         elif path.exists():
             found[path] = None
@@ -163,12 +163,10 @@ def _decode(path: Path, read: Callable[[Image.Image], _T]) -> _T:
     if path.stat().st_size == 0:
         raise AfaError(f"{path}: the file is empty (0 bytes); replace it or leave it out")
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of oddities that it then reads well (broken EXIF, byte transparency).
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return read(image)
+        with Image.open(path) as image:
+            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError
+            return read(image)
     except AfaError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):

@@ -46,9 +46,7 @@ def step_indices(num_images: int, *, step: int, batch_size: int, seed: int) -> N
     [0, 1, 2, 3, 4, 5]
     """
     epoch, place = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), num_images)
-    indices = [
-        _permutation(num_images, seed, e)[p] for e, p in zip(epoch.tolist(), place.tolist(), strict=True)
-    ]
+    indices = [_permutation(num_images, seed, e)[p] for e, p in zip(epoch.tolist(), place.tolist(), strict=True)]
     return np.array(indices, dtype=np.int64)
 
 
@@ -102,9 +100,7 @@ def train_batches(
         AfaError: `batch_size` is not a multiple of `world_size`; during iteration, an image cannot be read.
     """
     if batch_size % world_size:
-        raise AfaError(
-            f"schedule.batch_size is {batch_size}; use a multiple of the number of processes ({world_size})"
-        )
+        raise AfaError(f"schedule.batch_size is {batch_size}; use a multiple of the number of processes ({world_size})")
     share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
     batches = _Batches(images, augment, batch_size=batch_size, seed=seed, share=share)
     return _iterate(batches, range(start_step, max_steps), workers=workers, pin_memory=pin_memory)
@@ -138,19 +134,13 @@ class _Batches(Dataset[Batch | AfaError]):
             return error
 
     def _batch(self, step: int) -> Batch:
-        indices = step_indices(len(self.images), step=step, batch_size=self.batch_size, seed=self.seed)[
-            self.share
-        ]
+        indices = step_indices(len(self.images), step=step, batch_size=self.batch_size, seed=self.seed)[self.share]
         crops = [
-            augment_image(
-                self.images.image(index), self.augment, _generator(self.seed, _AUGMENT, step, position)
-            )
+            augment_image(self.images.image(index), self.augment, _generator(self.seed, _AUGMENT, step, position))
             for position, index in enumerate(indices.tolist(), start=self.share.start)
         ]
         return Batch(
-            image=torch.from_numpy(np.stack([canvas for canvas, _ in crops]))
-            .permute(0, 3, 1, 2)
-            .contiguous(),
+            image=torch.from_numpy(np.stack([canvas for canvas, _ in crops])).permute(0, 3, 1, 2).contiguous(),
             tags=torch.from_numpy(np.stack([self.images.tags(index) for index in indices])),
             valid_box=torch.tensor([box for _, box in crops], dtype=torch.int64),
             names=tuple(self.images.names[index] for index in indices),
@@ -161,9 +151,7 @@ def _iterate(batches: _Batches, steps: range, *, workers: int, pin_memory: bool)
     # One sample of the loader is a whole batch: workers prepare different steps at the same time.
     with warnings.catch_warnings():
         # Forking beside torch's idle threads is what its loader does on Linux; workers run single-threaded.
-        warnings.filterwarnings(
-            "ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning
-        )
+        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
         loader = DataLoader(
             batches,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def write_index_png(path: Path, label: NDArray[np.uint8]) -> None:
         image.save(partial, format="PNG")
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise AfaError(
-            f"{path}: cannot be written ({error.strerror}); free space or choose another folder"
-        ) from None
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        reason = error.strerror or error
+        raise AfaError(f"{path}: cannot be written ({reason}); free space or choose another folder") from None

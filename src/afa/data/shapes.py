@@ -47,6 +47,8 @@ class ShapesStyle:
     """Fewest and most objects in an image, each of another class."""
     object_size: tuple[float, float] = (0.28, 0.55)
     """Diameter of an object."""
+    object_rotation: float = 180.0
+    """Largest turn of an object or distractor, degrees to either side."""
     object_margin: float = 0.12
     """Smallest distance of an object's center from the border: the smaller, the more is cut off."""
     min_visible: float = 0.25
@@ -55,6 +57,8 @@ class ShapesStyle:
     """Pixels of an object that must stay visible."""
     texture_period: tuple[float, float] = (5.5, 8.0)
     """Pixels of one repetition of a texture."""
+    texture_rotation: float = 25.0
+    """Largest turn of a texture, degrees to either side; it does not follow the object's."""
     texture_contrast: tuple[float, float] = (0.2, 0.35)
     """Difference in brightness between the two shades of a texture."""
     num_distractors: tuple[int, int] = (0, 2)
@@ -66,6 +70,10 @@ class ShapesStyle:
     color_distance: float = 0.35
     """Least Euclidean RGB distance between the mean colors of any two of background, objects and distractors,
     as far as a few draws can find such colors."""
+    saturation: tuple[float, float] = (0.2, 0.85)
+    """Saturation of the mean colors; their hue is anything."""
+    brightness: tuple[float, float] = (0.4, 0.9)
+    """Brightness of the mean colors."""
     background_contrast: float = 0.3
     """Difference between the two colors that a background changes between."""
     shading: float = 0.1
@@ -224,16 +232,16 @@ def _smooth_noise(rng: np.random.Generator, size: int, octaves: Sequence[int]) -
     return total
 
 
-def _pick_color(rng: np.random.Generator, taken: list[FloatArray], distance: float) -> FloatArray:
+def _pick_color(rng: np.random.Generator, taken: list[FloatArray], style: ShapesStyle) -> FloatArray:
     """Draw a color that is far from those taken, the farthest of ten draws if none is, and take it."""
     best, best_distance = None, -1.0
     for _ in range(10):
-        hsv = rng.uniform((0, 0.2, 0.4), (1, 0.85, 0.9))
+        hsv = (rng.random(), rng.uniform(*style.saturation), rng.uniform(*style.brightness))
         color = np.array(colorsys.hsv_to_rgb(*hsv), np.float32)
         nearest = min((float(np.linalg.norm(color - other)) for other in taken), default=np.inf)
         if nearest > best_distance:
             best, best_distance = color, nearest
-        if nearest >= distance:
+        if nearest >= style.color_distance:
             break
     assert best is not None
     taken.append(best)
@@ -259,9 +267,9 @@ def _place(rng: np.random.Generator, size: int, margin: float) -> tuple[FloatArr
     return x, y
 
 
-def _rotate(rng: np.random.Generator, x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Turn coordinates by a random angle."""
-    angle = rng.uniform(0, 2 * np.pi)
+def _rotate(rng: np.random.Generator, x: FloatArray, y: FloatArray, degrees: float) -> tuple[FloatArray, FloatArray]:
+    """Turn coordinates by a random angle of at most so many degrees."""
+    angle = np.radians(rng.uniform(-degrees, degrees))
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     return cos * x + sin * y, cos * y - sin * x
 
@@ -291,7 +299,7 @@ def _draw_layer(
     kind = None if name else rng.choice(("plain", "blotches", "blob"), p=style.distractor_kinds)
 
     x, y = _place(rng, size, style.object_margin)
-    unit_x, unit_y = _rotate(rng, x / radius, y / radius)
+    unit_x, unit_y = _rotate(rng, x / radius, y / radius, style.object_rotation)
     distance = _blob(rng, unit_x, unit_y) if kind == "blob" else shape(unit_x, unit_y)
     coverage = np.clip(np.float32(0.5) - radius * distance, 0, 1)
 
@@ -301,7 +309,7 @@ def _draw_layer(
         pattern = np.clip(np.float32(0.5) + 2 * _smooth_noise(rng, size, (size // 6,)), 0, 1)
     else:
         weave = _Weave(rng.uniform(*style.texture_period), (rng.random(), rng.random()), float(radius))
-        pattern = texture(*_rotate(rng, x, y), weave)
+        pattern = texture(*_rotate(rng, x, y, style.texture_rotation), weave)
         if rng.random() < 0.5:
             pattern = 1 - pattern
     shade = np.float32(rng.uniform(*style.texture_contrast)) * (pattern - np.float32(0.5))
@@ -323,7 +331,7 @@ def _draw_layers(
     names += [None] * int(num_distractors)
     layers = []
     for i in rng.permutation(len(names)):
-        color = _pick_color(rng, colors, style.color_distance)
+        color = _pick_color(rng, colors, style)
         layers.append(_draw_layer(rng, size, names[i], classes=classes, color=color, style=style))
     return layers
 
@@ -377,7 +385,7 @@ def draw_shapes(
     """
     for _ in range(100):
         colors: list[FloatArray] = []
-        image = _draw_background(rng, image_size, _pick_color(rng, colors, 0), style)
+        image = _draw_background(rng, image_size, _pick_color(rng, colors, style), style)
         layers = _draw_layers(rng, image_size, classes=classes, colors=colors, style=style)
         layers = _drop_hidden(layers, image_size, style)
         if any(layer.name for layer in layers):
@@ -395,9 +403,7 @@ def draw_shapes(
     return Scene(
         image=(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8),
         mask=np.array(values, np.uint8)[top],
-        visible={
-            layer.name: float(pixels[i] / layer.inside.sum()) for i, layer in enumerate(layers) if layer.name
-        },
+        visible={layer.name: float(pixels[i] / layer.inside.sum()) for i, layer in enumerate(layers) if layer.name},
         num_distractors=sum(layer.name is None for layer in layers),
     )
 
@@ -439,8 +445,7 @@ def write_shapes(
     _check("seed", seed, low=0)
     if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(SHAPE_CLASSES):
         raise AfaError(
-            f"classes of the generated data set are {list(classes)}: "
-            f"choose from {', '.join(SHAPE_CLASSES)}, each once"
+            f"classes of the generated data set are {list(classes)}: choose from {', '.join(SHAPE_CLASSES)}, each once"
         )
     parameters = {
         "format": _FORMAT,
@@ -465,9 +470,7 @@ def write_shapes(
             unfinished.rename(root)
     except OSError as error:
         if not _is_written(root, marker):  # else another process was faster
-            raise AfaError(
-                f"{root}: cannot be written ({error}); free space or choose another folder"
-            ) from None
+            raise AfaError(f"{root}: cannot be written ({error}); free space or choose another folder") from None
 
 
 def _write_files(

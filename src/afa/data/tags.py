@@ -85,9 +85,7 @@ def _read_csv(path: Path, classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
                     continue
                 origin = f"{path}, line {rows.line_num}"
                 if len(row) != 2:
-                    raise AfaError(
-                        f"{origin}: {len(row)} columns; write image,tags with spaces between the tags"
-                    )
+                    raise AfaError(f"{origin}: {len(row)} columns; write image,tags with spaces between the tags")
                 name = image_name(row[0].strip())
                 if not name:
                     raise AfaError(f"{origin}: no image name; write image,tags")
@@ -95,9 +93,7 @@ def _read_csv(path: Path, classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
                     raise AfaError(f"{origin}: image {name!r} is there a second time; keep one line of it")
                 tags[name] = _in_class_order(row[1].split(), classes, f"{origin}, image {name!r}")
     except (UnicodeDecodeError, csv.Error) as error:
-        raise AfaError(
-            f"{path}: not a CSV in UTF-8 ({error}); save it as text with the header image,tags"
-        ) from None
+        raise AfaError(f"{path}: not a CSV in UTF-8 ({error}); save it as text with the header image,tags") from None
     return tags
 
 
@@ -111,9 +107,7 @@ class _TagTree(ET.TreeBuilder):
 def _read_xml_folder(folder: Path, classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".xml" and file.name[0] != ".")
     if not files:
-        raise AfaError(
-            f"{folder}: no .xml file in this folder; set data.tags to the folder of the VOC annotations"
-        )
+        raise AfaError(f"{folder}: no .xml file in this folder; set data.tags to the folder of the VOC annotations")
     tags: dict[str, tuple[str, ...]] = {}
     for file in files:
         if file.stem in tags:
@@ -139,9 +133,7 @@ def _read_npy(path: Path, classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
     except Exception:  # A broken pickle raises nearly anything.
         content = None
     if not isinstance(content, dict):
-        raise AfaError(
-            f"{path}: not a dictionary saved by numpy.save; give image name -> one-hot vector, or a CSV"
-        )
+        raise AfaError(f"{path}: not a dictionary saved by numpy.save; give image name -> one-hot vector, or a CSV")
     tags: dict[str, tuple[str, ...]] = {}
     for key, vector in content.items():
         name = _name_of_key(key)
@@ -175,9 +167,7 @@ def _name_of_key(key: object) -> str | None:
 def _load_object(file: BinaryIO) -> Any:
     """The one object of an `.npy` file of shape (), without ever running what its pickle asks for."""
     version = np.lib.format.read_magic(file)
-    read_header = (
-        np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    )
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read_header(file)
     if shape != () or not dtype.hasobject:
         return None
@@ -242,7 +232,5 @@ class _TagUnpickler(pickle.Unpickler):
         # numpy 1 has numpy.core, numpy 2 numpy._core.
         found = known.get((re.sub(r"^numpy\._?core\.", "numpy.", module), name))
         if found is None:
-            raise AfaError(
-                f"the pickle asks for {module}.{name}, which no tags need: refused; give the tags as CSV"
-            )
+            raise AfaError(f"the pickle asks for {module}.{name}, which no tags need: refused; give the tags as CSV")
         return found

@@ -52,9 +52,7 @@ def augment(
     return canvas, (top, bottom, left, right)
 
 
-def _place(
-    length: int, scale: float, size: int, rng: np.random.Generator
-) -> tuple[tuple[float, float], int, int]:
+def _place(length: int, scale: float, size: int, rng: np.random.Generator) -> tuple[tuple[float, float], int, int]:
     """One axis: the span of the original that the window covers, and where on the canvas it goes."""
     scaled = max(1, round(length * scale))
     window = min(scaled, size)

@@ -195,9 +195,7 @@ def open_tagged(data: DataConfig, *, list_file: str | None = None) -> TaggedImag
     """
     root = _root(data)
     every_class, kept = _classes(data, root)
-    source, names = _read_list(
-        root, data.train_list if list_file is None else list_file, key="data.train_list"
-    )
+    source, names = _read_list(root, data.train_list if list_file is None else list_file, key="data.train_list")
     paths = _find_files(root / data.image_dir, names, IMAGE_SUFFIXES, source=source, key="data.image_dir")
     tags_path = _tags_path(data, root)
     if tags_path is None:

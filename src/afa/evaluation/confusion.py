@@ -52,9 +52,7 @@ class ConfusionMatrix:
             return
         for name, values in (("label", truth), ("prediction", predicted)):
             low, high = (int(value) for value in values.aminmax())
-            assert 0 <= low <= high < self.num_classes, (
-                f"{name} outside 0..{self.num_classes - 1}: {low}..{high}"
-            )
+            assert 0 <= low <= high < self.num_classes, f"{name} outside 0..{self.num_classes - 1}: {low}..{high}"
         pairs = torch.bincount(truth * self.num_classes + predicted, minlength=self.num_classes**2)
         self.matrix += pairs.view(self.num_classes, self.num_classes).cpu()
 

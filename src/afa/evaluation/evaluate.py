@@ -208,9 +208,7 @@ def read_ahead(read: Callable[[int], _T], indices: Iterable[int]) -> Iterator[tu
     Yields:
         Index and future, in order.
     """
-    executor = ThreadPoolExecutor(
-        max_workers=max(1, min(4, os.cpu_count() or 1)), thread_name_prefix="afa-read"
-    )
+    executor = ThreadPoolExecutor(max_workers=max(1, min(4, os.cpu_count() or 1)), thread_name_prefix="afa-read")
     waiting: deque[tuple[int, Future[_T]]] = deque()
     try:
         for index in indices:

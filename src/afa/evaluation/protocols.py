@@ -119,9 +119,7 @@ def dense_logits(
     return fused
 
 
-def seg_logits(
-    network: AfaNetwork, image: np.ndarray | Tensor, *, protocol: str, config: EvaluationConfig
-) -> Tensor:
+def seg_logits(network: AfaNetwork, image: np.ndarray | Tensor, *, protocol: str, config: EvaluationConfig) -> Tensor:
     """The (K, H, W) segmentation logits of `dense_logits`, which see."""
     return dense_logits(network, image, protocol=protocol, config=config).segmentation
 

@@ -119,9 +119,7 @@ def predict_files(
         # Scores are large: nothing holds on to them unless they are written.
         return prediction.label, prediction if scores else None
 
-    def write(
-        index: int, image: NDArray[np.uint8], result: tuple[NDArray[np.uint8], Prediction | None]
-    ) -> None:
+    def write(index: int, image: NDArray[np.uint8], result: tuple[NDArray[np.uint8], Prediction | None]) -> None:
         label, prediction = result
         if prediction is not None:
             _write_scores(out_dir / "scores" / f"{names[index]}.npz", prediction)
@@ -181,9 +179,7 @@ def pseudo_files(
         say(f"{masks}: {skipped} of {len(images)} masks are there already and left as they are")
 
     def infer(index: int, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        label = pseudo_label(
-            network, image, images.tags(index), kind=kind, config=config.pseudo, precision=precision
-        )
+        label = pseudo_label(network, image, images.tags(index), kind=kind, config=config.pseudo, precision=precision)
         return label.to(torch.uint8).cpu().numpy()
 
     return _write_all(
@@ -285,17 +281,13 @@ def _write_label(
     # The mask comes last: where it is, everything else is.
     if overlay:
         picture = Image.fromarray(lay_over(image, label))
-        _write_whole(
-            out_dir / "overlays" / f"{name}.jpg", lambda file: picture.save(file, format="JPEG", quality=90)
-        )
+        _write_whole(out_dir / "overlays" / f"{name}.jpg", lambda file: picture.save(file, format="JPEG", quality=90))
     write_index_png(out_dir / "masks" / f"{name}.png", label)
 
 
 def _write_scores(path: Path, prediction: Prediction) -> None:
     half = prediction.scores.astype(np.float16)
-    _write_whole(
-        path, lambda file: np.savez_compressed(file, scores=half, classes=np.array(prediction.classes))
-    )
+    _write_whole(path, lambda file: np.savez_compressed(file, scores=half, classes=np.array(prediction.classes)))
 
 
 def _write_whole(path: Path, save: Callable[[BinaryIO], None]) -> None:

@@ -186,9 +186,7 @@ def image_array(image: ImageLike) -> NDArray[np.uint8]:
     if isinstance(image, Image.Image):
         return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise AfaError(
-            f"the image is a {image.dtype} array of shape {image.shape}; pass (height, width, 3) uint8 RGB"
-        )
+        raise AfaError(f"the image is a {image.dtype} array of shape {image.shape}; pass (height, width, 3) uint8 RGB")
     return image
 
 

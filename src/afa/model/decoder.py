@@ -24,9 +24,7 @@ class MlpDecoder(nn.Module):
         dropout: Probability of dropping a channel before the class layer.
     """
 
-    def __init__(
-        self, channels: Sequence[int], num_classes: int, *, width: int = 256, dropout: float = 0.1
-    ) -> None:
+    def __init__(self, channels: Sequence[int], num_classes: int, *, width: int = 256, dropout: float = 0.1) -> None:
         super().__init__()
         self.width = width
         self.projections = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
@@ -45,7 +43,7 @@ class MlpDecoder(nn.Module):
             (B, K, h_0, w_0) logits.
         """
         size = features[0].shape[2:]
-        fuse_weights = self.fuse.weight.split(self.width, dim=1)
+        fuse_weights = self.fuse.weight.chunk(len(features), dim=1)
         total: Tensor | None = None
         for level, feature in enumerate(features):
             fused = nn.functional.conv2d(self.projections[level](feature), fuse_weights[level])

@@ -49,9 +49,7 @@ class AfaNetwork(nn.Module):
         self.attention_factor = backbone.attention_scale if attention_scaling else 1.0
         self.backbone = backbone
         self.classifier = nn.Conv2d(backbone.channels[-1], num_classes, 1, bias=False)
-        self.decoder = MlpDecoder(
-            backbone.channels, num_classes + 1, width=decoder_width, dropout=decoder_dropout
-        )
+        self.decoder = MlpDecoder(backbone.channels, num_classes + 1, width=decoder_width, dropout=decoder_dropout)
         self.affinity_head = AffinityHead(backbone.num_attention_maps)
 
     def forward(self, image: Tensor, *, segmentation: bool = True, affinity: bool = True) -> NetworkOutput:

@@ -93,7 +93,6 @@ def multi_scale_cam(
     """
     size = (image.shape[2], image.shape[3])
     normalized = normalize_image(image)
-    batch = image.shape[0]
     scores: list[Tensor] = []
     grid = (0, 0)
     walk: NetworkOutput | None = None
@@ -110,7 +109,7 @@ def multi_scale_cam(
             walk = score(view, True)
             plain, flipped = walk.class_scores, score(view.flip(-1), False).class_scores
         else:
-            plain, flipped = score(torch.cat([view, view.flip(-1)]), False).class_scores.split(batch)
+            plain, flipped = score(torch.cat([view, view.flip(-1)]), False).class_scores.chunk(2)
         if scale == max(scales):
             grid = (plain.shape[2], plain.shape[3])
         scores.append(torch.cat([plain, flipped]))

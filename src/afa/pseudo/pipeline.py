@@ -206,10 +206,8 @@ def refined_label(
     scores = _competing_scores(small, present, config)
     walk = _transition(cam, config)
     spread = torch.bmm(walk, scores.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(scores.shape)
-    if config.refinement_region == "canvas":
-        refined = refiner.on_canvas(spread)
-    else:
-        refined = refiner.in_box(spread, valid_box)
+    on_canvas = config.refinement_region == "canvas"
+    refined = refiner.on_canvas(spread) if on_canvas else refiner.in_box(spread, valid_box)
     return ignore_outside(_decide(refined, present, config), valid_box)
 
 
@@ -239,9 +237,7 @@ def infer_pseudo(
         `refined_label` (B, H, W) int64 in 0..C and 255.
     """
     assert set(want) <= set(PSEUDO_KINDS), want
-    walks = config.propagation != "none" and bool(
-        {"propagated", "propagated_label", "refined_label"} & set(want)
-    )
+    walks = config.propagation != "none" and bool({"propagated", "propagated_label", "refined_label"} & set(want))
     size = (image.shape[2], image.shape[3])
     cam = multi_scale_cam(score, image, scales=config.scales, affinity=walks)
     present = present_classes(tags)
@@ -317,9 +313,7 @@ def _competing_scores(cam: Tensor, present: PresentClasses, config: PseudoConfig
 def _decide(scores: Tensor, present: PresentClasses, config: PseudoConfig) -> Tensor:
     """Turn what `_competing_scores` gave, after refinement, into one label per pixel."""
     if config.label_rule == "threshold":
-        slots = threshold_label(
-            scores, present.valid[:, 1:], low=config.background_low, high=config.background_high
-        )
+        slots = threshold_label(scores, present.valid[:, 1:], low=config.background_low, high=config.background_high)
         known = slots != IGNORE_INDEX
         return torch.where(known, present.to_class(torch.where(known, slots, 0)), slots)
     low, high = scores.chunk(2, 1)

@@ -40,18 +40,17 @@ def present_classes(tags: Tensor, *, num_slots: int | None = None) -> PresentCla
 
     Args:
         tags: (B, C), above 0 where present.
-        num_slots: P, at least 1 + the largest number of tags of an image; None counts (which waits for a GPU).
+        num_slots: P, at least 2 and at least 1 + the largest number of tags of an image; None counts (which waits for
+            a GPU).
 
     Returns:
         Slots of each image.
     """
     present = tags > 0
     if num_slots is None:
-        num_slots = 1 + int(present.sum(1).max())
+        num_slots = 1 + max(1, int(present.sum(1).max()))
     order = torch.argsort((~present).to(torch.uint8), dim=1, stable=True)[:, : num_slots - 1]
     background = torch.zeros_like(order[:, :1])
-    if order.shape[1] == 0:
-        background = torch.zeros(tags.shape[0], 1, dtype=torch.int64, device=tags.device)
     valid = torch.cat([torch.ones_like(background, dtype=torch.bool), present.gather(1, order)], 1)
     return PresentClasses(torch.cat([background, order + 1], 1), valid)
 

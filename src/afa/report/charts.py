@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 Point = tuple[float, float]
 
@@ -46,7 +46,7 @@ def line_chart(
     title: str,
     x_label: str = "step",
     boundaries: Sequence[tuple[float, str]] = (),
-    y_max: float | None = None,
+    smooth: bool = True,
 ) -> str:
     """Draw lines over a common x axis that starts at 0; the y axis holds 0 too.
 
@@ -54,20 +54,21 @@ def line_chart(
         series: Lines; those without points are left out.
         title: Heading, and the accessible name together with the last values.
         x_label: What x counts.
-        boundaries: (x, label) of dashed vertical lines, such as the start of a phase; those outside the
-            plot are left out.
-        y_max: Top of the y axis; None fits it to the values.
+        boundaries: (x, label) of dashed vertical lines, such as the start of a phase; the label may be
+            empty; lines outside the plot are left out.
+        smooth: Draw long lines faint, with their moving average on top, which does not look across boundaries.
 
     Returns:
         One HTML `<figure>`; empty text when there is nothing to draw.
     """
+    several = len(series) > 1
     series = [Series(s.name, s.color, _thin(_finite(s.points))) for s in series]
     series = [s for s in series if s.points]
     if not series:
         return ""
     x_end = max(s.points[-1][0] for s in series) or 1.0
     values = [y for s in series for _, y in s.points]
-    y_ticks = nice_ticks(min(0.0, *values), max(values) if y_max is None else y_max)
+    y_ticks = nice_ticks(min(0.0, *values), max(values))
     low, high = y_ticks[0], y_ticks[-1]
 
     def left(x: float) -> float:
@@ -79,46 +80,43 @@ def line_chart(
     parts = []
     for y in y_ticks:
         parts.append(f'<line class="grid" x1="0" x2="100%" y1="{top(y):.2f}%" y2="{top(y):.2f}%"/>')
-        parts.append(
-            f'<text class="tick" x="-8" y="{top(y):.2f}%" dy=".35em" text-anchor="end">{_number(y)}</text>'
-        )
+        parts.append(f'<text class="tick" x="-8" y="{top(y):.2f}%" dy=".35em" text-anchor="end">{_number(y)}</text>')
     for x in [x for x in nice_ticks(0.0, x_end, count=4) if x <= x_end]:
         anchor = "middle" if left(x) < 95 else "end"
         parts.append(
-            f'<text class="tick" x="{left(x):.2f}%" y="100%" dy="1.5em" text-anchor="{anchor}">'
-            f"{_number(x)}</text>"
+            f'<text class="tick" x="{left(x):.2f}%" y="100%" dy="1.5em" text-anchor="{anchor}">{_number(x)}</text>'
         )
     parts.append('<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" width="100%" height="100%">')
     for s in series:
-        smoothed = len(s.points) >= SMOOTHED_FROM
-        for points, style in ((s.points, "line faint" if smoothed else "line"), (_smooth(s.points), "line")):
+        lines = [("line", s.points)]
+        if smooth and len(s.points) >= SMOOTHED_FROM:
+            lines = [("line faint", s.points), ("line", _smooth(s.points, [x for x, _ in boundaries]))]
+        for style, points in lines:
             path = " ".join(f"{10 * left(x):.1f},{10 * top(y):.1f}" for x, y in points)
             parts.append(f'<polyline class="{style}" stroke="var(--{s.color})" points="{path}"/>')
-            if not smoothed:
-                break
     parts.append("</svg>")
     for s in series:
         if len(s.points) < 12:
             parts += [
-                f'<circle cx="{left(x):.2f}%" cy="{top(y):.2f}%" r="3.5" fill="var(--{s.color})"/>'
-                for x, y in s.points
+                f'<circle cx="{left(x):.2f}%" cy="{top(y):.2f}%" r="3.5" fill="var(--{s.color})"/>' for x, y in s.points
             ]
     inside = [(x, label) for x, label in boundaries if 0 < x < x_end]
     for i, (x, label) in enumerate(inside):
         at = left(x)
         anchor, shift = ("start", 6) if at < 60 else ("end", -6)
         parts.append(f'<line class="boundary" x1="{at:.2f}%" x2="{at:.2f}%" y1="0" y2="100%"/>')
-        parts.append(
-            f'<text class="mark" x="{at:.2f}%" dx="{shift}" y="{12 + 16 * (i % 2)}" text-anchor="{anchor}">'
-            f"{escape(label)}</text>"
-        )
+        if label:
+            parts.append(
+                f'<text class="mark" x="{at:.2f}%" dx="{shift}" y="{12 + 16 * (i % 2)}" text-anchor="{anchor}">'
+                f"{escape(label)}</text>"
+            )
     parts += _hover_bands(series, x_end, x_label)
 
     last = ", ".join(f"{s.name} {_number(s.points[-1][1])}" for s in series)
     name = f"{title} by {x_label}, up to {x_label} {_number(x_end)}; at the end: {last}"
-    legend = [(s.name, s.color) for s in series] if len(series) > 1 else []
+    legend = [(s.name, s.color) for s in series] if several else []
     svg = f'<svg class="lines" role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'
-    return _figure(title, legend, f'<div class="plot">{svg}</div>')
+    return _figure(title, legend, f'<div class="plot">{svg}</div>', detail=f"by {x_label}")
 
 
 def bar_chart(
@@ -158,9 +156,7 @@ def bar_chart(
         parts.append(f'<rect class="band" x="0" y="{y - 5}" width="100%" height="{pitch}"/>')
         short = label if len(label) <= 15 else label[:14] + "…"
         middle = y + (pitch - 10) / 2
-        parts.append(
-            f'<text class="name" x="-10" y="{middle:g}" dy=".35em" text-anchor="end">{escape(short)}</text>'
-        )
+        parts.append(f'<text class="name" x="-10" y="{middle:g}" dy=".35em" text-anchor="end">{escape(short)}</text>')
         for j, ((_, color), value) in enumerate(bars):
             if value is not None:
                 box = f'x="0" y="{y + j * (bar + gap)}" width="{100.0 * value / high:.2f}%" height="{bar}"'
@@ -193,12 +189,11 @@ def nice_ticks(low: float, high: float, *, count: int = 5) -> list[float]:
     return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(first, last + 1)]
 
 
-def _figure(title: str, legend: Sequence[tuple[str, str]], body: str) -> str:
-    keys = "".join(
-        f'<li><i style="background:var(--{color})"></i>{escape(name)}</li>' for name, color in legend
-    )
+def _figure(title: str, legend: Sequence[tuple[str, str]], body: str, *, detail: str = "") -> str:
+    keys = "".join(f'<li><i style="background:var(--{color})"></i>{escape(name)}</li>' for name, color in legend)
     keys = f'<ul class="legend">{keys}</ul>' if keys else ""
-    return f'<figure class="chart"><figcaption><b>{escape(title)}</b>{keys}</figcaption>{body}</figure>'
+    heading = f"<span><b>{escape(title)}</b> {escape(detail)}</span>"
+    return f'<figure class="chart"><figcaption>{heading}{keys}</figcaption>{body}</figure>'
 
 
 def _hover_bands(series: Sequence[Series], x_end: float, x_label: str) -> list[str]:
@@ -213,8 +208,7 @@ def _hover_bands(series: Sequence[Series], x_end: float, x_label: str) -> list[s
         text = escape("\n".join([f"{x_label} {_number(x)}", *lines]))
         left, width = 100 * start / x_end, 100 * (end - start) / x_end
         parts.append(
-            f'<rect class="band" x="{left:.2f}%" y="0" width="{width:.2f}%" height="100%">'
-            f"<title>{text}</title></rect>"
+            f'<rect class="band" x="{left:.2f}%" y="0" width="{width:.2f}%" height="100%"><title>{text}</title></rect>'
         )
     return parts
 
@@ -232,13 +226,16 @@ def _thin(points: Sequence[Point]) -> list[Point]:
     return [(g[-1][0], sum(y for _, y in g) / len(g)) for g in groups]
 
 
-def _smooth(points: Sequence[Point]) -> list[Point]:
-    """Moving average over a twentieth of the line."""
+def _smooth(points: Sequence[Point], breaks: Sequence[float]) -> list[Point]:
+    """Moving average over a twentieth of the line, narrower towards its ends and the breaks."""
     half = max(1, len(points) // 40)
-    result = []
-    for i, (x, _) in enumerate(points):
-        window = points[max(0, i - half) : i + half + 1]
-        result.append((x, sum(y for _, y in window) / len(window)))
+    result: list[Point] = []
+    for _, group in groupby(points, key=lambda point: sum(point[0] >= x for x in breaks)):
+        part = list(group)
+        for i, (x, _) in enumerate(part):
+            reach = min(half, i, len(part) - 1 - i)
+            window = part[i - reach : i + reach + 1]
+            result.append((x, sum(y for _, y in window) / len(window)))
     return result
 
 

@@ -1,4 +1,4 @@
-"""Reads a run folder into the dictionary that report.json holds. Draws nothing and needs no torch."""
+"""Reads a run folder into the dictionary that report.json holds. Draws nothing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from afa.config import config_to_dict, load_config
 from afa.errors import AfaError
+from afa.training.metrics import read_metrics as read_lines
 
 LABEL_KINDS = ("seg", "propagated", "cam")
 """What evaluation scores: the segmentation, the propagated CAM, the CAM."""
@@ -39,9 +40,7 @@ def collect_report(run: Path) -> dict[str, Any]:
     if not run.is_dir():
         raise AfaError(f"{run}: no such run folder; pass the folder given to `afa train --out`")
     if not (run / "config.toml").is_file():
-        raise AfaError(
-            f"{run}: not a run folder, it has no config.toml; pass the folder given to `afa train --out`"
-        )
+        raise AfaError(f"{run}: not a run folder, it has no config.toml; pass the folder given to `afa train --out`")
     config = load_config(run / "config.toml")
     environment = _read_object(run / "environment.json")
     scores = {kind: _read_object(run / "evaluation" / f"{kind}.json") for kind in LABEL_KINDS}
@@ -89,17 +88,9 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     Returns:
         One dictionary a line; empty when there is no metrics.jsonl. Values that are not finite are None.
     """
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        return []
     kept: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text, parse_constant=lambda _: None)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int) and "kind" in line:
-            kept[(line["kind"], line.get("labels", ""), line["step"])] = line
+    for line in read_lines(run / "metrics.jsonl"):
+        kept[(line["kind"], line.get("labels", ""), line["step"])] = line
     return sorted(kept.values(), key=lambda line: line["step"])
 
 
@@ -108,9 +99,7 @@ def source_commit() -> str | None:
     package = Path(__file__).resolve().parents[1]
     command = ["git", "-C", str(package), "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        lines = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.splitlines()
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return None
     # A virtual environment inside somebody else's repository would answer with their commit.
@@ -141,9 +130,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise AfaError(f"{path}: not valid JSON ({error}); write it again or delete it") from None
     if not isinstance(value, dict):
-        raise AfaError(
-            f"{path}: holds {type(value).__name__}, not a JSON object; write it again or delete it"
-        )
+        raise AfaError(f"{path}: holds {type(value).__name__}, not a JSON object; write it again or delete it")
     return value
 
 

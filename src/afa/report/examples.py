@@ -110,9 +110,29 @@ def blend_heat(image: NDArray[np.uint8], heat: NDArray[np.float64]) -> NDArray[n
     Returns:
         (H, W, 3) uint8.
     """
-    gray = image.mean(axis=-1, keepdims=True)
-    blended: NDArray[np.float64] = 0.35 * gray + 0.65 * heat_colors(heat)
+    blended: NDArray[np.float64] = 0.35 * _gray(image) + 0.65 * heat_colors(heat)
     return blended.round().astype(np.uint8)
+
+
+def blend_label(image: NDArray[np.uint8], label: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Lay class colors over an image; the photograph stays visible as gray, darker in the background.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        label: (H, W) uint8 class indices, 255 = ignored.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    # One of VOC's colors is a plain gray, and others are nearly black: all stand out from a dim gray.
+    gray = _gray(image)
+    gray[label == 0] //= 2
+    return overlay(gray, label, alpha=0.65)
+
+
+def _gray(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(H, W, 3) -> (H, W, 3) with three equal channels."""
+    return np.array(Image.fromarray(image).convert("L").convert("RGB"))
 
 
 def _evenly_spaced(images: TaggedImages, count: int) -> list[int]:
@@ -139,9 +159,7 @@ def _draw_example(
     if enlarge > 1:
         size = (math.ceil(height * enlarge), math.ceil(width * enlarge))
         view = interpolate(view, size=size, mode="bilinear", align_corners=False)
-    pseudo = infer_pseudo(
-        score, view, tags, config=config.pseudo, want=("cam", "propagated", "refined_label")
-    )
+    pseudo = infer_pseudo(score, view, tags, config=config.pseudo, want=("cam", "propagated", "refined_label"))
     logits = seg_logits(network, pixels, protocol=config.evaluation.protocol, config=config.evaluation)
 
     scale = min(1.0, DISPLAY_SIZE / max(height, width))
@@ -152,12 +170,12 @@ def _draw_example(
         "image": picture,
         "cam": blend_heat(picture, _heat(pseudo["cam"][0, present], shown)),
         "propagated": blend_heat(picture, _heat(pseudo["propagated"][0, 1:][present], shown)),
-        "pseudo": overlay(picture, _label(pseudo["refined_label"][0], shown)),
-        "prediction": overlay(picture, _label(logits.argmax(0), shown)),
+        "pseudo": blend_label(picture, _label(pseudo["refined_label"][0], shown)),
+        "prediction": blend_label(picture, _label(logits.argmax(0), shown)),
     }
     if not isinstance(images, ScoredImages):
         return drawn
-    return drawn | {"truth": overlay(picture, _label(torch.from_numpy(images.mask(i)), shown))}
+    return drawn | {"truth": blend_label(picture, _label(torch.from_numpy(images.mask(i)), shown))}
 
 
 def _heat(scores: Tensor, size: tuple[int, int]) -> NDArray[np.float64]:

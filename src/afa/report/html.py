@@ -75,9 +75,7 @@ def read_examples(run: Path) -> list[dict[str, Any]]:
     return examples
 
 
-def render_page(
-    report: dict[str, Any], metrics: Sequence[dict[str, Any]], examples: Sequence[dict[str, Any]]
-) -> str:
+def render_page(report: dict[str, Any], metrics: Sequence[dict[str, Any]], examples: Sequence[dict[str, Any]]) -> str:
     """Lay out the page.
 
     Args:
@@ -133,7 +131,8 @@ def _header(report: dict[str, Any]) -> str:
 
 def _tiles(report: dict[str, Any]) -> str:
     miou, cam, propagated = report["miou"], report["cam_miou"], report["propagated_miou"]
-    protocol = f"{report['protocol']}, {report['num_images']:,} images" if report["num_images"] else ""
+    scale = {"single": "single scale", "multiscale": "multi-scale"}.get(report["protocol"], report["protocol"])
+    protocol = f"{scale}, {report['num_images']:,} images" if report["num_images"] else ""
     device = report["device"]
     tiles: list[tuple[str, str | None, str, str, str]] = [
         ("Segmentation mIoU", _format(miou, "{:.1f}"), "%", protocol or "not evaluated yet", "lead"),
@@ -159,9 +158,7 @@ def _tiles(report: dict[str, Any]) -> str:
     ]
     cells = []
     for name, value, unit, note, kind in tiles:
-        shown = (
-            f"{escape(value)} <small>{unit}</small>" if value is not None else '<span class="none">–</span>'
-        )
+        shown = f"{escape(value)} <small>{unit}</small>" if value is not None else '<span class="none">–</span>'
         cells.append(
             f'<div class="tile {kind}"><dt>{name}</dt><dd class="value">{shown}</dd>'
             f'<dd class="note">{escape(note)}</dd></div>'
@@ -184,9 +181,7 @@ def _examples(report: dict[str, Any], examples: Sequence[dict[str, Any]]) -> str
         for key in columns:
             uri = example["pictures"].get(key)
             alt = escape(f"{_COLUMNS[key]} of {example['name']}")
-            picture = (
-                f'<img src="{uri}" alt="{alt}" loading="lazy">' if uri else '<span class="hole">none</span>'
-            )
+            picture = f'<img src="{uri}" alt="{alt}" loading="lazy">' if uri else '<span class="hole">none</span>'
             cells.append(f"<figure>{picture}<figcaption>{_COLUMNS[key]}</figcaption></figure>")
         rows.append(
             f'<div class="example"><h3>{name}<ul class="tags" aria-label="tags">{tags}</ul></h3>'
@@ -226,50 +221,50 @@ def _training(report: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> str:
     schedule = report["config"]["schedule"]
     boundaries = [(schedule["cls_steps"], "initial labels"), (schedule["refined_steps"], "refined labels")]
     boundaries = boundaries[schedule["cls_steps"] == schedule["refined_steps"] :]
-    panels = [("Classification loss", "cls_loss", "cls"), ("Segmentation loss", "seg_loss", "seg")]
-    panels += [
-        ("Affinity loss", "aff_loss", "propagated"),
-        ("Learning rate of the encoder", "learning_rate", "ink"),
+    losses = [
+        Series("classification", "cls", points("cls_loss")),
+        Series("segmentation", "seg", points("seg_loss")),
+        Series("affinity", "propagated", points("aff_loss")),
     ]
-    panels += [("Images per second", "images_per_second", "ink")]
-    total = [Series("total", "ink", points("loss"))]
-    parts = [
-        Series(title.removesuffix(" loss").lower(), color, points(key)) for title, key, color in panels[:3]
-    ]
-    charts = [line_chart(total + parts, title="Losses", boundaries=boundaries)]
-    small = [
-        line_chart([Series(title, color, points(key))], title=title, boundaries=boundaries)
-        for title, key, color in panels
-    ]
-    evaluations = [
-        Series(
-            _KIND_NAMES[kind],
-            kind,
-            [
-                (line["step"], line["miou"])
-                for line in metrics
-                if line["kind"] == "eval" and line.get("labels") == kind and line.get("miou") is not None
-            ],
-        )
-        for kind in LABEL_KINDS
-    ]
+    wide = line_chart(losses, title="Losses", boundaries=boundaries)
+    evaluations = [Series(_KIND_NAMES[kind], kind, _scores_by_step(metrics, kind)) for kind in LABEL_KINDS]
     if max(len(series.points) for series in evaluations) > 1:
-        small.insert(0, line_chart(evaluations, title="mIoU, percent", boundaries=boundaries))
+        wide += line_chart(evaluations, title="mIoU in percent", boundaries=boundaries, smooth=False)
+    singles = [
+        ("Total loss", Series("total", "ink", points("loss"))),
+        *((f"{series.name.capitalize()} loss", series) for series in losses),
+        ("Learning rate of the encoder", Series("learning rate", "ink", points("learning_rate"))),
+        ("Images per second", Series("images per second", "ink", points("images_per_second"))),
+    ]
+    unnamed = [(step, "") for step, _ in boundaries]
+    small = "".join(
+        line_chart([series], title=title, boundaries=unnamed, smooth=series.name != "learning rate")
+        for title, series in singles
+    )
     note = (
         "<p class='note'>Dashed lines: from there on the segmentation learns from initial, then from refined "
         "pseudo labels. Bold curves are moving averages of the faint ones; the total is the weighted sum.</p>"
     )
-    return f'{charts[0]}<div class="panels">{"".join(small)}</div>{note}'
+    return f'<div class="wide">{wide}</div><div class="panels">{small}</div>{note}'
+
+
+def _scores_by_step(metrics: Sequence[dict[str, Any]], kind: str) -> list[tuple[float, float]]:
+    lines = [line for line in metrics if line["kind"] == "eval" and line.get("labels") == kind]
+    return [(line["step"], line["miou"]) for line in lines if line.get("miou") is not None]
 
 
 def _classes(report: dict[str, Any]) -> str:
     missing = [kind for kind in LABEL_KINDS if not report["per_class"][kind]]
     note = ""
     if missing:
-        commands = " and ".join(f"--labels {kind}" for kind in missing)
+        run = report["run"]
+        commands = [
+            f"afa evaluate {run} --data DIR --labels {kind} --json {run}/evaluation/{kind}.json" for kind in missing
+        ]
         note = _missing(
             f"Not evaluated: {', '.join(_KIND_NAMES[kind] for kind in missing)}.",
-            f"Add it with `afa evaluate {report['run']} --data DIR` and {commands}, then `afa report` again.",
+            "These commands add it to this page:",
+            commands=[*commands, f"afa report {run}"],
         )
     rows = label_values(report["per_class"], report["classes"])
     if not rows:
@@ -279,7 +274,7 @@ def _classes(report: dict[str, Any]) -> str:
     series = [(_KIND_NAMES[LABEL_KINDS[i]], LABEL_KINDS[i]) for i in present]
     ranked = sorted(rows, key=lambda row: -(row[1][present[0]] or 0.0))
     bars = bar_chart(
-        [(name, [values[i] for i in present]) for name, values in ranked], title="IoU, percent", series=series
+        [(name, [values[i] for i in present]) for name, values in ranked], title="IoU in percent", series=series
     )
     head = "".join(f'<th scope="col">{name}</th>' for name, _ in series)
     head += '<th scope="col">gain over CAM</th>' if not missing else ""
@@ -290,9 +285,7 @@ def _classes(report: dict[str, Any]) -> str:
             change = _difference(values[0], values[2])
             sign = "" if change is None else "up" if change >= 0 else "down"
             cells += f'<td class="{sign}">{_format(change, "{:+.1f}") or "–"}</td>'
-        body.append(
-            f'<tr{" class=mean" if name == "mean" else ""}><th scope="row">{escape(name)}</th>{cells}</tr>'
-        )
+        body.append(f'<tr{" class=mean" if name == "mean" else ""}><th scope="row">{escape(name)}</th>{cells}</tr>')
     table = (
         f'<div class="scroll"><table><thead><tr><th scope="col">class</th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
@@ -312,9 +305,7 @@ def _details(report: dict[str, Any]) -> str:
         "commit": report["commit"],
     }
     known = {key: str(value) for key, value in environment.items() if value is not None}
-    table = (
-        _properties(known) if known else _missing("The run has no environment.json.", "Training writes it.")
-    )
+    table = _properties(known) if known else _missing("The run has no environment.json.", "Training writes it.")
     groups = "".join(
         f"<div><h3>[{escape(section)}]</h3>"
         f"{_properties({key: json.dumps(value) for key, value in values.items()}, code=True)}</div>"
@@ -341,8 +332,9 @@ def _section(title: str, body: str) -> str:
     return f"<section><h2>{title}</h2>{body}</section>"
 
 
-def _missing(what: str, remedy: str) -> str:
-    return f'<p class="missing"><b>{escape(what)}</b> {escape(remedy)}</p>'
+def _missing(what: str, remedy: str, *, commands: Sequence[str] = ()) -> str:
+    lines = "".join(f"<br><code>{escape(command)}</code>" for command in commands)
+    return f'<p class="missing"><b>{escape(what)}</b> {escape(remedy)}{lines}</p>'
 
 
 def _format(value: float | None, form: str) -> str | None:

@@ -47,11 +47,11 @@ header .facts { margin-bottom: 6px; color: var(--ink); }
 .tiles { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 12px; margin: 22px 0; }
 .tile { padding: 14px 16px; background: var(--card); border: 1px solid var(--rule); border-radius: 10px; }
 .tile dt { font-size: 13px; color: var(--muted); }
-.tile dd { margin: 2px 0 0; font-size: 28px; font-weight: 650; line-height: 1.2; white-space: nowrap; }
-.tile dd { font-variant-numeric: tabular-nums; overflow: hidden; text-overflow: ellipsis; }
+.tile dd { margin: 2px 0 0; font-size: 28px; font-weight: 650; line-height: 1.2; }
+.tile dd { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .tile dd.note { margin: 2px 0 0; font-size: 12.5px; font-weight: 400; line-height: 1.5; min-height: 1.5em; }
 .tile small { font-size: 14px; font-weight: 500; color: var(--muted); }
-.tile.text .value { font-size: 18px; line-height: 33.6px; }
+.tile.text .value { padding: 5px 0 4px; font-size: 18px; line-height: 24px; }
 .tile.lead { border-color: var(--seg); box-shadow: inset 4px 0 0 var(--seg); }
 .tile.lead .value { color: var(--seg); }
 .none { color: var(--muted); }
@@ -78,12 +78,14 @@ header .facts { margin-bottom: 6px; color: var(--ink); }
 .classes .hatched { background: repeating-linear-gradient(135deg, #fff 0 2px, #b8bec8 2px 5px); }
 
 .chart figcaption { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 18px; }
-.chart figcaption { margin-bottom: 8px; font-size: 14px; }
+.chart figcaption { margin-bottom: 8px; font-size: 13px; color: var(--muted); }
+.chart b { font-size: 14px; color: var(--ink); }
 .plot { padding: 6px 14px 26px 52px; }
 .plot.bars { padding-left: 116px; }
 .plot > svg { display: block; width: 100%; overflow: visible; }
 .plot > .lines { height: 150px; }
-section > .chart .lines { height: 260px; }
+.wide .lines { height: 240px; }
+.wide { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 14px 20px; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 14px 20px; }
 .panels { margin-top: 18px; }
 svg text { font-size: 12px; fill: var(--muted); }
@@ -129,10 +131,10 @@ code { font: 12.5px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans 
   .pictures { grid-template-columns: repeat(3, minmax(0, 1fr)); }
   .pictures figcaption { display: block; }
   .pictures.head { display: none; }
-  .panels, .config { grid-template-columns: minmax(0, 1fr); }
+  .wide, .panels, .config { grid-template-columns: minmax(0, 1fr); }
   .plot { padding-left: 46px; padding-right: 6px; }
   .plot.bars { padding-left: 104px; }
-  section > .chart .lines { height: 200px; }
+  .wide .lines { height: 200px; }
   th, td { padding: 4px 5px; }
 }
 @media print { section, .tile, .example { break-inside: avoid; } }

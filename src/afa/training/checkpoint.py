@@ -43,22 +43,22 @@ def save_checkpoint(run: Path, *, step: int, network: nn.Module, state: Mapping[
         partial.mkdir(parents=True)
         save_file(_contiguous(network.state_dict()), partial / "model.safetensors")
         torch.save(dict(state) | {"step": step}, partial / "training_state.pt")
-        for path in partial.iterdir():
+        for path in (*partial.iterdir(), partial):
             _sync(path)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
+        _sync(folder)
         write_atomically(folder / "latest", final.name + "\n")
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch.save reports a full disk as RuntimeError, safetensors as its own exception or OSError.
         shutil.rmtree(partial, ignore_errors=True)
         good = latest_checkpoint(run)
         kept = f"the last good one is {good.name}" if good else "there is none yet"
-        reason = str(error).splitlines()[0]
         raise AfaError(
-            f"{final}: cannot write the checkpoint ({reason}); {kept}; free space, then --resume"
+            f"{final}: cannot write the checkpoint ({_reason(error)}); {kept}; free space, then --resume"
         ) from None
-    for old in sorted(folder.glob("step_*"))[:-KEPT_CHECKPOINTS]:
+    for old in (*sorted(folder.glob("step_*"))[:-KEPT_CHECKPOINTS], *folder.glob(".partial_*")):
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -84,23 +84,32 @@ def load_checkpoint(folder: Path, network: nn.Module) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise AfaError(
-            f"{path}: broken training state ({reason}); delete {folder.name} to resume from the one before"
+            f"{path}: broken training state ({_reason(error)}); delete {folder.name} to resume from the one before"
         ) from None
     if not isinstance(state, dict) or "step" not in state:
-        raise AfaError(
-            f"{path}: not a training state of afa; delete {folder.name} to resume from the one before"
-        )
+        raise AfaError(f"{path}: not a training state of afa; delete {folder.name} to resume from the one before")
     return state
 
 
 def save_weights(path: Path, network: nn.Module) -> None:
-    """Write a network's weights as safetensors, atomically."""
+    """Write a network's weights as safetensors, atomically.
+
+    Args:
+        path: File to write.
+        network: Network whose weights are saved.
+
+    Raises:
+        AfaError: The disk is full or refuses.
+    """
     partial = path.with_name(f".partial_{path.name}")
-    save_file(_contiguous(network.state_dict()), partial)
-    _sync(partial)
-    partial.replace(path)
+    try:
+        save_file(_contiguous(network.state_dict()), partial)
+        _sync(partial)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise AfaError(f"{path}: cannot write the weights ({_reason(error)}); free space, then --resume") from None
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -118,5 +127,13 @@ def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Make a file, or the entries of a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -21,7 +21,7 @@ from afa.data.voc import ScoredImages, TaggedImages, open_scored, open_tagged
 from afa.errors import AfaError
 from afa.evaluation.evaluate import evaluate
 from afa.model.network import AfaNetwork
-from afa.runtime import Processes, autocast, progress_bar, say, seed_step
+from afa.runtime import Processes, autocast, interrupts, progress_bar, say, seed_step
 from afa.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -128,11 +128,7 @@ def train(
         start, seconds_before = state["step"], state["seconds"]
         if processes.is_main:
             say(f"resuming {run} after step {start} of {config.schedule.max_steps}")
-    log = (
-        MetricsLog(run, resume_step=start, tensorboard=config.train.tensorboard)
-        if processes.is_main
-        else None
-    )
+    log = MetricsLog(run, resume_step=start, tensorboard=config.train.tensorboard) if processes.is_main else None
     trainer = _Trainer(config, run, device, processes, network, optimizer, scaler, images, scored, log)
     try:
         seconds = trainer.run_steps(start, seconds_before, progress=progress)
@@ -177,9 +173,7 @@ class _Trainer:
         self.module: torch.nn.Module = network
         if processes.count > 1:
             # The phases leave decoder and affinity head unused at first.
-            self.module = DistributedDataParallel(
-                network, find_unused_parameters=True, broadcast_buffers=False
-            )
+            self.module = DistributedDataParallel(network, find_unused_parameters=True, broadcast_buffers=False)
         self.skipped = 0
 
     def run_steps(self, start: int, seconds_before: float, *, progress: bool) -> float:
@@ -202,49 +196,45 @@ class _Trainer:
         step = start
         bar = progress_bar(enabled=progress, extra="loss")
         self.network.train()
-        with bar:
+        with bar, interrupts() as asked_to_stop:
             task = bar.add_task("training", total=schedule.max_steps, completed=start, rate="", loss="")
-            try:
-                for batch in batches:
-                    sums.add(self._step(step, batch))
-                    step += 1
-                    now = time.perf_counter()
-                    if step % config.train.log_steps == 0 or step == schedule.max_steps:
-                        rate = (step - line_step) * schedule.batch_size / (now - line_began)
-                        line = self._log_line(step, sums, rate, seconds_before + now - began)
-                        sums, line_began, line_step = _Sums(), now, step
-                        text = _describe(line)
-                        bar.update(task, rate=f"{rate:.1f} images/s", loss=text)
-                        if progress and not bar.console.is_terminal and now - told > 10:
-                            left = (schedule.max_steps - step) * schedule.batch_size / rate
-                            say(
-                                f"step {step}/{schedule.max_steps}  {rate:.1f} images/s  {text}  {left:.0f} s left"
-                            )
-                            told = now
-                    bar.update(task, completed=step)
-                    if step % config.train.save_steps == 0 or step == schedule.max_steps:
-                        self._save(step, seconds_before + time.perf_counter() - began)
-                    if (
-                        config.train.eval_steps
-                        and step % config.train.eval_steps == 0
-                        and step < schedule.max_steps
-                    ):
-                        paused = time.perf_counter()
-                        self._evaluate(step)
-                        # Evaluation is not training: neither the clock nor the rate counts it.
-                        gone = time.perf_counter() - paused
-                        began, line_began = began + gone, line_began + gone
-            except KeyboardInterrupt:
-                self._save(step, seconds_before + time.perf_counter() - began)
-                raise AfaError(
-                    f"stopped after step {step} of {schedule.max_steps}; the same command with --resume goes on"
-                ) from None
+            for batch in batches:
+                sums.add(self._step(step, batch))
+                step += 1
+                last = step == schedule.max_steps
+                now = time.perf_counter()
+                if step % config.train.log_steps == 0 or last:
+                    rate = (step - line_step) * schedule.batch_size / (now - line_began)
+                    line = self._log_line(step, sums, rate, seconds_before + now - began)
+                    sums, line_began, line_step = _Sums(), now, step
+                    text = _describe(line)
+                    bar.update(task, rate=f"{rate:.1f} images/s", loss=text)
+                    if progress and not bar.console.is_terminal and now - told > 10:
+                        left = (schedule.max_steps - step) * schedule.batch_size / rate
+                        say(f"step {step}/{schedule.max_steps}  {rate:.1f} images/s  {text}  {left:.0f} s left")
+                        told = now
+                bar.update(task, completed=step)
+                # What belongs to a step is logged before it is saved: a resumed run never comes back to it.
+                if config.train.eval_steps and step % config.train.eval_steps == 0 and not last:
+                    paused = time.perf_counter()
+                    self._evaluate(step)
+                    # Evaluation is not training: neither the clock nor the rate counts it.
+                    gone = time.perf_counter() - paused
+                    began, line_began = began + gone, line_began + gone
+                stop = self.processes.any(asked_to_stop(), self.device)
+                if step % config.train.save_steps == 0 or last or stop:
+                    self._save(step, seconds_before + time.perf_counter() - began)
+                if stop:
+                    raise AfaError(
+                        f"stopped after step {step} of {schedule.max_steps}; the same command with --resume goes on"
+                    )
         return seconds_before + time.perf_counter() - began
 
     def _step(self, step: int, batch: Batch) -> StepLosses:
         config = self.config
-        num_slots = 1 + int(batch.tags.sum(1).max())
+        num_slots = 1 + max(1, int(batch.tags.sum(1).max()))
         batch = batch.to(self.device, non_blocking=True)
+        buffers = [buffer.clone() for buffer in self.network.buffers()]
         seed_step(config.train.seed, step, self.processes.rank)
         set_learning_rate(self.optimizer, step, config.schedule)
         losses = compute_losses(
@@ -267,6 +257,10 @@ class _Trainer:
         if finite or self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        if not finite:
+            # The forward pass may have put the same NaN into the batch statistics.
+            for buffer, before in zip(self.network.buffers(), buffers, strict=True):
+                buffer.copy_(before)
         self.skipped = 0 if finite else self.skipped + 1
         if self.skipped > MAX_SKIPPED_STEPS:
             raise AfaError(
@@ -360,12 +354,7 @@ def _prepare_run(run: Path, config: Config, classes: tuple[str, ...], *, resume:
 
 def _flat(config: Config) -> dict[str, Any]:
     tree = config_to_dict(config)
-    return {
-        f"{s}.{key}": value
-        for s, part in tree.items()
-        if isinstance(part, dict)
-        for key, value in part.items()
-    }
+    return {f"{s}.{key}": value for s, part in tree.items() if isinstance(part, dict) for key, value in part.items()}
 
 
 def _write_environment(
@@ -388,9 +377,5 @@ def _write_environment(
 
 
 def _describe(line: dict[str, Any]) -> str:
-    parts = [
-        f"{name[:-5]} {line[name]:.3f}"
-        for name in ("cls_loss", "seg_loss", "aff_loss")
-        if line[name] is not None
-    ]
+    parts = [f"{name[:-5]} {line[name]:.3f}" for name in ("cls_loss", "seg_loss", "aff_loss") if line[name] is not None]
     return f"{line['phase']}: " + ", ".join(parts)

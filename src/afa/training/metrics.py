@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,14 @@ class MetricsLog:
         self._writer = _tensorboard_writer(run / "tensorboard") if tensorboard else None
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line; it has `kind` and `step`."""
+        """Append one line; it has `kind` and `step`. Numbers that are not finite, which JSON lacks, become null."""
+        line = {key: None if _is_not_finite(value) else value for key, value in line.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self._writer is not None:
             for key, value in line.items():
                 if key not in ("step", "kind") and isinstance(value, (int, float)):
-                    name = (
-                        f"{line['kind']}/{line['labels']}_{key}"
-                        if "labels" in line
-                        else f"{line['kind']}/{key}"
-                    )
+                    name = f"{line['kind']}/{line['labels']}_{key}" if "labels" in line else f"{line['kind']}/{key}"
                     self._writer.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
@@ -50,18 +48,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Args:
         path: The file; a missing one is empty, and an unfinished last line, which a kill leaves behind, is left out.
+
+    Returns:
+        One dictionary a line, with at least `kind` and `step`; figures that are not finite are None.
     """
     if not path.is_file():
         return []
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            line = json.loads(text)
+            line = json.loads(text, parse_constant=lambda _: None)
         except json.JSONDecodeError:
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and "kind" in line:
             lines.append(line)
     return lines
+
+
+def _is_not_finite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _tensorboard_writer(folder: Path) -> Any:

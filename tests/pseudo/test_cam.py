@@ -1,0 +1,117 @@
+"""Fusion of class scores into CAMs, and the passes that give them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+import naive
+from afa.pseudo.cam import fuse_scores, multi_scale_cam, normalize_cam
+from afa.types import NetworkOutput
+
+
+class FakeScore:
+    """Encoder pass that averages patches of 8 pixels and mixes the channels; it notes what it was asked."""
+
+    def __init__(self, num_classes: int = 3) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.weight = torch.randn(num_classes, 3, generator=generator)
+        self.calls: list[tuple[tuple[int, ...], bool]] = []
+
+    def __call__(self, image: Tensor, affinity: bool) -> NetworkOutput:
+        self.calls.append((tuple(image.shape), affinity))
+        pooled = adaptive_avg_pool2d(image, (image.shape[2] // 8, image.shape[3] // 8))
+        scores = torch.einsum("kc,bchw->bkhw", self.weight, pooled)
+        tokens = pooled.flatten(2)
+        return NetworkOutput(
+            image_logits=scores.amax((2, 3)),
+            class_scores=scores,
+            affinity=torch.sigmoid(tokens.transpose(1, 2) @ tokens) if affinity else None,
+        )
+
+
+def images(batch: int = 2, height: int = 32, width: int = 48) -> Tensor:
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("size", "grids"),
+    [((16, 24), [(2, 3), (1, 2), (3, 5)]), ((9, 7), [(3, 2)]), ((5, 13), [(5, 13), (7, 9)])],
+)
+def test_fusion_agrees_with_naive(size: tuple[int, int], grids: list[tuple[int, int]]) -> None:
+    generator = torch.Generator().manual_seed(sum(size))
+    scores = [torch.randn(4, 3, *grid, generator=generator) for grid in grids]
+    cam = fuse_scores(scores, size)
+    for i in range(2):
+        plain = [score[i].numpy() for score in scores]
+        flipped = [score[i + 2].numpy() for score in scores]
+        np.testing.assert_allclose(cam[i].numpy(), naive.fuse_scores(plain, flipped, size), atol=1e-5)
+
+
+def test_fusion_leaves_its_input_alone() -> None:
+    scores = [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 2, 2)]
+    before = [score.clone() for score in scores]
+    fuse_scores(scores, (4, 4))
+    assert all(torch.equal(score, copy) for score, copy in zip(scores, before, strict=True))
+
+
+def test_normalized_cam_spans_zero_to_one() -> None:
+    cam = normalize_cam(torch.randn(2, 3, 6, 7) * 5 + 2)
+    assert torch.equal(cam.amin((2, 3)), torch.zeros(2, 3))
+    torch.testing.assert_close(cam.amax((2, 3)), torch.ones(2, 3), atol=1e-4, rtol=0)
+
+
+def test_class_without_any_positive_score_has_a_zero_cam() -> None:
+    cam = fuse_scores([-torch.rand(2, 3, 4, 4) - 0.1], (8, 8))
+    assert torch.equal(cam, torch.zeros(1, 3, 8, 8))
+
+
+def test_flipped_image_has_the_flipped_cam() -> None:
+    score = FakeScore()
+    straight = multi_scale_cam(score, images(), scales=(1.0, 0.5, 1.5)).cam
+    mirrored = multi_scale_cam(score, images().flip(-1), scales=(1.0, 0.5, 1.5)).cam
+    torch.testing.assert_close(mirrored, straight.flip(-1), atol=1e-5, rtol=0)
+
+
+def test_cam_has_the_size_of_the_image_and_the_grid_of_the_largest_scale() -> None:
+    result = multi_scale_cam(FakeScore(), images(), scales=(1.0, 0.5, 1.5))
+    assert result.cam.shape == (2, 3, 32, 48)
+    assert result.grid == (6, 9)
+    assert result.walk is None
+
+
+def test_affinity_is_asked_of_the_plain_images_at_the_largest_scale_alone() -> None:
+    score = FakeScore()
+    result = multi_scale_cam(score, images(), scales=(1.0, 0.5, 1.5), affinity=True)
+    assert [shape for shape, affinity in score.calls if affinity] == [(2, 3, 48, 72)]
+    assert result.walk is not None
+    assert result.walk.affinity is not None
+    assert result.walk.affinity.shape == (2, 54, 54)
+
+
+def test_asking_for_the_affinity_does_not_change_the_cam() -> None:
+    plain = multi_scale_cam(FakeScore(), images(), scales=(1.0, 1.5)).cam
+    walked = multi_scale_cam(FakeScore(), images(), scales=(1.0, 1.5), affinity=True).cam
+    torch.testing.assert_close(plain, walked, atol=1e-6, rtol=0)
+
+
+def test_scores_at_hand_save_the_plain_pass_at_scale_one() -> None:
+    from afa.types import normalize_image
+
+    score = FakeScore()
+    without = multi_scale_cam(score, images(), scales=(1.0, 0.5)).cam
+    all_images = sum(shape[0] for shape, _ in score.calls)
+    at_hand = score(normalize_image(images()), False).class_scores
+    score.calls.clear()
+    reused = multi_scale_cam(score, images(), scales=(1.0, 0.5), plain_scores=at_hand).cam
+    assert sum(shape[0] for shape, _ in score.calls) == all_images - 2
+    torch.testing.assert_close(reused, without, atol=1e-6, rtol=0)
+
+
+def test_cam_has_no_gradient() -> None:
+    score = FakeScore()
+    score.weight.requires_grad_()
+    assert not multi_scale_cam(score, images(), scales=(1.0,)).cam.requires_grad

@@ -1,0 +1,183 @@
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from afa.config import Config, ModelConfig, PseudoConfig, load_config
+from afa.data.palette import voc_palette
+from afa.data.voc import ScoredImages, TaggedImages
+from afa.report import examples
+from afa.report.examples import blend_heat, blend_label, heat_colors, write_examples
+from afa.types import NetworkOutput, normalize_image
+
+CPU = torch.device("cpu")
+
+
+class FakeNetwork(nn.Module):
+    """Says class 1 on the left and background on the right, whatever the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.modes: list[bool] = []
+
+    def forward(self, image: Tensor, *, segmentation: bool = True, affinity: bool = True) -> NetworkOutput:
+        self.modes.append(self.training)
+        rows, columns = image.shape[2] // 4, image.shape[3] // 4
+        logits = torch.zeros(image.shape[0], 3, rows, columns)
+        logits[:, 1, :, : columns // 2] = 1
+        logits[:, 0, :, columns // 2 :] = 1
+        return NetworkOutput(torch.zeros(image.shape[0], 2), torch.zeros(image.shape[0], 2, 1, 1), seg_logits=logits)
+
+
+def fake_pseudo(
+    score: Any, image: Tensor, tags: Tensor, *, config: PseudoConfig, want: Collection[str]
+) -> dict[str, Tensor]:
+    assert set(want) == {"cam", "propagated", "refined_label"}
+    assert 0 <= image.min() <= image.max() <= 1
+    height, width = image.shape[2:]
+    ramp = torch.linspace(0, 1, width).expand(height, width)
+    absent = torch.full_like(ramp, 5.0)  # must not show: the class is not tagged
+    label = torch.full((1, height, width), 255)
+    label[:, :, : width // 2] = 2
+    cam = torch.stack([ramp, absent] if tags[0, 0] else [absent, ramp])[None]
+    return {
+        "cam": cam,
+        "propagated": torch.cat([torch.full_like(cam[:, :1], 9.0), 0.1 * cam], 1),
+        "refined_label": label,
+    }
+
+
+def open_images(folder: Path, tags: list[list[int]], *, masks: bool) -> TaggedImages:
+    paths, mask_paths = [], []
+    for i in range(len(tags)):
+        pixels = np.full((64, 96, 3), 40 * i, np.uint8)
+        paths.append(folder / f"{i}.png")
+        mask_paths.append(folder / f"{i}_mask.png")
+        Image.fromarray(pixels).save(paths[-1])
+        Image.fromarray(np.ones((64, 96), np.uint8)).save(mask_paths[-1])
+    names = tuple(f"image{i}" for i in range(len(tags)))
+    matrix = np.array(tags, dtype=bool)
+    if not masks:
+        return TaggedImages(classes=("cat", "dog"), names=names, paths=paths, tags=matrix)
+    return ScoredImages(
+        classes=("cat", "dog"),
+        names=names,
+        paths=paths,
+        tags=matrix,
+        tagged=np.array([sum(row) >= 0 for row in tags]),
+        mask_paths=mask_paths,
+        mask_values=np.arange(3, dtype=np.uint8),
+        origin="tags.csv",
+    )
+
+
+@pytest.fixture
+def config() -> Config:
+    return load_config()
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> FakeNetwork:
+    monkeypatch.setattr(examples, "infer_pseudo", fake_pseudo)
+    return FakeNetwork()
+
+
+def read(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_pictures_and_index(tmp_path: Path, config: Config, fakes: FakeNetwork) -> None:
+    images = open_images(tmp_path, [[1, 0], [0, 0], [0, 1]], masks=True)
+    run = tmp_path / "run"
+    (run / "examples" / "009").mkdir(parents=True)
+    fakes.train()
+    write_examples(fakes, images, run, config=config, device=CPU, count=5)  # type: ignore[arg-type]
+    assert fakes.training
+    assert fakes.modes == [False, False]
+    assert json.loads((run / "examples" / "index.json").read_text()) == [
+        {"name": "image0", "tags": ["cat"], "folder": "000"},
+        {"name": "image2", "tags": ["dog"], "folder": "001"},
+    ]
+    assert {path.name for path in (run / "examples").iterdir()} == {"000", "001", "index.json"}
+    for folder in ("000", "001"):
+        names = {path.stem for path in (run / "examples" / folder).iterdir()}
+        assert names == set(examples.PICTURES)
+        assert {read(run / "examples" / folder / f"{name}.png").shape for name in names} == {(64, 96, 3)}
+        for name in ("cam", "propagated"):
+            row = read(run / "examples" / folder / f"{name}.png")[30].sum(-1).astype(int)
+            assert row[-1] > row[48] > row[0], name
+    prediction = read(run / "examples" / "001" / "prediction.png")[30]
+    assert prediction[10, 0] > prediction[10, 1]  # class 1 is red
+    assert prediction[90].tolist() == [40, 40, 40]  # the background is the photograph, dimmed
+
+
+def test_without_masks_there_is_no_truth(tmp_path: Path, config: Config, fakes: FakeNetwork) -> None:
+    images = open_images(tmp_path, [[1, 0]], masks=False)
+    write_examples(fakes, images, tmp_path / "run", config=config, device=CPU, count=1)  # type: ignore[arg-type]
+    names = {path.stem for path in (tmp_path / "run" / "examples" / "000").iterdir()}
+    assert names == set(examples.PICTURES) - {"truth"}
+
+
+def test_examples_are_spread_evenly(tmp_path: Path, config: Config, fakes: FakeNetwork) -> None:
+    images = open_images(tmp_path, [[1, 0]] * 5, masks=False)
+    write_examples(fakes, images, tmp_path, config=config, device=CPU, count=3)  # type: ignore[arg-type]
+    index = json.loads((tmp_path / "examples" / "index.json").read_text())
+    assert [entry["name"] for entry in index] == ["image0", "image2", "image4"]
+
+
+def test_no_images_with_tags(tmp_path: Path, config: Config, fakes: FakeNetwork) -> None:
+    images = open_images(tmp_path, [[0, 0]], masks=False)
+    write_examples(fakes, images, tmp_path, config=config, device=CPU, count=3)  # type: ignore[arg-type]
+    assert json.loads((tmp_path / "examples" / "index.json").read_text()) == []
+
+
+def test_real_network_and_sizes(tmp_path: Path) -> None:
+    from afa.build import build_network
+
+    torch.manual_seed(0)
+    network = build_network(ModelConfig(backbone="mit_tiny", weights="", decoder_width=16), 2)
+    images = open_images(tmp_path, [[1, 1], [1, 0]], masks=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 400, 3), dtype=np.uint8)).save(tmp_path / "1.png")
+    Image.fromarray(np.ones((20, 400), np.uint8)).save(tmp_path / "1_mask.png")
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    write_examples(network, images, tmp_path, config=load_config(), device=CPU, count=2)
+    assert {read(path).shape for path in (tmp_path / "examples" / "000").iterdir()} == {(64, 96, 3)}
+    assert {read(path).shape for path in (tmp_path / "examples" / "001").iterdir()} == {(13, 256, 3)}
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_heat_colors_grow_brighter() -> None:
+    colors = heat_colors(np.linspace(0, 1, 50))
+    assert colors.shape == (50, 3)
+    assert colors.dtype == np.uint8
+    assert (np.diff(colors.astype(float) @ [0.2126, 0.7152, 0.0722]) > 0).all()
+
+
+def test_blends_leave_their_inputs_alone() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    label = np.zeros((9, 12), np.uint8)
+    label[:, 4:] = 3
+    label[:, 8:] = 255
+    copies = image.copy(), label.copy()
+    heat = blend_heat(image, rng.random((9, 12)))
+    painted = blend_label(image, label)
+    assert (image == copies[0]).all()
+    assert (label == copies[1]).all()
+    assert heat.shape == painted.shape == image.shape
+    assert (painted[4, 4] == voc_palette()[3]).all()  # the outline
+
+
+def test_images_are_normalized_once(tmp_path: Path, config: Config, fakes: FakeNetwork) -> None:
+    seen: list[Tensor] = []
+    fakes.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    images = open_images(tmp_path, [[1, 0]], masks=False)
+    write_examples(fakes, images, tmp_path, config=config, device=CPU, count=1)  # type: ignore[arg-type]
+    torch.testing.assert_close(seen[0], normalize_image(torch.zeros(1, 3, 64, 96)))

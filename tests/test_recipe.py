@@ -1,0 +1,143 @@
+"""Whole jobs: train, score and report in one call, and the demo on generated images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from afa import recipe
+from afa.config import config_to_dict, load_config
+from afa.errors import AfaError
+from afa.recipe import SCORED_LABELS, run_demo, train_and_report
+from tiny import SETTINGS, assert_same_weights, tiny_config
+
+REPORT_KEYS = {
+    "miou", "cam_miou", "propagated_miou", "tag_f1", "seconds_train", "steps", "device", "torch", "config",
+}  # fmt: skip
+SCORE_KEYS = {"miou", "per_class", "protocol", "labels", "num_images", "seconds"}
+PICTURES = {"image.png", "cam.png", "propagated.png", "pseudo.png", "prediction.png", "truth.png"}
+
+
+def test_run_folder(tiny_run: Path, tiny_data: Path) -> None:
+    """Everything that docs/interfaces.md promises of a run folder."""
+    promised = {"config.toml", "classes.txt", "metrics.jsonl", "checkpoints", "model.safetensors", "evaluation",
+                "examples", "report.json", "report.html"}  # fmt: skip
+    assert promised <= {path.name for path in tiny_run.iterdir()}
+    classes = (tiny_data / "classes.txt").read_text().split()
+    for labels in SCORED_LABELS:
+        figures = json.loads((tiny_run / "evaluation" / f"{labels}.json").read_text())
+        assert figures.keys() >= SCORE_KEYS
+        assert (figures["labels"], figures["protocol"], figures["num_images"]) == (labels, "single", 6)
+        assert list(figures["per_class"]) == ["background", *classes]
+        assert 0 <= figures["miou"] <= 100
+    index = json.loads((tiny_run / "examples" / "index.json").read_text())
+    assert [example["folder"] for example in index] == ["000", "001"]
+    for example in index:
+        assert {path.name for path in (tiny_run / "examples" / example["folder"]).iterdir()} == PICTURES
+        assert set(example["tags"]) <= set(classes)
+    assert not list(tiny_run.rglob(".partial*"))
+
+
+def test_report_tells_what_the_run_did(tiny_run: Path, tiny_data: Path) -> None:
+    report = json.loads((tiny_run / "report.json").read_text())
+    assert report.keys() >= REPORT_KEYS
+    scores = {
+        labels: json.loads((tiny_run / "evaluation" / f"{labels}.json").read_text())["miou"] for labels in SCORED_LABELS
+    }
+    assert [report[key] for key in ("miou", "cam_miou", "propagated_miou")] == [
+        scores[labels] for labels in ("seg", "cam", "propagated")
+    ]
+    assert 0 <= report["tag_f1"] <= 100
+    assert (report["steps"], report["device"], report["torch"]) == (6, "cpu", torch.__version__)
+    assert report["seconds_train"] > 0
+    assert report["config"] == config_to_dict(tiny_config(tiny_data))
+    assert "<svg" in (tiny_run / "report.html").read_text()
+
+
+def test_without_validation_list_nothing_is_scored(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(tiny_data, {"data.val_list": "", "schedule.max_steps": 1})
+    train_and_report(config, tmp_path, progress=False)
+    assert not (tmp_path / "evaluation").exists()
+    assert not (tmp_path / "examples").exists()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["miou"], report["steps"]) == (None, 1)
+    assert capsys.readouterr().err == f"run folder {tmp_path}; open {tmp_path / 'report.html'}\n"
+
+
+def test_resuming_a_finished_run_scores_it_again(tiny_data: Path, tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    for name in ("evaluation", "examples", "report.json", "report.html"):
+        path = run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    train_and_report(tiny_config(tiny_data), run, resume=True, progress=False)
+    assert_same_weights(run, tiny_run)
+    for labels in SCORED_LABELS:
+        again, before = (json.loads((r / "evaluation" / f"{labels}.json").read_text()) for r in (run, tiny_run))
+        assert again["per_class"] == before["per_class"]
+    assert (run / "report.html").is_file()
+
+
+def test_bad_masks_are_found_before_training(tiny_data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(tiny_data, root)
+    path = root / "SegmentationClassAug" / "val_00003.png"
+    path.unlink()
+    with pytest.raises(AfaError, match=r"has no file for 'val_00003'"):
+        train_and_report(tiny_config(root), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+TINY_DEMO: dict[str, Any] = {key: value for key, value in SETTINGS.items() if key != "data.root"}
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "demo"
+    run_demo(run, smoke=True, overrides=TINY_DEMO)
+    config = load_config(run / "config.toml")
+    assert config.preset == "demo"
+    assert config.data.root == str(run / "data")
+    assert config.schedule.max_steps == 6
+    assert (run / "data" / "SegmentationClassAug").is_dir()
+    report = json.loads((run / "report.json").read_text())
+    assert min(report[key] for key in ("miou", "cam_miou", "propagated_miou")) >= 0
+    messages = capsys.readouterr().err
+    assert f"segmentation mIoU {report['miou']:.1f}, CAM {report['cam_miou']:.1f}" in messages.splitlines()[-1]
+    assert str(run / "report.html") in messages
+    # A second start does not overwrite the run; resuming keeps its data.
+    written = (run / "data" / "shapes.json").stat().st_mtime_ns
+    with pytest.raises(AfaError, match="holds a run already"):
+        run_demo(run, smoke=True, overrides=TINY_DEMO)
+    run_demo(run, smoke=True, resume=True, overrides=TINY_DEMO)
+    assert (run / "data" / "shapes.json").stat().st_mtime_ns == written
+
+
+def test_the_full_demo_is_larger_than_the_smoke_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes and schedules, without training."""
+    calls: list[tuple[int, int, int]] = []
+
+    class StopError(Exception):
+        pass
+
+    def stop(config: Any, *_: Any, **__: Any) -> None:
+        calls[-1] = (*calls[-1][:2], config.schedule.max_steps)
+        raise StopError
+
+    def sizes(root: Path, *, num_train: int, num_val: int, **_: Any) -> None:
+        calls.append((num_train, num_val, 0))
+
+    monkeypatch.setattr(recipe, "write_shapes", sizes)
+    monkeypatch.setattr(recipe, "train_and_report", stop)
+    for smoke in (True, False):
+        with pytest.raises(StopError):
+            run_demo(tmp_path, smoke=smoke)
+    small, full = calls
+    assert all(a < b for a, b in zip(small, full, strict=True))
+    assert full[1] >= 100  # enough held-out images for a figure that means something

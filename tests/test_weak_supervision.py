@@ -1,0 +1,150 @@
+"""Training knows tags and nothing else: masks may be absent or nonsense, and are never opened."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from afa.training.loop import train
+from tiny import assert_same_weights, tiny_config
+
+PACKAGE = Path(__file__).parents[1] / "src" / "afa"
+MASKS = "SegmentationClassAug"
+
+
+class Opened:
+    """Paths that this process opens while `paths` is a list. An audit hook stays for good, so there is only one."""
+
+    paths: list[str] | None = None
+    installed = False
+
+    @classmethod
+    def hook(cls, event: str, arguments: tuple[Any, ...]) -> None:
+        if cls.paths is not None and event in ("open", "os.listdir", "os.scandir"):
+            cls.paths.append(os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes)) else "")
+
+    @classmethod
+    @contextmanager
+    def recorded(cls) -> Iterator[list[str]]:
+        if not cls.installed:
+            sys.addaudithook(cls.hook)
+            cls.installed = True
+        cls.paths = []
+        try:
+            yield cls.paths
+        finally:
+            cls.paths = None
+
+
+def run_training(root: Path, run: Path, **keys: Any) -> None:
+    config = tiny_config(root, {"data.val_list": "", **keys})
+    train(config, run, device=torch.device("cpu"), progress=False)
+
+
+@pytest.fixture(scope="module")
+def with_masks(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("masks")
+    run_training(tiny_data, run)
+    return run
+
+
+def remove_masks(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def garble_masks(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.write_bytes(b"not an image")
+
+
+def invert_masks(folder: Path) -> None:
+    """Real masks, of the wrong classes."""
+    for path in folder.iterdir():
+        pixels = np.asarray(Image.open(path))
+        Image.fromarray((pixels == 0).astype(np.uint8), "L").save(path)
+
+
+@pytest.mark.parametrize("spoil", [remove_masks, garble_masks, invert_masks])
+def test_masks_make_no_difference(
+    tiny_data: Path, tmp_path: Path, with_masks: Path, spoil: Callable[[Path], None]
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(tiny_data, root)
+    spoil(root / MASKS)
+    run_training(root, tmp_path / "run")
+    assert_same_weights(tmp_path / "run", with_masks)
+
+
+def test_tags_do_make_a_difference(tiny_data: Path, tmp_path: Path, with_masks: Path) -> None:
+    """The comparison above can fail: the same with other tags gives other weights."""
+    root = tmp_path / "data"
+    shutil.copytree(tiny_data, root)
+    classes = (root / "classes.txt").read_text().split()
+    path = root / "lists" / "tags.csv"
+    names = [line.split(",")[0] for line in path.read_text().splitlines()[1:]]
+    path.write_text("image,tags\n" + "".join(f"{name},{classes[0]}\n" for name in names))
+    run_training(root, tmp_path / "run")
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "run", with_masks)
+
+
+def test_training_opens_no_mask(tiny_data: Path, tmp_path: Path) -> None:
+    """Neither a mask nor their folder, through all phases; every training image, though, is opened."""
+    with Opened.recorded() as paths:
+        run_training(tiny_data, tmp_path / "run")
+    images = {Path(path).stem for path in paths if "JPEGImages" in path and Path(path).suffix}
+    assert images == set((tiny_data / "lists" / "train.txt").read_text().split())
+    assert not [path for path in paths if MASKS in path]
+
+
+def test_scoring_is_what_opens_masks(tiny_data: Path, tmp_path: Path) -> None:
+    """With evaluation on the way, the masks of the validation list are opened, and those of the training list not."""
+    with Opened.recorded() as paths:
+        run_training(tiny_data, tmp_path, **{"data.val_list": "lists/val.txt", "train.eval_steps": 3})
+    opened = {Path(path).stem for path in paths if MASKS in path and Path(path).suffix}
+    assert opened == set((tiny_data / "lists" / "val.txt").read_text().split())
+
+
+TRAINING_SIDE = [
+    PACKAGE / "training" / "step.py",
+    PACKAGE / "training" / "schedule.py",
+    PACKAGE / "training" / "optimizer.py",
+    PACKAGE / "losses.py",
+    PACKAGE / "types.py",
+    PACKAGE / "data" / "loader.py",
+    PACKAGE / "data" / "transforms.py",
+    PACKAGE / "data" / "tags.py",
+    *sorted((PACKAGE / "pseudo").glob("*.py")),
+    *sorted((PACKAGE / "model").glob("*.py")),
+]
+
+
+@pytest.mark.parametrize("path", TRAINING_SIDE, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_what_trains_has_no_way_to_a_mask(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    forbidden = {"ScoredImages", "open_scored", "read_mask", "mask_dir", "afa.evaluation"}
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [node.attr]
+            # ScoredImages.mask is the one method that reads a mask.
+            assert not (node.attr == "mask" and path.parent.name in ("data", "training")), f"{path}:{node.lineno}"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert MASKS not in node.value, f"{path}:{node.lineno}"
+        assert not forbidden.intersection(names), f"{path}:{node.lineno}"
+        assert not any(name.startswith("afa.evaluation") for name in names), f"{path}:{node.lineno}"

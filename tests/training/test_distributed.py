@@ -1,0 +1,92 @@
+"""Two processes compute what one computes, and only the first one writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from afa.recipe import SCORED_LABELS, train_and_report
+from afa.runtime import Processes
+from afa.training.metrics import read_metrics
+from tiny import NO_DROPOUT, final_weights, start_python, tiny_config, tiny_flags
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+TOLERANCE = 1e-5
+"""Largest difference of a weight after six steps, over the largest weight of its tensor (measured: 2.4e-6)."""
+
+IDLE = re.compile(r"k_proj\.bias$|decoder\.projections\.\d\.bias$|decoder\.norm\.running_mean$")
+"""What the loss does not depend on: softmax ignores a bias of the keys, batch normalization one before it. Their
+gradient is rounding, which AdamW turns into steps of the learning rate; the running mean moves along."""
+
+AUDIT = """
+import os, sys
+
+def refuse(event, arguments):
+    path = os.fspath(arguments[0]) if arguments and isinstance(arguments[0], (str, bytes, os.PathLike)) else ""
+    writes = event in ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate") or (
+        event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    )
+    if writes and str(path).startswith(os.environ["TINY_RUN"]):
+        print(f"rank 1 writes: {event} {path}", file=sys.stderr, flush=True)
+        os._exit(9)
+
+if os.environ.get("RANK") == "1":
+    sys.addaudithook(refuse)
+"""
+
+
+def test_a_single_process_needs_no_group() -> None:
+    alone = Processes()
+    assert alone.is_main
+    count = torch.tensor(3)
+    assert alone.total(count) is count
+    assert alone.any(True, torch.device("cpu"))
+    assert not alone.any(False, torch.device("cpu"))
+    alone.wait()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: dict[str, Any] = NO_DROPOUT | {"train.eval_steps": 3}
+    (tmp_path / "sitecustomize.py").write_text(AUDIT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("TINY_RUN", str(tmp_path / "two"))
+    flags = [*tiny_flags(tiny_data, keys), "--out", str(tmp_path / "two")]
+    process = start_python([*TORCHRUN, "-m", "afa", *flags])
+    train_and_report(tiny_config(tiny_data, keys), tmp_path / "one", progress=False)
+    output, messages = process.communicate()
+    assert process.returncode == 0, messages
+    assert output.count("[schedule]") == 1
+    assert messages.count("run folder ") == messages.count("seg: mIoU ") == 1
+
+    one, two = final_weights(tmp_path / "one"), final_weights(tmp_path / "two")
+    differences = {key: float((one[key] - two[key]).abs().max()) for key in one}
+    relative = {key: d / float(one[key].abs().max()) for key, d in differences.items() if not IDLE.search(key)}
+    worst = max(relative, key=lambda key: relative[key])
+    print(f"largest relative difference: {relative[worst]:.1e} in {worst}")
+    assert relative[worst] <= TOLERANCE
+    assert len(relative) > 0.85 * len(differences)
+    assert max(d for key, d in differences.items() if IDLE.search(key)) < 1e-3
+
+    lines, others = (read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "two"))
+    assert [(line["kind"], line["step"]) for line in lines] == [(line["kind"], line["step"]) for line in others]
+    for line, other in zip(lines, others, strict=True):
+        for key in line.keys() - {"seconds", "images_per_second"}:
+            expected = pytest.approx(line[key], rel=1e-5) if isinstance(line[key], float) else line[key]
+            assert other[key] == expected, (key, line["step"])
+
+    for labels in SCORED_LABELS:
+        figures, others_figures = (
+            json.loads((tmp_path / run / "evaluation" / f"{labels}.json").read_text()) for run in ("one", "two")
+        )
+        # A pixel on the edge between two classes may fall to either side.
+        assert others_figures["miou"] == pytest.approx(figures["miou"], abs=0.02)
+        assert others_figures["per_class"] == pytest.approx(figures["per_class"], abs=0.05)
+        assert others_figures["num_images"] == figures["num_images"] == 6
+    assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
