@@ -111,12 +111,23 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     messages = capsys.readouterr().err
     assert f"segmentation mIoU {report['miou']:.1f}, CAM {report['cam_miou']:.1f}" in messages.splitlines()[-1]
     assert str(run / "report.html") in messages
-    # A second start does not overwrite the run; resuming keeps its data.
-    written = (run / "data" / "shapes.json").stat().st_mtime_ns
-    with pytest.raises(AfaError, match="holds a run already"):
-        run_demo(run, smoke=True, overrides=TINY_DEMO)
+    # Resuming keeps what is there; the same command without it starts over.
+    leftover = run / "leftover"
+    leftover.touch()
     run_demo(run, smoke=True, resume=True, overrides=TINY_DEMO)
-    assert (run / "data" / "shapes.json").stat().st_mtime_ns == written
+    assert leftover.exists()
+    run_demo(run, smoke=True, overrides=TINY_DEMO | {"train.seed": 1})
+    assert not leftover.exists()
+    assert load_config(run / "config.toml").train.seed == 1
+
+
+def test_the_demo_replaces_nothing_but_a_demo(tmp_path: Path) -> None:
+    precious = tmp_path / "data" / "precious.txt"
+    precious.parent.mkdir()
+    precious.touch()
+    with pytest.raises(AfaError, match=r"holds something that is not a demo run; pass another --out$"):
+        run_demo(tmp_path, smoke=True, overrides=TINY_DEMO)
+    assert precious.exists()
 
 
 def test_the_full_demo_is_larger_than_the_smoke_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

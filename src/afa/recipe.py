@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from afa.config import Config, load_config
-from afa.data.shapes import write_shapes
+from afa.data.shapes import MARKER_NAME, write_shapes
 from afa.data.voc import open_scored
+from afa.errors import AfaError
 from afa.evaluation.evaluate import evaluate
 from afa.report.examples import write_examples
 from afa.report.html import write_report
@@ -19,6 +21,8 @@ from afa.training.loop import train
 
 SCORED_LABELS = ("seg", "cam", "propagated")
 """Kinds of labels that a finished run is scored by."""
+
+_DEMO_IMAGE_SIZE = 128
 
 _SMOKE: dict[str, Any] = {"schedule.max_steps": 40, "schedule.cls_steps": 15, "schedule.refined_steps": 25}
 
@@ -73,18 +77,27 @@ def train_and_report(config: Config, run: Path, *, resume: bool = False, progres
 def run_demo(run: Path, *, smoke: bool = False, resume: bool = False, overrides: dict[str, Any] | None = None) -> None:
     """Generate `shapes`, train on its tags, and report.
 
+    An earlier demo run in the folder is replaced: the same command makes it again.
+
     Args:
         run: Run folder; the data set is written to its `data` folder.
         smoke: A few steps on a few images, to see that everything runs.
         resume: Go on with the run that the folder holds.
         overrides: Dotted configuration keys that win over the demo's.
+
+    Raises:
+        AfaError: The folder holds something that is not a demo run.
     """
     began = time.perf_counter()
     num_train, num_val = (64, 16) if smoke else (1600, 200)
     data = run / "data"
     config = load_config(None, {"data.root": str(data)} | (_SMOKE if smoke else {}) | (overrides or {}), preset="demo")
+    if not resume and run.exists() and any(run.iterdir()):
+        if not (data / MARKER_NAME).is_file():
+            raise AfaError(f"{run}: holds something that is not a demo run; pass another --out")
+        shutil.rmtree(run)
     say(f"writing {num_train} training and {num_val} validation images to {data}")
-    write_shapes(data, num_train=num_train, num_val=num_val, image_size=config.augment.crop_size)
+    write_shapes(data, num_train=num_train, num_val=num_val, image_size=_DEMO_IMAGE_SIZE)
     train_and_report(config, run, resume=resume)
     figures = json.loads((run / "report.json").read_text())
     say(

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -84,7 +85,7 @@ class Processes:
         return self.rank == 0
 
     def total(self, count: Tensor) -> Tensor:
-        """Add a tensor up over all processes."""
+        """Add a tensor of any shape up over all processes."""
         if self.count > 1:
             count = count.clone()
             dist.all_reduce(count)
@@ -119,7 +120,10 @@ def process_group(device: torch.device) -> Iterator[Processes]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size())
+        with warnings.catch_warnings():
+            # Said of the gradients of 1x1 convolutions, whose strides are ambiguous; "not an error".
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+            yield Processes(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
 

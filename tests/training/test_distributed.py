@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def test_a_single_process_needs_no_group() -> None:
 def test_two_processes_equal_one(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys: dict[str, Any] = NO_DROPOUT | {"train.eval_steps": 3}
     (tmp_path / "sitecustomize.py").write_text(AUDIT)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("TINY_RUN", str(tmp_path / "two"))
     flags = [*tiny_flags(tiny_data, keys), "--out", str(tmp_path / "two")]
     process = start_python([*TORCHRUN, "-m", "afa", *flags])
@@ -63,6 +64,7 @@ def test_two_processes_equal_one(tiny_data: Path, tmp_path: Path, monkeypatch: p
     output, messages = process.communicate()
     assert process.returncode == 0, messages
     assert output.count("[schedule]") == 1
+    assert not re.search(r"(User|Future|Deprecation|Runtime)Warning", messages), messages
     assert messages.count("run folder ") == messages.count("seg: mIoU ") == 1
 
     one, two = final_weights(tmp_path / "one"), final_weights(tmp_path / "two")

@@ -361,8 +361,7 @@ def test_missing_foreground_or_background_stays_finite(
     step: int, scores: Callable[[int], Tensor], boxes: tuple[tuple[int, int, int, int], ...], present: set[int]
 ) -> None:
     network = Scripted.of(scores(2))
-    config = config_with(pseudo__walk_epsilon=0.1)
-    losses = network.losses(make_batch(*boxes), config, step)
+    losses = network.losses(make_batch(*boxes), config_with(), step)
     label = losses.labels.initial_label
     assert label is not None
     assert set(label.unique().tolist()) == present

@@ -45,7 +45,7 @@ class ShapesStyle:
 
     num_objects: tuple[int, int] = (1, 3)
     """Fewest and most objects in an image, each of another class."""
-    object_size: tuple[float, float] = (0.28, 0.55)
+    object_size: tuple[float, float] = (0.35, 0.6)
     """Diameter of an object."""
     object_rotation: float = 180.0
     """Largest turn of an object or distractor, degrees to either side."""
@@ -55,26 +55,26 @@ class ShapesStyle:
     """Share of an object that must stay visible; one that is covered more is left out, and so is its tag."""
     min_visible_pixels: int = 48
     """Pixels of an object that must stay visible."""
-    texture_period: tuple[float, float] = (5.5, 8.0)
+    texture_period: tuple[float, float] = (6.0, 9.0)
     """Pixels of one repetition of a texture."""
-    texture_rotation: float = 25.0
+    texture_rotation: float = 15.0
     """Largest turn of a texture, degrees to either side; it does not follow the object's."""
-    texture_contrast: tuple[float, float] = (0.2, 0.35)
+    texture_contrast: tuple[float, float] = (0.4, 0.6)
     """Difference in brightness between the two shades of a texture."""
     num_distractors: tuple[int, int] = (0, 2)
     """Fewest and most distractors in an image."""
     distractor_size: tuple[float, float] = (0.15, 0.35)
     """Diameter of a distractor."""
-    distractor_kinds: tuple[float, float, float] = (0.5, 0.3, 0.2)
+    distractor_kinds: tuple[float, float, float] = (0.6, 0.3, 0.1)
     """Probabilities of: a class's shape without texture, one with blotches, a class's texture on a blob."""
-    color_distance: float = 0.35
+    color_distance: float = 0.2
     """Least Euclidean RGB distance between the mean colors of any two of background, objects and distractors,
     as far as a few draws can find such colors."""
-    saturation: tuple[float, float] = (0.2, 0.85)
+    saturation: tuple[float, float] = (0.1, 0.5)
     """Saturation of the mean colors; their hue is anything."""
-    brightness: tuple[float, float] = (0.4, 0.9)
+    brightness: tuple[float, float] = (0.5, 0.75)
     """Brightness of the mean colors."""
-    background_contrast: float = 0.3
+    background_contrast: float = 0.15
     """Difference between the two colors that a background changes between."""
     shading: float = 0.1
     """Strength of the slow change of brightness across the image, the same for all that is in it."""
@@ -132,7 +132,7 @@ def _triangle(x: FloatArray, y: FloatArray) -> FloatArray:
 
 
 def _ring(x: FloatArray, y: FloatArray) -> FloatArray:
-    return np.abs(np.hypot(x, y) - np.float32(0.7)) - np.float32(0.3)
+    return np.abs(np.hypot(x, y) - np.float32(0.64)) - np.float32(0.36)
 
 
 def _cross(x: FloatArray, y: FloatArray) -> FloatArray:

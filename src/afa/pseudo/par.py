@@ -60,8 +60,11 @@ def refinement_kernel(
         kernel = image.new_empty(batch, height, width, len(offsets)).permute(0, 3, 1, 2)
     else:
         kernel = image.new_empty(batch, len(offsets), height, width)
-    for images in _chunks(batch, image.device):
-        exponent = _color_exponent(image[images], offsets, rgb_bandwidth, pamr=kind == "pamr")
+    chunks = _chunks(batch, image.device)
+    # Fresh memory costs more than the arithmetic in it, so one buffer serves every image.
+    exponent = image.new_empty(chunks[0].stop, len(offsets), height, width)
+    for images in chunks:
+        _color_exponent(image[images], offsets, rgb_bandwidth, pamr=kind == "pamr", out=exponent)
         for rows in _row_blocks(height, image.device):
             kernel[images, :, rows] = exponent[:, :, rows].softmax(1)
     if kind == "par":
@@ -153,9 +156,11 @@ def _refine_sparse(scores: Tensor, kernel: Tensor, dilations: Sequence[int], ite
                 check_invariants=False,
             )
         table = maps.flatten(1).t().contiguous()
+        spare = torch.empty_like(table)
         with torch.autocast("cpu", enabled=False):
             for _ in range(iterations):
-                table = torch.mm(matrix, table)
+                torch.mm(matrix, table, out=spare)
+                table, spare = spare, table
         out.copy_(table.t().view_as(out))
     return refined
 
@@ -194,11 +199,13 @@ def _row_blocks(height: int, device: torch.device, block: int = 16) -> list[slic
     return [slice(top, min(top + block, height)) for top in range(0, height, block)]
 
 
-def _color_exponent(image: Tensor, offsets: Sequence[tuple[int, int]], bandwidth: float, *, pamr: bool) -> Tensor:
-    """(B, n, H, W) color term of each neighbor before the softmax, the mean over RGB."""
+def _color_exponent(
+    image: Tensor, offsets: Sequence[tuple[int, int]], bandwidth: float, *, pamr: bool, out: Tensor
+) -> None:
+    """Write the color term of each neighbor before the softmax, the mean over RGB, into `out` (B, n, H, W)."""
     reach = max(max(abs(dy), abs(dx)) for dy, dx in offsets)
     batch, channels, height, width = image.shape
-    exponent = image.new_zeros(batch, len(offsets), height, width)
+    out.zero_()
     difference = image.new_empty(batch, height, width)
     for center, around in zip(
         image.unbind(1), pad(image, (reach, reach, reach, reach), mode="replicate").unbind(1), strict=True
@@ -220,5 +227,4 @@ def _color_exponent(image: Tensor, offsets: Sequence[tuple[int, int]], bandwidth
         for n, neighbor in enumerate(shifted):
             torch.sub(neighbor, center, out=difference)
             distance = difference.abs_() if pamr else difference.square_()
-            exponent[:, n].addcmul_(distance, factor)
-    return exponent
+            out[:, n].addcmul_(distance, factor)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from afa import __version__
-from afa.build import build_network
+from afa.build import build_network, read_classes
 from afa.config import Config, config_to_dict, config_to_toml, load_config
 from afa.data.loader import resolve_workers, train_batches
 from afa.data.voc import ScoredImages, TaggedImages, open_scored, open_tagged
@@ -173,7 +173,7 @@ class _Trainer:
         self.module: torch.nn.Module = network
         if processes.count > 1:
             # The phases leave decoder and affinity head unused at first.
-            self.module = DistributedDataParallel(network, find_unused_parameters=True, broadcast_buffers=False)
+            self.module = DistributedDataParallel(network, find_unused_parameters=True)
         self.skipped = 0
 
     def run_steps(self, start: int, seconds_before: float, *, progress: bool) -> float:
@@ -189,6 +189,7 @@ class _Trainer:
             rank=self.processes.rank,
             world_size=self.processes.count,
             workers=resolve_workers(config.data.workers, processes=self.processes.count),
+            pin_memory=self.device.type == "cuda",
         )
         sums = _Sums()
         began = time.perf_counter()
@@ -347,6 +348,8 @@ def _prepare_run(run: Path, config: Config, classes: tuple[str, ...], *, resume:
                     f"{run}: was started with {key} = {stored[key]}, not {value}; resume it with the same settings "
                     "or start another --out"
                 )
+        if (stored_classes := read_classes(run)) != classes:
+            raise AfaError(f"{run}: was started with the classes {stored_classes}, not {classes}; check --data.root")
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / "classes.txt", "".join(f"{name}\n" for name in classes))
     write_atomically(stored_path, config_to_toml(config))
