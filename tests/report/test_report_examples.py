@@ -13,7 +13,7 @@ from afa.config import Config, ModelConfig, PseudoConfig, load_config
 from afa.data.palette import voc_palette
 from afa.data.voc import ScoredImages, TaggedImages
 from afa.report import examples
-from afa.report.examples import blend_heat, blend_label, heat_colors, write_examples
+from afa.report.examples import blend_heat, blend_label, draw_sheet, heat_colors, write_examples
 from afa.types import NetworkOutput, normalize_image
 
 CPU = torch.device("cpu")
@@ -105,7 +105,7 @@ def test_pictures_and_index(tmp_path: Path, config: Config, fakes: FakeNetwork) 
         {"name": "image0", "tags": ["cat"], "folder": "000"},
         {"name": "image2", "tags": ["dog"], "folder": "001"},
     ]
-    assert {path.name for path in (run / "examples").iterdir()} == {"000", "001", "index.json"}
+    assert {path.name for path in (run / "examples").iterdir()} == {"000", "001", "index.json", "sheet.png"}
     for folder in ("000", "001"):
         names = {path.stem for path in (run / "examples" / folder).iterdir()}
         assert names == set(examples.PICTURES)
@@ -181,3 +181,16 @@ def test_images_are_normalized_once(tmp_path: Path, config: Config, fakes: FakeN
     images = open_images(tmp_path, [[1, 0]], masks=False)
     write_examples(fakes, images, tmp_path, config=config, device=CPU, count=1)  # type: ignore[arg-type]
     torch.testing.assert_close(seen[0], normalize_image(torch.zeros(1, 3, 64, 96)))
+
+
+def test_the_sheet_has_a_row_an_example_and_leaves_missing_pictures_white(tmp_path: Path) -> None:
+    for name, color in (("000", "red"), ("001", "blue")):
+        (tmp_path / name).mkdir()
+        for key in ("image", "prediction"):
+            Image.new("RGB", (40, 20), color).save(tmp_path / name / f"{key}.png")
+    one, two = draw_sheet([tmp_path / "000"]), draw_sheet([tmp_path / "000", tmp_path / "001"])
+    assert two.width == one.width
+    assert two.height > one.height
+    colors = {color for _, color in two.getcolors(two.width * two.height) or []}
+    assert {(255, 0, 0), (0, 0, 255), (255, 255, 255)} <= colors
+    assert (0, 0, 255) not in {color for _, color in one.getcolors(one.width * one.height) or []}

@@ -9,12 +9,13 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -32,6 +33,15 @@ PICTURES = ("image", "cam", "propagated", "pseudo", "prediction", "truth")
 DISPLAY_SIZE = 256
 """Longest side of a picture, pixels."""
 
+_SHEET_ROWS = 5
+_CAPTIONS = {
+    "image": "image",
+    "cam": "CAM",
+    "propagated": "propagated CAM",
+    "pseudo": "pseudo label",
+    "prediction": "prediction",
+    "truth": "ground truth",
+}
 _HEAT_ANCHORS = (
     (6, 4, 20),
     (60, 16, 92),
@@ -52,7 +62,7 @@ def write_examples(
     device: torch.device,
     count: int,
 ) -> None:
-    """Write RUN/examples: a folder of pictures for each of some evenly spaced images, and index.json.
+    """Write RUN/examples: a folder of pictures for each of some evenly spaced images, sheet.png and index.json.
 
     The pseudo labels see an image's true tags, the prediction sees the image alone. What an earlier call left
     in RUN/examples is removed. The network is in eval mode during the call.
@@ -71,7 +81,7 @@ def write_examples(
     folder.mkdir(parents=True)
     was_training = network.training
     network.eval()
-    index = []
+    index: list[dict[str, object]] = []
     for number, i in enumerate(_evenly_spaced(images, count)):
         name = f"{number:03d}"
         (folder / name).mkdir()
@@ -80,10 +90,37 @@ def write_examples(
         tags = [c for c, present in zip(images.classes, images.tags(i), strict=True) if present]
         index.append({"name": images.names[i], "tags": tags, "folder": name})
     network.train(was_training)
+    if index:
+        rows = [str(entry["folder"]) for entry in index[:_SHEET_ROWS]]
+        draw_sheet([folder / row for row in rows]).save(folder / "sheet.png")
     # Last and in one piece: whoever finds an index finds all its pictures.
     partial = folder / "index.json.tmp"
     partial.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, folder / "index.json")
+
+
+def draw_sheet(folders: Sequence[Path]) -> Image.Image:
+    """Put the pictures of several examples on one sheet: a row an example, a column a picture, captions on top.
+
+    Args:
+        folders: Folders of examples as `write_examples` leaves them.
+
+    Returns:
+        RGB image on white.
+    """
+    side, gap, header = DISPLAY_SIZE * 3 // 4, 6, 26
+    width = len(PICTURES) * (side + gap) + gap
+    sheet = Image.new("RGB", (width, header + len(folders) * (side + gap) + gap), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for column, key in enumerate(PICTURES):
+        left = gap + column * (side + gap)
+        draw.text((left + side / 2, header / 2), _CAPTIONS[key], fill="black", font=font, anchor="mm")
+        for row, folder in enumerate(folders):
+            if (path := folder / f"{key}.png").is_file():
+                picture = ImageOps.contain(Image.open(path), (side, side))
+                top = header + gap + row * (side + gap)
+                sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
+    return sheet
 
 
 def heat_colors(values: NDArray[np.float64]) -> NDArray[np.uint8]:
