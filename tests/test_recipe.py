@@ -71,6 +71,31 @@ def test_without_validation_list_nothing_is_scored(
     assert capsys.readouterr().err == f"run folder {tmp_path}; open {tmp_path / 'report.html'}\n"
 
 
+@pytest.mark.parametrize("gone", ["SegmentationClassAug", "lists/val.txt"])
+def test_a_folder_without_masks_or_validation_list_trains_and_says_so(
+    gone: str, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(tiny_data, root)
+    (root / gone).rename(tmp_path / "gone")
+    train_and_report(tiny_config(root, {"schedule.max_steps": 1}), tmp_path / "run", progress=False)
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    assert not (tmp_path / "run" / "evaluation").exists()
+    assert f"no {root / gone}: the run will not be scored\n" in capsys.readouterr().err
+
+
+def test_validation_images_without_tags_are_scored_by_their_segmentation_alone(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(tiny_data, root)
+    tags = root / "lists" / "tags.csv"
+    tags.write_text("".join(line for line in tags.read_text().splitlines(keepends=True) if "val_" not in line))
+    train_and_report(tiny_config(root, {"schedule.max_steps": 1}), tmp_path / "run", progress=False)
+    assert [path.name for path in (tmp_path / "run" / "evaluation").iterdir()] == ["seg.json"]
+    assert "are not scored" in capsys.readouterr().err
+
+
 def test_resuming_a_finished_run_scores_it_again(tiny_data: Path, tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)

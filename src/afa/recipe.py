@@ -10,14 +10,13 @@ from typing import Any
 
 from afa.config import Config, load_config
 from afa.data.shapes import MARKER_NAME, write_shapes
-from afa.data.voc import open_scored
 from afa.errors import AfaError
 from afa.evaluation.evaluate import evaluate
 from afa.report.examples import write_examples
 from afa.report.html import write_report
 from afa.runtime import pick_device, process_group, say
 from afa.training.checkpoint import write_atomically
-from afa.training.loop import train
+from afa.training.loop import open_validation, train
 
 SCORED_LABELS = ("seg", "cam", "propagated")
 """Kinds of labels that a finished run is scored by."""
@@ -31,7 +30,7 @@ def train_and_report(config: Config, run: Path, *, resume: bool = False, progres
     """Train, score segmentation, CAM and propagated CAM on the validation list, and write the report.
 
     Args:
-        config: Settings. With an empty `data.val_list` nothing is scored.
+        config: Settings. Without validation images (see `open_validation`) nothing is scored.
         run: Run folder.
         resume: Go on with the run that the folder holds.
         progress: Show progress on standard error.
@@ -43,9 +42,12 @@ def train_and_report(config: Config, run: Path, *, resume: bool = False, progres
     with process_group(device) as processes:
         progress = progress and processes.is_main
         result = train(config, run, device=device, processes=processes, resume=resume, progress=progress)
-        if config.data.val_list:
-            scored = open_scored(config.data)
-            for labels in SCORED_LABELS:
+        scored = open_validation(config)
+        if scored is not None:
+            tagged = all(scored.has_tags(index) for index in range(len(scored)))
+            if not tagged and processes.is_main:
+                say("some validation images have no tags: CAM and propagated CAM, which need them, are not scored")
+            for labels in SCORED_LABELS if tagged else SCORED_LABELS[:1]:
                 figures = evaluate(
                     result.network,
                     scored,

@@ -128,7 +128,7 @@ def _square(x: FloatArray, y: FloatArray) -> FloatArray:
 
 def _triangle(x: FloatArray, y: FloatArray) -> FloatArray:
     slanted = np.float32(3**0.5 / 2) * np.abs(x) + np.float32(0.5) * y
-    return np.maximum(slanted, -y) - np.float32(0.58)
+    return np.maximum(slanted, -y) - np.float32(0.66)
 
 
 def _ring(x: FloatArray, y: FloatArray) -> FloatArray:
@@ -176,9 +176,10 @@ def _checkers(x: FloatArray, y: FloatArray, weave: _Weave) -> FloatArray:
 
 
 def _dots(x: FloatArray, y: FloatArray, weave: _Weave) -> FloatArray:
-    u = (x / weave.period + weave.phase[0]) % 1 - np.float32(0.5)
-    v = (y / weave.period + weave.phase[1]) % 1 - np.float32(0.5)
-    pixels = (np.float32(0.32) - np.hypot(u, v)) * np.float32(weave.period)  # into the dot
+    period = 1.4 * weave.period
+    u = (x / period + weave.phase[0]) % 1 - np.float32(0.5)
+    v = (y / period + weave.phase[1]) % 1 - np.float32(0.5)
+    pixels = (np.float32(0.36) - np.hypot(u, v)) * np.float32(period)  # into the dot
     dots: FloatArray = np.clip(np.float32(0.5) + pixels, 0, 1)
     return dots
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from afa import __version__
 from afa.build import build_network, read_classes
-from afa.config import Config, config_to_dict, config_to_toml, load_config
+from afa.config import Config, DataConfig, config_to_dict, config_to_toml, load_config
 from afa.data.loader import resolve_workers, train_batches
 from afa.data.voc import ScoredImages, TaggedImages, open_scored, open_tagged
 from afa.errors import AfaError
@@ -111,7 +111,7 @@ def train(
     """
     progress = progress and processes.is_main
     images = open_tagged(config.data)
-    scored = _open_validation(config)
+    scored = open_validation(config, tell=processes.is_main)
     if processes.is_main:
         _prepare_run(run, config, images.classes, resume=resume)
     processes.wait()
@@ -332,8 +332,30 @@ class _Trainer:
             say(f"step {step}: segmentation mIoU {figures['miou']:.1f} on {figures['num_images']} images")
 
 
-def _open_validation(config: Config) -> ScoredImages | None:
-    return open_scored(config.data) if config.data.val_list else None
+def open_validation(config: Config, *, tell: bool = False) -> ScoredImages | None:
+    """Open the images that a run is scored on.
+
+    Args:
+        config: Its `data` section applies.
+        tell: Say so when there are none.
+
+    Returns:
+        None when `data.val_list` is empty, or is left at its default and the data set has no such list or no masks.
+
+    Raises:
+        AfaError: A list that was asked for, or something in it, is not there.
+    """
+    data = config.data
+    if not data.val_list:
+        return None
+    root = Path(data.root)
+    if data.val_list == DataConfig().val_list:
+        for needed in (root / data.val_list, root / data.mask_dir):
+            if not needed.exists():
+                if tell:
+                    say(f"no {needed}: the run will not be scored")
+                return None
+    return open_scored(data)
 
 
 def _prepare_run(run: Path, config: Config, classes: tuple[str, ...], *, resume: bool) -> None:
