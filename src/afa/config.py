@@ -282,14 +282,17 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "pooling": "topk",
             "pooling_percent": 10.0,
             "decoder_width": 64,
+            "decoder_dropout": 0.0,
+            "attention_scaling": True,
         },
-        # A quarter of the 6 tokens of a crop's side is 2, as 8 of 32 in the paper; neighbors reach 8 of 48 pixels.
-        "pseudo": {"affinity_radius": 2, "dilations": [1, 2, 4, 8]},
+        # Crops have 6 x 6 tokens and are refined at 48 x 48 pixels: walk and neighbors must stay near.
+        "pseudo": {"background_low": 0.45, "affinity_radius": 1, "dilations": [1, 2, 4, 8]},
+        "loss": {"segmentation_weight": 0.5},
         "schedule": {
-            "max_steps": 1350,
+            "max_steps": 1250,
             "batch_size": 16,
-            "cls_steps": 500,
-            "refined_steps": 950,
+            "cls_steps": 300,
+            "refined_steps": 850,
             "learning_rate": 2e-3,
             "head_lr_factor": 1.0,
             "warmup_steps": 50,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import naive
 from afa.pseudo.labels import cam_label, ignore_outside, inside_box, merge_labels, threshold_label
+from afa.pseudo.scores import best_slot
 
 BOXES = torch.tensor([[0, 9, 0, 12], [2, 7, 3, 11]])
 TAGS = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
@@ -73,3 +74,9 @@ def test_everything_outside_the_box_is_ignored_and_nothing_inside() -> None:
 
 def test_empty_box_holds_nothing() -> None:
     assert not inside_box(torch.tensor([[3, 3, 0, 5]]), 9, 12).any()
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3, 5), (1, 2, 7, 4), (3, 9, 6, 6)])
+def test_best_slot_is_the_first_of_the_largest(shape: tuple[int, ...]) -> None:
+    scores = torch.randint(0, 4, shape).float()  # with many ties
+    assert torch.equal(best_slot(scores), torch.from_numpy(scores.numpy().argmax(1)))

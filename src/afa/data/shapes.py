@@ -45,7 +45,7 @@ class ShapesStyle:
 
     num_objects: tuple[int, int] = (1, 3)
     """Fewest and most objects in an image, each of another class."""
-    object_size: tuple[float, float] = (0.35, 0.6)
+    object_size: tuple[float, float] = (0.28, 0.5)
     """Diameter of an object."""
     object_rotation: float = 180.0
     """Largest turn of an object or distractor, degrees to either side."""

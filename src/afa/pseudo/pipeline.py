@@ -20,7 +20,7 @@ from afa.pseudo.affinity import window_mask
 from afa.pseudo.cam import CamResult, ScoreFunction, multi_scale_cam
 from afa.pseudo.labels import cam_label, ignore_outside, merge_labels, threshold_label
 from afa.pseudo.par import refine, refinement_kernel
-from afa.pseudo.scores import PresentClasses, mask_scores, present_classes, present_scores, with_background
+from afa.pseudo.scores import PresentClasses, best_slot, mask_scores, present_classes, present_scores, with_background
 from afa.pseudo.walk import mean_attention_affinity, transition, walk_scores
 from afa.types import IGNORE_INDEX
 
@@ -317,7 +317,7 @@ def _decide(scores: Tensor, present: PresentClasses, config: PseudoConfig) -> Te
         known = slots != IGNORE_INDEX
         return torch.where(known, present.to_class(torch.where(known, slots, 0)), slots)
     low, high = scores.chunk(2, 1)
-    return merge_labels(present.to_class(low.argmax(1)), present.to_class(high.argmax(1)))
+    return merge_labels(present.to_class(best_slot(low)), present.to_class(best_slot(high)))
 
 
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
