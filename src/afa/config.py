@@ -217,8 +217,8 @@ class EvaluationConfig:
     long_side: int = _knob(512, low=32, high=8192)
     """Longer side of the image in the multiscale protocol, pixels."""
     short_side: int = _knob(0, low=0, high=4096)
-    """Single scale: images are scaled to this shorter side first, logits are scaled back to the native
-    size; 0 = native."""
+    """Single scale and pseudo labels: images are scaled to this shorter side first, logits and labels are scaled
+    back to the native size; 0 = native."""
 
 
 @dataclass(frozen=True)

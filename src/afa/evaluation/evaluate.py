@@ -159,6 +159,7 @@ def evaluate(
                         images.tags(index),
                         kind=labels,
                         config=config.pseudo,
+                        short_side=config.evaluation.short_side,
                         refine=refine,
                         precision=precision,
                     )

@@ -101,7 +101,7 @@ def dense_logits(
         factors = [scale * config.long_side / max(height, width) for scale in config.scales]
     fused: DenseLogits | None = None
     for factor in factors:
-        view = _resize(pixels, (round(height * factor), round(width * factor)))
+        view = _resize(pixels, (round(height * factor), round(width * factor)), antialias=protocol == "single")
         if protocol == "multiscale":
             view = torch.cat([view, view.flip(-1)])
         with autocast(device, precision):
@@ -132,20 +132,21 @@ def pseudo_label(
     *,
     kind: str,
     config: PseudoConfig,
+    short_side: int = 0,
     refine: bool = False,
     precision: Precision = "fp32",
 ) -> Tensor:
-    """Make a pseudo label of one tagged image at its native size.
+    """Make a pseudo label of one tagged image.
 
     Args:
         network: Its parameters say the device; it stays as it is, buffers and modes included.
-        image: (H, W, 3) uint8 RGB. Images too small for the smallest scale are enlarged, and their
-            labels shrunk back.
+        image: (H, W, 3) uint8 RGB.
         tags: (C,) in {0, 1}.
         kind: One of `PSEUDO_LABELS`. cam and propagated decide every pixel with one background score,
             `config.background_cam` and `config.background_propagated`; initial and refined are what training
             learns from, uncertain pixels included.
         config: Everything about pseudo labels.
+        short_side: Shorter side that the image is scaled to first, pixels, with its label scaled back; 0 = native.
         refine: Refine a cam or propagated label with `config.refinement`.
         precision: Arithmetic of the network; all else is fp32.
 
@@ -167,7 +168,7 @@ def pseudo_label(
 
     pixels = image_tensor(image, device=device)
     size = (pixels.shape[2], pixels.shape[3])
-    view = _resize(pixels, size, min_side=math.ceil(MIN_SIDE / min(1.0, *config.scales)))
+    view = pseudo_view(pixels, config=config, short_side=short_side)
     batch_tags = torch.as_tensor(tags, dtype=torch.float32).to(device)[None]
     want = f"{kind}_label"
     label = infer_pseudo(score, view, batch_tags, config=config, want=(want,), refined=refine)[want]
@@ -176,15 +177,32 @@ def pseudo_label(
     return label[0]
 
 
+def pseudo_view(pixels: Tensor, *, config: PseudoConfig, short_side: int) -> Tensor:
+    """Scale an image for CAM passes.
+
+    Args:
+        pixels: (1, 3, H, W) RGB in [0, 1].
+        config: Its smallest scale must leave 32 pixels; smaller images are enlarged.
+        short_side: Shorter side, pixels; 0 = native.
+
+    Returns:
+        (1, 3, H', W').
+    """
+    height, width = pixels.shape[2:]
+    factor = short_side / min(height, width) if short_side else 1.0
+    min_side = math.ceil(MIN_SIDE / min(1.0, *config.scales))
+    return _resize(pixels, (round(height * factor), round(width * factor)), min_side=min_side, antialias=True)
+
+
 def check_choice(value: str, choices: Sequence[str], *, what: str) -> None:
     """Raise an `AfaError` unless `value` is one of `choices`; `what` names it in the message."""
     if value not in choices:
         raise AfaError(f"{what} is {value!r}; use one of {', '.join(choices)}")
 
 
-def _resize(image: Tensor, size: tuple[int, int], *, min_side: int = MIN_SIDE) -> Tensor:
+def _resize(image: Tensor, size: tuple[int, int], *, min_side: int = MIN_SIDE, antialias: bool = False) -> Tensor:
     """Resize bilinearly to `size`, each side to at least `min_side`."""
     size = (max(min_side, size[0]), max(min_side, size[1]))
     if size == image.shape[2:]:
         return image
-    return interpolate(image, size=size, mode="bilinear", align_corners=False)
+    return interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=antialias)

@@ -179,7 +179,15 @@ def pseudo_files(
         say(f"{masks}: {skipped} of {len(images)} masks are there already and left as they are")
 
     def infer(index: int, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        label = pseudo_label(network, image, images.tags(index), kind=kind, config=config.pseudo, precision=precision)
+        label = pseudo_label(
+            network,
+            image,
+            images.tags(index),
+            kind=kind,
+            config=config.pseudo,
+            short_side=config.evaluation.short_side,
+            precision=precision,
+        )
         return label.to(torch.uint8).cpu().numpy()
 
     return _write_all(

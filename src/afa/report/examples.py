@@ -6,7 +6,6 @@ Runs the network and writes small PNGs; how they are laid out is up to afa.repor
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from torch.nn.functional import interpolate
 from afa.config import Config
 from afa.data.palette import overlay
 from afa.data.voc import ScoredImages, TaggedImages
-from afa.evaluation.protocols import MIN_SIDE, image_tensor, seg_logits
+from afa.evaluation.protocols import image_tensor, pseudo_view, seg_logits
 from afa.model.network import AfaNetwork
 from afa.pseudo.pipeline import infer_pseudo
 from afa.types import NetworkOutput
@@ -191,11 +190,9 @@ def _draw_example(
     def score(view: Tensor, affinity: bool) -> NetworkOutput:
         return network.score(view, affinity=affinity)
 
-    view = image_tensor(pixels, device=device)
-    enlarge = MIN_SIDE / min(1.0, *config.pseudo.scales) / min(height, width)
-    if enlarge > 1:
-        size = (math.ceil(height * enlarge), math.ceil(width * enlarge))
-        view = interpolate(view, size=size, mode="bilinear", align_corners=False)
+    view = pseudo_view(
+        image_tensor(pixels, device=device), config=config.pseudo, short_side=config.evaluation.short_side
+    )
     pseudo = infer_pseudo(score, view, tags, config=config.pseudo, want=("cam", "propagated", "refined_label"))
     logits = seg_logits(network, pixels, protocol=config.evaluation.protocol, config=config.evaluation)
 
@@ -203,10 +200,12 @@ def _draw_example(
     shown = (max(1, round(height * scale)), max(1, round(width * scale)))
     picture = np.asarray(Image.fromarray(pixels).resize(shown[::-1], Image.Resampling.LANCZOS))
     present = tags[0] > 0
+    # The walk weakens all scores of a lonely token alike; which class they favor is what the label will say.
+    shares = pseudo["propagated"][0] / pseudo["propagated"][0].sum(0, keepdim=True).clamp(min=1e-12)
     drawn = {
         "image": picture,
         "cam": blend_heat(picture, _heat(pseudo["cam"][0, present], shown)),
-        "propagated": blend_heat(picture, _heat(pseudo["propagated"][0, 1:][present], shown)),
+        "propagated": blend_heat(picture, _heat(shares[1:][present], shown)),
         "pseudo": blend_label(picture, _label(pseudo["refined_label"][0], shown)),
         "prediction": blend_label(picture, _label(logits.argmax(0), shown)),
     }
