@@ -108,3 +108,12 @@ def test_mean_attention_is_a_symmetric_affinity() -> None:
     expected = np.mean([naive.softmax(0.5 * one.double().numpy(), axis=-1) for one in logits[0]], axis=0)
     np.testing.assert_allclose(affinity[0].numpy(), (expected + expected.T) / 2, atol=1e-6)
     assert torch.equal(affinity, affinity.transpose(1, 2))
+
+
+def test_a_position_without_affinity_gives_no_nan_without_epsilon() -> None:
+    affinity = torch.eye(4)[None].clone()
+    affinity[0, 2, 2] = 0
+    walk = transition(affinity, torch.ones(4, 4, dtype=torch.bool), power=2, epsilon=0)
+    assert walk.isfinite().all()
+    assert walk[0, 2].eq(0).all()
+    assert walk[0, 1, 1] == 1

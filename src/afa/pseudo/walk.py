@@ -27,7 +27,9 @@ def transition(affinity: Tensor, mask: Tensor, *, power: float, epsilon: float) 
         affinity that is the same walk.
     """
     weights = (affinity * mask).pow(power)
-    return (weights / (weights.sum(1, keepdim=True) + epsilon)).transpose(1, 2)
+    # Without epsilon the degree of a position that is like none may be 0; such a position takes nothing.
+    degree = (weights.sum(1, keepdim=True) + epsilon).clamp(min=torch.finfo(weights.dtype).tiny)
+    return (weights / degree).transpose(1, 2)
 
 
 def mean_attention_affinity(attention_logits: Tensor, *, scale: float) -> Tensor:
