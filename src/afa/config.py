@@ -428,9 +428,14 @@ def check_config(config: Config) -> None:
             f"schedule.refined_steps is {schedule.refined_steps}, before schedule.cls_steps "
             f"({schedule.cls_steps}); phases must follow each other"
         )
-    if not pseudo.scales or not pseudo.dilations or not config.evaluation.scales:
-        key = "scales" if not pseudo.scales else "dilations" if not pseudo.dilations else ""
-        raise AfaError(f"{f'pseudo.{key}' if key else 'evaluation.scales'} is empty; give at least one value")
+    lists = {
+        "pseudo.scales": pseudo.scales,
+        "pseudo.dilations": pseudo.dilations,
+        "evaluation.scales": config.evaluation.scales,
+    }
+    for key, values in lists.items():
+        if not values:
+            raise AfaError(f"{key} is empty; give at least one value")
     if pseudo.reuse_training_pass and 1.0 not in pseudo.scales:
         raise AfaError(
             f"pseudo.reuse_training_pass is true, yet pseudo.scales {pseudo.scales} has no 1.0 to reuse; add it"

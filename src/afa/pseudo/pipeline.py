@@ -21,7 +21,7 @@ from afa.pseudo.cam import CamResult, ScoreFunction, multi_scale_cam
 from afa.pseudo.labels import cam_label, ignore_outside, merge_labels, threshold_label
 from afa.pseudo.par import refine, refinement_kernel
 from afa.pseudo.scores import PresentClasses, best_slot, mask_scores, present_classes, present_scores, with_background
-from afa.pseudo.walk import mean_attention_affinity, transition, walk_scores
+from afa.pseudo.walk import mean_attention_affinity, propagate, take_step, transition
 from afa.types import IGNORE_INDEX
 
 PSEUDO_KINDS = ("cam", "propagated", "cam_label", "propagated_label", "initial_label", "refined_label")
@@ -204,8 +204,10 @@ def refined_label(
     """
     small = _resize(_present_cam(cam.cam, present), cam.grid)
     scores = _competing_scores(small, present, config)
-    walk = _transition(cam, config)
-    spread = torch.bmm(walk, scores.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(scores.shape)
+    affinity = _walked_affinity(cam, config)
+    mask = window_mask(*cam.grid, config.affinity_radius, affinity.device)
+    walk = transition(affinity, mask, power=config.affinity_power, epsilon=config.walk_epsilon)
+    spread = take_step(walk, scores)
     on_canvas = config.refinement_region == "canvas"
     refined = refiner.on_canvas(spread) if on_canvas else refiner.in_box(spread, valid_box)
     return ignore_outside(_decide(refined, present, config), valid_box)
@@ -267,16 +269,14 @@ def infer_pseudo(
     return result
 
 
-def _transition(cam: CamResult, config: PseudoConfig) -> Tensor:
+def _walked_affinity(cam: CamResult, config: PseudoConfig) -> Tensor:
+    """(B, hw, hw) what the random walk walks on: the learned affinity or the mean attention."""
     assert cam.walk is not None
     if config.propagation == "attention":
         assert cam.walk.attention_logits is not None
-        affinity = mean_attention_affinity(cam.walk.attention_logits, scale=cam.walk.attention_scale)
-    else:
-        assert cam.walk.affinity is not None
-        affinity = cam.walk.affinity
-    mask = window_mask(*cam.grid, config.affinity_radius, affinity.device)
-    return transition(affinity, mask, power=config.affinity_power, epsilon=config.walk_epsilon)
+        return mean_attention_affinity(cam.walk.attention_logits, scale=cam.walk.attention_scale)
+    assert cam.walk.affinity is not None
+    return cam.walk.affinity
 
 
 def _propagated_scores(cam: CamResult, tags: Tensor, config: PseudoConfig) -> Tensor:
@@ -284,12 +284,15 @@ def _propagated_scores(cam: CamResult, tags: Tensor, config: PseudoConfig) -> Te
     if cam.walk is None:
         scores = with_background(cam.cam, config.background_propagated)
         return present_scores(scores, tags, softmax=config.softmax_scores)
-    return walk_scores(
-        _transition(cam, config),
+    return propagate(
         cam.cam,
         tags,
+        _walked_affinity(cam, config),
         grid=cam.grid,
         background=config.background_propagated,
+        radius=config.affinity_radius,
+        power=config.affinity_power,
+        epsilon=config.walk_epsilon,
         softmax=config.softmax_scores,
     )
 

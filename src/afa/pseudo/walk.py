@@ -79,26 +79,18 @@ def propagate(
     """
     mask = window_mask(*grid, radius, affinity.device)
     walk = transition(affinity, mask, power=power, epsilon=epsilon)
-    return walk_scores(walk, cam, tags, grid=grid, background=background, softmax=softmax)
+    small = interpolate(cam, size=grid, mode="bilinear", align_corners=False)
+    return take_step(walk, present_scores(with_background(small, background), tags, softmax=softmax))
 
 
-def walk_scores(
-    walk: Tensor, cam: Tensor, tags: Tensor, *, grid: tuple[int, int], background: float, softmax: bool
-) -> Tensor:
-    """Do the step of `propagate` with a transition matrix at hand.
+def take_step(walk: Tensor, scores: Tensor) -> Tensor:
+    """Let each token take its scores from the tokens it walks to.
 
     Args:
         walk: (B, hw, hw) transition matrix.
-        cam: As `propagate`.
-        tags: As `propagate`.
-        grid: As `propagate`.
-        background: As `propagate`.
-        softmax: As `propagate`.
+        scores: (B, P, h, w).
 
     Returns:
-        (B, K, h, w) propagated scores.
+        (B, P, h, w).
     """
-    small = interpolate(cam, size=grid, mode="bilinear", align_corners=False)
-    scores = present_scores(with_background(small, background), tags, softmax=softmax)
-    spread = torch.bmm(walk, scores.flatten(2).transpose(1, 2))
-    return spread.transpose(1, 2).reshape(scores.shape)
+    return torch.bmm(walk, scores.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(scores.shape)

@@ -6,7 +6,6 @@ Runs the network and writes small PNGs; how they are laid out is up to afa.repor
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from afa.data.voc import ScoredImages, TaggedImages
 from afa.evaluation.protocols import image_tensor, pseudo_view, seg_logits
 from afa.model.network import AfaNetwork
 from afa.pseudo.pipeline import infer_pseudo
+from afa.training.checkpoint import write_atomically
 from afa.types import NetworkOutput
 
 PICTURES = ("image", "cam", "propagated", "pseudo", "prediction", "truth")
@@ -93,9 +93,7 @@ def write_examples(
         rows = [str(entry["folder"]) for entry in index[:_SHEET_ROWS]]
         draw_sheet([folder / row for row in rows]).save(folder / "sheet.png")
     # Last and in one piece: whoever finds an index finds all its pictures.
-    partial = folder / "index.json.tmp"
-    partial.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, folder / "index.json")
+    write_atomically(folder / "index.json", json.dumps(index, indent=1) + "\n")
 
 
 def draw_sheet(folders: Sequence[Path]) -> Image.Image:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -21,6 +20,7 @@ from afa.data.palette import voc_palette
 from afa.report.charts import Series, bar_chart, line_chart
 from afa.report.collect import LABEL_KINDS, collect_report, label_values, read_metrics
 from afa.report.style import STYLE
+from afa.training.checkpoint import write_atomically
 from afa.types import IGNORE_INDEX
 
 _COLUMNS = {
@@ -50,8 +50,8 @@ def write_report(run: Path) -> Path:
     """
     report = collect_report(run)
     page = render_page(report, read_metrics(run), read_examples(run))
-    _write_text(run / "report.json", json.dumps(report, indent=2) + "\n")
-    _write_text(run / "report.html", page)
+    write_atomically(run / "report.json", json.dumps(report, indent=2) + "\n")
+    write_atomically(run / "report.html", page)
     return run / "report.html"
 
 
@@ -371,9 +371,3 @@ def _data_uri(path: Path) -> str:
     with Image.open(path) as image:
         image.convert("RGB").save(buffer, format="JPEG", quality=90, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
