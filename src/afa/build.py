@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from afa.config import Config, ModelConfig, load_config
 from afa.errors import AfaError
-from afa.model.mit import MixTransformer
+from afa.model.backbones import build_backbone
 from afa.model.network import AfaNetwork
 
 
@@ -39,13 +39,15 @@ def build_network(model: ModelConfig, num_classes: int, *, pretrained: bool = Tr
         pretrained: Load `model.weights` into the encoder; off, it starts random.
 
     Raises:
-        AfaError: As `MixTransformer`.
+        AfaError: As `build_backbone`.
     """
-    backbone = MixTransformer(
+    backbone = build_backbone(
         model.backbone,
         model.weights if pretrained else "",
         drop_path=model.drop_path,
         attention_blocks=model.affinity_blocks,
+        freeze_blocks=model.freeze_blocks,
+        feature_levels=model.feature_levels,
     )
     return AfaNetwork(
         backbone,

@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from afa.config import Config
 
 _RESERVED = {
-    "export": "afa export is not available yet; the weights are RUN/model.safetensors",
     "check": "afa check is not available yet; afa train checks lists, tags and images before it starts",
 }
+_FORMAT_HELP = (
+    "also write the masks for other tools, names separated by commas: "
+    "coco, cvat, hf, labelme, labelstudio, mmseg, panoptic, voc, yolo"
+)
 _SHORTHANDS = ("device", "seed", "precision")
 
 
@@ -109,7 +112,9 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
     predict.add_argument("--tags", metavar="FILE", help="tags of the images: only tagged classes are predicted")
     predict.add_argument("--scores", action="store_true", help="also write class scores")
+    predict.add_argument("--resume", action="store_true", help="go on with the masks that are in --out already")
     predict.add_argument("--no-overlay", action="store_true", help="write no color overlays")
+    predict.add_argument("--format", metavar="NAMES", help=_FORMAT_HELP)
 
     pseudo = _add(commands, "pseudo", _pseudo, "write pseudo labels of tagged images")
     pseudo.add_argument("folder", metavar="RUN", help="run folder")
@@ -117,6 +122,15 @@ def build_parser() -> argparse.ArgumentParser:
     pseudo.add_argument("--out", required=True, metavar="DIR", help="folder of the labels")
     pseudo.add_argument("--list", metavar="FILE", help="image names, one a line (default: data.train_list of the run)")
     pseudo.add_argument("--kind", choices=("refined", "initial", "propagated", "cam"), default="refined")
+
+    pseudo.add_argument("--format", metavar="NAMES", help=_FORMAT_HELP)
+
+    export = _add(commands, "export", _export, "write the network as a file for other programs", network=False)
+    export.add_argument("folder", metavar="RUN", help="run folder, or a folder or hub id of save_pretrained")
+    export.add_argument("--format", required=True, choices=("onnx", "torch", "hf"), help="hf is a folder")
+    export.add_argument("--out", required=True, metavar="PATH", help="file .onnx or .pt2, or folder (hf)")
+    export.add_argument("--check", metavar="DIR", help="images to compare with PyTorch on (default: generated ones)")
+    export.add_argument("--opset", type=_positive, metavar="N", help="version of ONNX's operators, 18 or newer")
 
     report = _add(commands, "report", _report, "write report.html and report.json anew", network=False)
     report.add_argument("folder", metavar="RUN", help="run folder")
@@ -194,7 +208,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     from pathlib import Path
 
     from afa.build import load_run
-    from afa.data.voc import open_scored
+    from afa.data.layout import open_scored
     from afa.evaluation.evaluate import evaluate
     from afa.runtime import pick_device, process_group
     from afa.training.checkpoint import write_atomically
@@ -213,6 +227,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
             device=device,
             limit=arguments.limit,
             progress=processes.is_main,
+            batch_size=config.evaluation.batch_size,
             refine=arguments.refine,
             precision=config.train.precision,
         )
@@ -241,23 +256,36 @@ def _predict(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
 
     from afa.build import load_run
     from afa.data.tags import read_tags
-    from afa.inference.predict import predict_files
+    from afa.formats.write import mask_items, parse_formats, write_format
+    from afa.inference.predict import output_names, predict_files
     from afa.inference.predictor import Predictor
     from afa.runtime import pick_device
 
+    formats = parse_formats(arguments.format) if arguments.format else ()
+    paths, out = [Path(path) for path in arguments.images], Path(arguments.out)
     config = _run_config(Path(arguments.folder), overrides)
     loaded = load_run(Path(arguments.folder), pick_device(config.train.device))
-    predictor = Predictor(loaded.network, loaded.classes, config=config.evaluation, precision=config.train.precision)
+    predictor = Predictor(
+        loaded.network,
+        loaded.classes,
+        config=config.evaluation,
+        precision=config.train.precision,
+        batch_size=config.evaluation.batch_size,
+    )
     tags = read_tags(Path(arguments.tags), predictor.classes) if arguments.tags else None
     summary = predict_files(
         predictor,
-        [Path(path) for path in arguments.images],
-        Path(arguments.out),
+        paths,
+        out,
         tags=tags,
         scores=arguments.scores,
         overlay=not arguments.no_overlay,
+        resume=arguments.resume,
     )
     print(summary)
+    items = mask_items(output_names(paths, out).items(), out) if formats else []
+    for name in formats:
+        print(write_format(name, items, predictor.classes, out))
     return 1 if summary.failed else 0
 
 
@@ -265,19 +293,64 @@ def _pseudo(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     from pathlib import Path
 
     from afa.build import load_run
-    from afa.data.voc import open_tagged
+    from afa.data.layout import open_tagged
+    from afa.formats.write import mask_items, parse_formats, write_format
     from afa.inference.predict import pseudo_files
     from afa.runtime import pick_device
 
+    formats = parse_formats(arguments.format) if arguments.format else ()
+    out = Path(arguments.out)
     config = _run_config(Path(arguments.folder), overrides, root=arguments.data)
     device = pick_device(config.train.device)
     loaded = load_run(Path(arguments.folder), device)
     images = open_tagged(config.data, list_file=arguments.list)
     summary = pseudo_files(
-        loaded.network, images, Path(arguments.out), config=config, kind=arguments.kind, device=device
+        loaded.network,
+        images,
+        out,
+        config=config,
+        kind=arguments.kind,
+        device=device,
+        precision=config.train.precision,
+        batch_size=config.evaluation.batch_size,
     )
     print(summary)
+    items = mask_items(((name, images.image_path(index)) for index, name in enumerate(images.names)), out)
+    for name in formats:
+        print(write_format(name, items, images.classes, out))
     return 1 if summary.failed else 0
+
+
+def _export(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
+    from pathlib import Path
+
+    if overrides:
+        raise AfaError(f"--{next(iter(overrides))}: afa export takes no configuration keys")
+    if arguments.opset and arguments.format != "onnx":
+        raise AfaError(f"--opset is {arguments.opset}, which --format {arguments.format} does not know; leave it out")
+    if arguments.check and arguments.format == "hf":
+        raise AfaError("--check compares exported files, --format hf writes none; leave it out")
+    if arguments.format == "hf":
+        from afa.inference.hub import save_pretrained
+
+        print(save_pretrained(arguments.folder, arguments.out))
+        return 0
+    import torch
+
+    from afa.inference.export import export_onnx, export_torch, read_check_images
+    from afa.inference.hub import load_pretrained
+
+    loaded = load_pretrained(arguments.folder, torch.device("cpu"))
+    settings: dict[str, Any] = {
+        "classes": loaded.classes,
+        "images": read_check_images(Path(arguments.check)) if arguments.check else (),
+        "short_side": loaded.config.evaluation.short_side,
+    }
+    if arguments.format == "onnx":
+        print(export_onnx(loaded.network, Path(arguments.out), opset=arguments.opset, **settings))
+    else:
+        print(export_torch(loaded.network, Path(arguments.out), **settings))
+    return 0
 
 
 def _report(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:

@@ -26,6 +26,7 @@ Pooling = Literal["gmp", "gap", "topk"]
 Refinement = Literal["par", "par_color", "pamr", "none"]
 Propagation = Literal["affinity", "attention", "none"]
 Precision = Literal["fp32", "bf16", "fp16"]
+LayoutName = Literal["auto", "voc", "table", "imagefolder", "hf", "coco", "labelstudio", "cvat"]
 
 
 def _knob(default: Any, *, low: float | None = None, high: float | None = None) -> Any:
@@ -56,8 +57,17 @@ class DataConfig:
     class_subset: tuple[str, ...] = ()
     """Train and evaluate on these classes only: other tags are dropped, other classes' pixels are ignored (255),
     and images left without a tag are an error. Empty: all classes."""
+    layout: LayoutName = "auto"
+    """How images and tags lie in `root` (docs/data.md): auto finds out and says it."""
+    split_fraction: float = _knob(0.2, low=0.0, high=0.9)
+    """Share of the images set aside for validation where the data states no split; the VOC layout always does."""
+    split_seed: int = _knob(0, low=0, high=2**31 - 1)
+    """Seed of that split: the same images, tags and seed give the same sides."""
     workers: int = _knob(-1, low=-1, high=256)
-    """Processes that decode images; 0 works in the main process, -1 picks by cores."""
+    """Threads that decode images; 0 works in the training thread, -1 picks by cores."""
+    cache_gib: float = _knob(-1.0, low=-1.0, high=1e6)
+    """Memory for decoded images, GiB over all processes of a machine: those that fit are decoded once. -1 takes up to
+    a quarter of what is free at the start (Linux; elsewhere none), 0 decodes each time. Results are the same."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,8 @@ class ModelConfig:
     """The network. Source: paper sections 3.1, 3.3 and 4.1."""
 
     backbone: str = "mit_b1"
-    """Architecture: mit_b0 .. mit_b5, or mit_tiny (0.7 M parameters, for generated data)."""
+    """Architecture: mit_b0 .. mit_b5, dinov2_small_reg, clip_b16, ... (docs/backbones.md), or a tiny one for
+    generated data: mit_tiny (0.7 M parameters), dinov2_tiny."""
     weights: str = "nvidia/mit-b1"
     """Initial encoder weights: a local folder, a hub id, an original SegFormer `mit_b*.pth`, or empty for
     random ones. nvidia/mit-b* are under NVIDIA's non-commercial licence."""
@@ -98,6 +109,10 @@ class ModelConfig:
     """Dropout before the decoder's last layer."""
     affinity_blocks: int = _knob(2, low=1, high=64)
     """How many of the last blocks give their attention to the affinity head."""
+    freeze_blocks: int = _knob(0, low=0, high=64)
+    """The encoder's embedding and its first blocks up to this number keep their initial weights."""
+    feature_levels: int = _knob(4, low=1, high=24)
+    """Feature maps of a plain vision transformer that the decoder sees, of evenly spaced blocks; MiT has 4."""
     attention_scaling: bool = False
     """Divide Q K^T by sqrt(d) before the affinity head (paper, Eq. 1); the reference does not."""
 
@@ -216,6 +231,9 @@ class EvaluationConfig:
     """Scales of the multiscale protocol (0.5 to 1.5 by the authors' word; these by their script)."""
     long_side: int = _knob(512, low=32, high=8192)
     """Longer side of the image in the multiscale protocol, pixels."""
+    batch_size: int = _knob(0, low=0, high=256)
+    """Images of one size that go through the network together; larger ones than 512 x 512 fewer. 0 = automatic: 8 on
+    a GPU, else 1."""
     short_side: int = _knob(0, low=0, high=4096)
     """Single scale and pseudo labels: images are scaled to this shorter side first, logits and labels are scaled
     back to the native size; 0 = native."""
@@ -241,6 +259,11 @@ class TrainConfig:
     """Steps between two checkpoints."""
     example_images: int = _knob(8, low=0, high=64)
     """Images shown in report.html."""
+    cuda_graphs: bool = True
+    """On one GPU, record each phase's step once and replay it, so that launching kernels never limits it. Off where
+    the precision is fp16."""
+    compile: bool = False
+    """Let torch.compile fuse the network's kernels; takes a minute or more at the start of each phase."""
     tensorboard: bool = True
     """Also write TensorBoard events when the tensorboard package is installed."""
 

@@ -6,6 +6,7 @@ background at 0, H W pixels, h w tokens of the last encoder stage, hw = h * w, n
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Final
 
@@ -56,6 +57,27 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class RawAttention:
+    """Queries and keys of the blocks whose attention is read.
+
+    The products of all heads together are far larger than their factors, and neither the affinity nor training
+    needs them one by one: they are made only when `logits` is called.
+
+    Attributes:
+        query: (B, n, hw, d).
+        key: (B, n, hw, d).
+    """
+
+    query: Tensor
+    key: Tensor
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, n, hw, hw) Q K^T, unscaled, before softmax, with gradient."""
+        return self.query @ self.key.transpose(2, 3)
+
+
+@dataclass(frozen=True)
 class NetworkOutput:
     """What the network says of a batch; the parts that were not asked for are None.
 
@@ -64,7 +86,7 @@ class NetworkOutput:
         class_scores: (B, C, h, w) classifier weight applied to the last stage: the raw CAM, any sign.
         seg_logits: (B, K, H/4, W/4) segmentation logits.
         affinity: (B, hw, hw) in (0, 1), symmetric.
-        attention_logits: (B, n, hw, hw) Q K^T of the last blocks, unscaled, before softmax.
+        attention: Queries and keys of the last blocks.
         attention_scale: Factor that the encoder applies to the attention logits before its softmax, 1 / sqrt(d).
     """
 
@@ -72,8 +94,13 @@ class NetworkOutput:
     class_scores: Tensor
     seg_logits: Tensor | None = None
     affinity: Tensor | None = None
-    attention_logits: Tensor | None = None
+    attention: RawAttention | None = None
     attention_scale: float = 1.0
+
+    @property
+    def attention_logits(self) -> Tensor | None:
+        """(B, n, hw, hw) Q K^T of the last blocks, unscaled, before softmax."""
+        return None if self.attention is None else self.attention.logits
 
 
 def normalize_image(image: Tensor) -> Tensor:
@@ -85,6 +112,14 @@ def normalize_image(image: Tensor) -> Tensor:
     Returns:
         (B, 3, H, W), (image - IMAGE_MEAN) / IMAGE_STD.
     """
-    mean = torch.tensor(IMAGE_MEAN, dtype=image.dtype, device=image.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGE_STD, dtype=image.dtype, device=image.device).view(1, 3, 1, 1)
+    mean, std = _channel_statistics(image.dtype, image.device)
     return (image - mean) / std
+
+
+@functools.lru_cache(maxsize=16)
+def _channel_statistics(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(1, 3, 1, 1) mean and standard deviation, sent to a device once."""
+    with torch.inference_mode(False):
+        mean = torch.tensor(IMAGE_MEAN, dtype=dtype, device=device).view(1, 3, 1, 1)
+        std = torch.tensor(IMAGE_STD, dtype=dtype, device=device).view(1, 3, 1, 1)
+    return mean, std

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
-import multiprocessing
 import os
-import warnings
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +14,25 @@ from PIL import Image
 
 from afa.config import AugmentConfig
 from afa.data.loader import resolve_workers, step_indices, train_batches
+from afa.data.pixel_cache import PixelCache
 from afa.data.voc import TaggedImages
 from afa.errors import AfaError
 from afa.types import Batch
+from tiny import start_python
 
 AUGMENT = AugmentConfig(crop_size=32)
 NUM_IMAGES = 7
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_threads_left() -> Iterator[None]:
+    yield
+    assert not workers_alive()
+
+
+def workers_alive() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("afa-train")]
 
 
 @pytest.fixture
@@ -33,8 +48,8 @@ def images(tmp_path: Path) -> TaggedImages:
     return TaggedImages(classes=("x", "y", "z"), names=names, paths=paths, tags=tags)
 
 
-def batches(images: TaggedImages, *, start: int = 0, end: int = 5, **options: int) -> list[Batch]:
-    chosen = {"batch_size": 4, "seed": 0, **options}
+def batches(images: TaggedImages, *, start: int = 0, end: int = 5, **options: Any) -> list[Batch]:
+    chosen: dict[str, Any] = {"batch_size": 4, "seed": 0, **options}
     return list(train_batches(images, augment=AUGMENT, start_step=start, max_steps=end, **chosen))
 
 
@@ -117,8 +132,66 @@ def test_processes_share_the_global_batch(images: TaggedImages, world_size: int)
     assert_equal(whole, batches(images))
 
 
-def test_workers_change_nothing(images: TaggedImages) -> None:
-    assert_equal(batches(images, workers=2), batches(images))
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cached", [False, True])
+def test_workers_and_cache_change_nothing(images: TaggedImages, workers: int, cached: bool) -> None:
+    cache = PixelCache(NUM_IMAGES, 2**20) if cached else None
+    assert_equal(batches(images, end=20, workers=workers, cache=cache), batches(images, end=20))
+
+
+def test_cached_images_are_decoded_once(images: TaggedImages, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+    read = TaggedImages.image
+    monkeypatch.setattr(TaggedImages, "image", lambda self, index: decoded.append(index) or read(self, index))
+    cache = PixelCache(NUM_IMAGES, 2**20)
+    batches(images, end=20, cache=cache)
+    assert sorted(decoded) == list(range(NUM_IMAGES))
+    assert cache.used_bytes == sum(3 * 40 * (30 + index) for index in range(NUM_IMAGES))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resampling_on_the_device_gives_the_same_crops(images: TaggedImages, workers: int) -> None:
+    ours = batches(images, end=10, workers=workers, device=CPU)
+    differences = []
+    for one, other in zip(ours, batches(images, end=10), strict=True):
+        assert one.names == other.names
+        assert one.tags.equal(other.tags)
+        assert one.valid_box.equal(other.valid_box)
+        differences.append((one.image.int() - other.image.int()).abs())
+    assert torch.cat(differences).max() <= 1
+    assert torch.cat(differences).float().mean() < 0.01
+
+
+def test_resampling_on_the_device_continues_and_shares_exactly(images: TaggedImages) -> None:
+    whole = batches(images, end=6, device=CPU)
+    assert_equal(batches(images, start=3, end=6, device=CPU), whole[3:])
+    second = batches(images, end=6, device=CPU, rank=1, world_size=2)
+    for part, batch in zip(second, whole, strict=True):
+        assert part.image.equal(batch.image[2:])
+        assert part.names == batch.names[2:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_batches_on_a_gpu_are_those_of_the_cpu(images: TaggedImages) -> None:
+    """And nothing waits for the device: copies and kernels are only queued."""
+    gpu = torch.device("cuda")
+    batches(images, end=1, device=gpu)
+    stream = train_batches(
+        images, augment=AUGMENT, batch_size=4, seed=0, start_step=0, max_steps=8, workers=2, device=gpu
+    )
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = list(stream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(found, batches(images, end=8), strict=True):
+        assert (one.image.device.type, one.valid_box.device.type, one.tags.is_pinned()) == ("cuda", "cuda", True)
+        assert one.valid_box.cpu().equal(other.valid_box)
+        difference = (one.image.cpu().int() - other.image.int()).abs()
+        assert difference.max() <= 2
+        assert (difference > 1).float().mean() <= 0.001
 
 
 def test_global_random_state_is_left_alone(images: TaggedImages) -> None:
@@ -130,12 +203,13 @@ def test_global_random_state_is_left_alone(images: TaggedImages) -> None:
         assert torch.random.get_rng_state().equal(before)
 
 
+@pytest.mark.parametrize("device", [None, CPU])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_image_is_one_line(images: TaggedImages, workers: int) -> None:
+def test_unreadable_image_is_one_line(images: TaggedImages, workers: int, device: torch.device | None) -> None:
     images.image_path(5).write_bytes(b"garbage")
     with pytest.raises(AfaError) as caught:
-        batches(images, workers=workers)
-    assert not multiprocessing.active_children()
+        batches(images, workers=workers, device=device, cache=PixelCache(NUM_IMAGES, 2**20))
+    assert not workers_alive()
     assert str(caught.value) == (
         f"{images.image_path(5)}: not an image that Pillow can read; replace it or leave it out"
     )
@@ -146,26 +220,58 @@ def test_batch_size_must_divide(images: TaggedImages) -> None:
         train_batches(images, augment=AUGMENT, batch_size=4, seed=0, start_step=0, max_steps=1, world_size=3)
 
 
-def test_leaving_early_stops_the_workers(images: TaggedImages) -> None:
-    stream = train_batches(images, augment=AUGMENT, batch_size=4, seed=0, start_step=0, max_steps=1000, workers=1)
+@pytest.mark.parametrize("device", [None, CPU])
+def test_leaving_early_stops_the_workers(images: TaggedImages, device: torch.device | None) -> None:
+    stream = train_batches(
+        images, augment=AUGMENT, batch_size=4, seed=0, start_step=0, max_steps=1000, workers=1, device=device
+    )
     next(stream)
-    assert multiprocessing.active_children()
+    assert workers_alive()
     del stream
-    assert not multiprocessing.active_children()
+    assert not workers_alive()
 
 
-def test_fork_warning_of_newer_pythons_stays_inside(images: TaggedImages, monkeypatch: pytest.MonkeyPatch) -> None:
-    fork, forks = os.fork, []
+CTRL_C = """
+import sys, time
+import numpy as np
+from pathlib import Path
+from afa.config import AugmentConfig
+from afa.data.loader import train_batches
+from afa.data.voc import TaggedImages
 
-    def warning_fork() -> int:
-        text = "This process (pid=1) is multi-threaded, use of fork() may lead to deadlocks in the child."
-        warnings.warn(text, DeprecationWarning, stacklevel=2)
-        forks.append(text)
-        return fork()
+paths = [Path(path) for path in sys.argv[1:]]
+names = tuple(path.stem for path in paths)
+images = TaggedImages(classes=("x",), names=names, paths=paths, tags=np.ones((len(paths), 1), dtype=bool))
+options = dict(batch_size=4, seed=0, start_step=0, max_steps=10**6, workers=2)
+try:
+    for batch in train_batches(images, augment=AugmentConfig(crop_size=512), **options):
+        print("batch", flush=True)
+except KeyboardInterrupt:
+    print("stopped", flush=True)
+"""
 
-    monkeypatch.setattr(os, "fork", warning_fork)
-    assert len(batches(images, end=2, workers=1)) == 2
-    assert forks or multiprocessing.get_start_method() != "fork"
+
+def test_ctrl_c_ends_the_workers_quietly(images: TaggedImages) -> None:
+    process = start_python(["-c", CTRL_C, *(str(images.image_path(index)) for index in range(NUM_IMAGES))])
+    assert process.stdout is not None
+    assert process.stdout.readline() == "batch\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert out.splitlines()[-1] == "stopped"
+    assert err == ""
+    assert process.returncode == 0
+
+
+def test_workers_prepare_few_batches_ahead(images: TaggedImages, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a slow step would let batches pile up in memory."""
+    decoded: list[int] = []
+    read = TaggedImages.image
+    monkeypatch.setattr(TaggedImages, "image", lambda self, index: decoded.append(index) or read(self, index))
+    stream = train_batches(images, augment=AUGMENT, batch_size=4, seed=0, start_step=0, max_steps=1000, workers=2)
+    for _ in range(3):
+        next(stream)
+    del stream
+    assert len(decoded) <= 4 * (3 + 2 * 2)
 
 
 def test_no_steps_left(images: TaggedImages) -> None:
@@ -175,6 +281,6 @@ def test_no_steps_left(images: TaggedImages) -> None:
 def test_resolve_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_workers(0) == 0
     assert resolve_workers(3) == 3
-    for cores, processes, expected in [(1, 1, 0), (2, 1, 1), (16, 1, 8), (16, 4, 3), (2, 4, 0)]:
+    for cores, processes, expected in [(1, 1, 1), (2, 1, 1), (16, 1, 8), (16, 4, 3), (2, 4, 1)]:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores), raising=False)
         assert resolve_workers(-1, processes=processes) == expected

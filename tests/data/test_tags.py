@@ -88,9 +88,14 @@ def test_csv_in_another_encoding(tmp_path: Path) -> None:
     assert "not a CSV in UTF-8" in message(tmp_path / "tags.csv")
 
 
-def test_class_with_a_space_cannot_be_a_csv_tag(tmp_path: Path) -> None:
-    text = message(csv(tmp_path, "image,tags\na,dog\n"), ("dog", "traffic light"))
+def test_class_with_a_space_needs_another_separator(tmp_path: Path) -> None:
+    path = csv(tmp_path, "image,tags\na,dog traffic light\n")
+    text = message(path, ("dog", "traffic light"))
     assert "class 'traffic light' has one; name it traffic_light" in text
+    csv(tmp_path, "image,tags\na,dog;traffic light\nb,traffic light\n")
+    assert read_tags(path, ("dog", "traffic light")) == {"a": ("dog", "traffic light"), "b": ("traffic light",)}
+    csv(tmp_path, "image,tags\na,traffic light\n")
+    assert read_tags(path, ("dog", "traffic light")) == {"a": ("traffic light",)}
 
 
 def test_missing(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from afa.config import AugmentConfig
-from afa.data.transforms import augment
+from afa.data.transforms import CropPlan, draw_crop, pack_plans, resample_batch, resample_image
 
 PLAIN = AugmentConfig(crop_size=32, scale_min=1.0, scale_max=1.0, flip_probability=0.0)
 
@@ -18,6 +20,36 @@ def noise(height: int, width: int) -> np.ndarray:
 
 def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
+
+
+def augment(
+    image: np.ndarray, config: AugmentConfig, generator: np.random.Generator
+) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    """(S, S, 3) canvas and valid box of one drawn crop."""
+    plan = draw_crop(image.shape[:2], config, generator)
+    return render(image, plan, config.crop_size), plan.valid_box
+
+
+def render(image: np.ndarray, plan: CropPlan, size: int) -> np.ndarray:
+    canvas = np.zeros((3, size, size), dtype=np.uint8)
+    resample_image(image, plan, canvas)
+    return canvas.transpose(1, 2, 0)
+
+
+def render_axis_by_axis(image: np.ndarray, plan: CropPlan, size: int) -> np.ndarray:
+    """(3, S, S) canvas by Pillow, columns first; in one call Pillow chooses what is first, and rounds after it."""
+    rows, columns = plan.rows, plan.columns
+    top, bottom, left, right = plan.valid_box
+    across = Image.fromarray(image).resize(
+        (right - left, rows.length), Image.Resampling.BILINEAR, box=(columns.first, 0, columns.last, rows.length)
+    )
+    part = across.resize(
+        (right - left, bottom - top), Image.Resampling.BILINEAR, (0, rows.first, right - left, rows.last)
+    )
+    canvas = np.zeros((3, size, size), dtype=np.uint8)
+    pixels = np.asarray(part).transpose(2, 0, 1)
+    canvas[:, top:bottom, left:right] = pixels[:, :, ::-1] if plan.flip else pixels
+    return canvas
 
 
 def windows(image: np.ndarray, part: np.ndarray) -> list[tuple[int, int]]:
@@ -111,3 +143,75 @@ def test_same_generator_same_crop_and_input_untouched() -> None:
     assert first[1] == second[1]
     assert not np.array_equal(first[0], augment(image, config, rng(4))[0])
     np.testing.assert_array_equal(image, before)
+
+
+def pad_windows(images: list[np.ndarray], plans: list[CropPlan], *, filler: int) -> Tensor:
+    """What `resample_batch` takes: the windows that the plans read, beside them `filler`."""
+    parts = [
+        image[slice(*plan.rows.window), slice(*plan.columns.window)] for image, plan in zip(images, plans, strict=True)
+    ]
+    height, width = (max(part.shape[axis] for part in parts) + 5 for axis in (0, 1))
+    padded = np.full((len(parts), height, width, 3), filler, dtype=np.uint8)
+    for place, part in zip(padded, parts, strict=True):
+        place[: part.shape[0], : part.shape[1]] = part
+    return torch.from_numpy(padded).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.05, 0.3), (0.5, 2.0), (1.0, 1.0), (2.0, 5.0)])
+@pytest.mark.parametrize("short_side", [0, 50])
+def test_matrix_products_equal_pillow(low: float, high: float, short_side: int) -> None:
+    config = AugmentConfig(crop_size=64, scale_min=low, scale_max=high, short_side=short_side)
+    shapes = [(60, 83), (120, 41), (64, 64), (1, 1), (3, 90), (150, 200), (61, 61), (200, 30)]
+    images = [noise(*shape) for shape in shapes] * 6
+    plans = [draw_crop(image.shape[:2], config, rng(seed)) for seed, image in enumerate(images)]
+    assert len({plan.flip for plan in plans}) == 2
+    pixels = pad_windows(images, plans, filler=255)
+    before = pixels.clone()
+    ours = resample_batch(pixels, pack_plans(plans), 64)
+    pillow = np.stack([render(image, plan, 64).transpose(2, 0, 1) for image, plan in zip(images, plans, strict=True)])
+    assert ours.dtype == torch.uint8
+    assert ours.is_contiguous()
+    difference = np.abs(ours.numpy().astype(int) - pillow)
+    assert difference.max() <= 2
+    assert np.mean(difference > 1) <= 0.001
+    one_by_one = [render_axis_by_axis(image, plan, 64) for image, plan in zip(images, plans, strict=True)]
+    assert np.mean(ours.numpy() != np.stack(one_by_one)) <= 0.01, "only values halfway between two levels"
+    for canvas, plan in zip(ours.clone(), plans, strict=True):
+        top, bottom, left, right = plan.valid_box
+        canvas[:, top:bottom, left:right] = 0
+        assert not canvas.any()
+    assert pixels.equal(before)
+
+
+def test_matrix_products_do_not_see_past_the_window() -> None:
+    """Neither the padding nor, beyond the window that a plan names, the image has a say."""
+    config = AugmentConfig(crop_size=32)
+    images = [noise(70, 90), noise(40, 30)] * 8
+    plans = [draw_crop(image.shape[:2], config, rng(seed)) for seed, image in enumerate(images)]
+    ours = [resample_batch(pad_windows(images, plans, filler=filler), pack_plans(plans), 32) for filler in (0, 200)]
+    assert ours[0].equal(ours[1])
+    for image, plan in zip(images, plans, strict=True):
+        outside = np.ones(image.shape[:2], dtype=bool)
+        outside[slice(*plan.rows.window), slice(*plan.columns.window)] = False
+        other = np.where(outside[:, :, None], 255 - image, image)
+        np.testing.assert_array_equal(render(other, plan, 32), render(image, plan, 32))
+
+
+def test_window_of_a_huge_image_is_as_small_as_the_crop_asks() -> None:
+    config = AugmentConfig(crop_size=64, scale_min=0.5, scale_max=2.0)
+    for seed in range(50):
+        plan = draw_crop((6000, 9000), config, rng(seed))
+        for begin, end in (plan.rows.window, plan.columns.window):
+            assert end - begin <= 64 / 0.5 + 6
+
+
+def test_crops_stay_those_of_earlier_versions() -> None:
+    """A seed means the same crops for good; recorded when drawing and resampling were still one function."""
+    generator = np.random.default_rng(np.random.SeedSequence(0, spawn_key=(1, 5, 2)))
+    plan = draw_crop((375, 500), AugmentConfig(crop_size=64), generator)
+    assert (plan.rows.first, plan.rows.last) == pytest.approx((202.23799126637553, 254.63973799126637), abs=1e-12)
+    assert (plan.columns.first, plan.columns.last) == pytest.approx((74.46808510638297, 126.84124386252046), abs=1e-12)
+    assert (plan.valid_box, plan.flip) == ((0, 64, 0, 64), False)
+    canvas = render(noise(375, 500), plan, 64)
+    assert canvas[0, 0].tolist() == [208, 64, 209]
+    assert canvas.astype(int).sum() == 1560611

@@ -82,3 +82,11 @@ def test_merge_equals_one_matrix_over_everything() -> None:
         parts[seed % 2].update(label, prediction)
     parts[0].merge(parts[1])
     assert torch.equal(parts[0].matrix, whole.matrix)
+
+
+def test_counting_never_looks_at_the_values() -> None:
+    """Tensors without values stand in for those of a GPU, which would have to be waited for."""
+    confusion = ConfusionMatrix(3, device="meta")
+    confusion.update(np.zeros((4, 5), dtype=np.uint8), torch.zeros(4, 5, dtype=torch.uint8, device="meta"))
+    assert confusion.matrix.is_meta
+    assert confusion.matrix.shape == (3, 3)

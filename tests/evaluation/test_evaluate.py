@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from afa.data.palette import write_index_png
 from afa.data.voc import ScoredImages, open_scored
 from afa.errors import AfaError
 from afa.evaluation import evaluate as evaluate_module
-from afa.evaluation.evaluate import EvaluationResult, evaluate, read_ahead
+from afa.evaluation.evaluate import (
+    BATCH_PIXELS,
+    EvaluationResult,
+    evaluate,
+    group_by_size,
+    read_ahead,
+    resolve_batch_size,
+)
 from afa.types import IMAGE_MEAN, IMAGE_STD, NetworkOutput
 
 CPU = torch.device("cpu")
@@ -142,13 +150,16 @@ def fake_pseudo_label(monkeypatch: pytest.MonkeyPatch, value: int) -> list[dict[
     """Let pseudo labels be `value` on the left half and background on the right."""
     calls: list[dict[str, Any]] = []
 
-    def pseudo_label(network: object, image: np.ndarray, tags: np.ndarray, **settings: Any) -> Tensor:
-        calls.append({"tags": tags.tolist(), **settings})
-        label = torch.zeros(image.shape[:2], dtype=torch.int64)
-        label[:, : image.shape[1] // 2] = value
-        return label
+    def pseudo_labels(
+        network: object, images: list[Tensor], tags: list[np.ndarray], **settings: Any
+    ) -> Iterator[Tensor]:
+        for image, image_tags in zip(images, tags, strict=True):
+            calls.append({"tags": image_tags.tolist(), **settings})
+            label = torch.zeros(image.shape[:2], dtype=torch.int64)
+            label[:, : image.shape[1] // 2] = value
+            yield label
 
-    monkeypatch.setattr(evaluate_module, "pseudo_label", pseudo_label)
+    monkeypatch.setattr(evaluate_module, "pseudo_labels", pseudo_labels)
     return calls
 
 
@@ -245,6 +256,98 @@ def test_read_ahead_keeps_order_and_delivers_errors_at_their_place() -> None:
         error = reading.exception()
         results.append((index, str(error) if error else reading.result()))
     assert results == [(i, "seven" if i == 7 else i * i) for i in range(30)]
+
+
+def write_sizes(root: Path, sizes: list[tuple[int, int]]) -> ScoredImages:
+    """Random images and masks of the given sizes, each with one tag."""
+    rng = np.random.default_rng(0)
+    for folder in ("JPEGImages", "SegmentationClassAug", "lists"):
+        (root / folder).mkdir(parents=True)
+    for i, size in enumerate(sizes):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(root / "JPEGImages" / f"{i}.png")
+        mask = rng.choice(np.array([0, 1, 2, 3, 255], dtype=np.uint8), size)
+        write_index_png(root / "SegmentationClassAug" / f"{i}.png", mask)
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    (root / "lists" / "val.txt").write_text("\n".join(str(i) for i in range(len(sizes))))
+    rows = [f"{i},{CLASSES[i % 3]}" for i in range(len(sizes))]
+    (root / "lists" / "tags.csv").write_text("\n".join(["image,tags", *rows]))
+    return open_scored(DataConfig(root=str(root)))
+
+
+@pytest.mark.parametrize("labels", ["seg", "cam", "refined"])
+def test_batches_give_the_figures_of_single_images(tmp_path: Path, labels: str) -> None:
+    from afa.build import build_network
+    from afa.config import ModelConfig
+
+    torch.manual_seed(0)
+    network = build_network(ModelConfig(backbone="mit_tiny", weights="", decoder_width=8), 3)
+    images = write_sizes(tmp_path, [(40, 50), (50, 40), (40, 50), (64, 33), (40, 50), (50, 40), (40, 50)])
+    settings: dict[str, Any] = {"config": Config(), "device": CPU, "labels": labels, "progress": False}
+    sizes: list[int] = []
+    network.backbone.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    one = evaluate(network, images, **settings, batch_size=1)
+    count = len(sizes)
+    three = evaluate(network, images, **settings, batch_size=3)
+    np.testing.assert_array_equal(three.matrix, one.matrix)
+    assert three.extras == one.extras
+    assert three.num_images == one.num_images == 7
+    # 40x50: three and one; 50x40: two; 64x33: one. For pseudo labels all are enlarged to 64x64: three, three, one.
+    assert (len(sizes) - count) / count == pytest.approx((4 if labels == "seg" else 3) / 7)
+
+
+def sizes_of(item: tuple[int, tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    return (item[1],)
+
+
+def test_groups_are_of_one_size_and_lose_nothing() -> None:
+    rng = np.random.default_rng(0)
+    items = [(i, (100, 100 + int(rng.integers(6)))) for i in range(200)]
+    groups = list(group_by_size(iter(items), sizes=sizes_of, batch_size=4))
+    assert sorted(item for group in groups for item in group) == items
+    assert all(len({size for _, size in group}) == 1 for group in groups)
+    assert all(1 <= len(group) <= 4 for group in groups)
+    assert sum(len(group) == 4 for group in groups) > 0.8 * len(groups)
+
+
+def test_rare_sizes_neither_wait_forever_nor_crowd_out_the_others() -> None:
+    # Every third image is of a size of its own.
+    items = [(i, (100, 100 + (i if i % 3 == 0 else 0))) for i in range(1, 301)]
+    taken = 0
+
+    def source() -> Iterator[tuple[int, tuple[int, int]]]:
+        nonlocal taken
+        for item in items:
+            taken += 1
+            yield item
+
+    common: list[int] = []
+    done = 0
+    for group in group_by_size(source(), sizes=sizes_of, batch_size=4):
+        done += len(group)
+        assert taken - done < 16, "more than four batches wait"
+        assert taken - group[0][0] <= 48, "the oldest image waits too long"
+        if group[0][1] == (100, 100):
+            common.append(len(group))
+    assert done == 300
+    assert set(common) == {4}
+
+
+def test_large_images_come_in_smaller_batches_and_one_at_a_time_goes_at_once() -> None:
+    side = int(BATCH_PIXELS**0.5)
+    for size, expected in (((side, side), 8), ((side // 4, side), 8), ((side, 2 * side), 4), ((9 * side, side), 1)):
+        items = [(i, size) for i in range(8)]
+        groups = list(group_by_size(items, sizes=sizes_of, batch_size=8))
+        assert [len(group) for group in groups] == [expected] * (8 // expected)
+    source = iter([(i, (i + 1, 1)) for i in range(10)])
+    groups_of_one = group_by_size(source, sizes=sizes_of, batch_size=1)
+    assert next(groups_of_one) == [(0, (1, 1))]
+    assert next(source) == (1, (2, 1))
+
+
+def test_automatic_batch_size() -> None:
+    assert resolve_batch_size(0, torch.device("cpu")) == 1
+    assert resolve_batch_size(0, torch.device("cuda", 1)) == 8
+    assert resolve_batch_size(3, torch.device("cuda")) == 3
 
 
 def _score_shard(rank: int, root: str) -> None:

@@ -11,7 +11,17 @@ from torch.nn.functional import interpolate
 from afa.config import EvaluationConfig, ModelConfig, PseudoConfig
 from afa.errors import AfaError
 from afa.evaluation import protocols
-from afa.evaluation.protocols import dense_logits, image_tensor, pseudo_label, seg_logits
+from afa.evaluation.protocols import (
+    dense_logits,
+    image_tensor,
+    logit_maps,
+    pseudo_label,
+    pseudo_labels,
+    pseudo_sizes,
+    seg_logits,
+    view_sizes,
+)
+from afa.model.network import AfaNetwork
 from afa.types import NetworkOutput, normalize_image
 
 
@@ -178,3 +188,82 @@ def test_every_pseudo_label_of_a_real_network(kind: str, size: tuple[int, int]) 
     allowed = {0, 1, 3} if kind in ("cam", "propagated") else {0, 1, 3, 255}
     assert set(label.unique().tolist()) <= allowed
     assert network.training
+
+
+def real_network() -> AfaNetwork:
+    from afa.build import build_network
+
+    torch.manual_seed(0)
+    return build_network(ModelConfig(backbone="mit_tiny", weights="", decoder_width=8), 3).eval()
+
+
+# Under a short side of 64 all three are seen at 64 x 96.
+SAME_VIEWS = [random_image(64, 96, seed=1), random_image(32, 48, seed=2), random_image(128, 192, seed=3)]
+
+
+@pytest.mark.parametrize("protocol", ["single", "multiscale"])
+def test_a_batch_equals_its_images_one_by_one(protocol: str) -> None:
+    network = real_network()
+    config = EvaluationConfig(short_side=64, long_side=96, scales=(1.0, 0.5))
+    batch = logit_maps(network, SAME_VIEWS, protocol=protocol, config=config)
+    for image, maps in zip(SAME_VIEWS, batch, strict=True):
+        alone = dense_logits(network, image, protocol=protocol, config=config)
+        size = image.shape[0], image.shape[1]
+        torch.testing.assert_close(maps.enlarge(size), alone.segmentation, rtol=0, atol=1e-5)
+        torch.testing.assert_close(maps.image, alone.image, rtol=0, atol=1e-5)
+        assert (maps.label(size) == alone.segmentation.argmax(0)).float().mean() > 0.9999
+        torch.testing.assert_close(maps.scores(size), alone.segmentation.softmax(0), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cam", "propagated", "initial", "refined"])
+def test_a_batch_of_pseudo_labels_equals_one_by_one(kind: str) -> None:
+    network = real_network()
+    # The first image has one tag more than the others: their spare slots must not show.
+    tags = [np.array(row, dtype=np.float32) for row in ([1, 0, 1], [0, 1, 0], [0, 0, 1])]
+    settings: dict[str, Any] = {"kind": kind, "config": PseudoConfig(iterations=2), "short_side": 64}
+    batch = pseudo_labels(network, SAME_VIEWS, tags, **settings)
+    for image, image_tags, label in zip(SAME_VIEWS, tags, batch, strict=True):
+        alone = pseudo_label(network, image, image_tags, **settings)
+        assert label.shape == alone.shape == image.shape[:2]
+        assert label.dtype == torch.int64
+        assert (label == alone).float().mean() > 0.9999
+
+
+@pytest.mark.parametrize("size", [(45, 70), (7, 300), (480, 320)])
+@pytest.mark.parametrize("protocol", ["single", "multiscale"])
+def test_view_sizes_are_those_that_the_network_sees(size: tuple[int, int], protocol: str) -> None:
+    settings: dict[str, Any] = {"short_side": 50, "long_side": 100, "scales": (1.0, 0.5, 0.75)}
+    network, _ = run_spy(random_image(*size), protocol, **settings)
+    seen = tuple((view.shape[2], view.shape[3]) for view in network.views)
+    assert view_sizes(size, protocol=protocol, config=EvaluationConfig(**settings)) == seen
+
+
+def test_pseudo_sizes_are_those_that_the_network_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = real_network()
+    seen: list[tuple[int, ...]] = []
+    score = network.score
+    monkeypatch.setattr(
+        network, "score", lambda view, affinity: (seen.append(view.shape[2:]), score(view, affinity))[1]
+    )
+    config = PseudoConfig(scales=(1.0, 0.5, 1.5), iterations=1)
+    pseudo_label(network, random_image(40, 90), np.array([1, 0, 0]), kind="cam", config=config, short_side=48)
+    assert (
+        pseudo_sizes((40, 90), config=config, short_side=48)
+        == tuple(dict.fromkeys(seen))
+        == (
+            (64, 108),
+            (32, 54),
+            (96, 162),
+        )
+    )
+
+
+@pytest.mark.parametrize("protocol", ["single", "multiscale"])
+def test_segmentation_never_looks_at_the_values(protocol: str) -> None:
+    """Tensors without values stand in for those of a GPU, which would have to be waited for."""
+    network = real_network().to("meta")
+    images = [random_image(40, 50), random_image(40, 50)]
+    for maps in logit_maps(network, images, protocol=protocol, config=EvaluationConfig(long_side=64)):
+        restricted = maps.allow(np.array([True, True, False, False]))
+        assert restricted.label((40, 50)).is_meta
+        assert restricted.scores((40, 50)).is_meta

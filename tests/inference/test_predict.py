@@ -1,6 +1,11 @@
 """Masks of many files: names, broken images, tags, resuming, and the messages of errors."""
 
 import io
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from afa.config import Config, DataConfig
+from afa.config import Config, DataConfig, PseudoConfig
 from afa.data.images import read_mask
 from afa.data.palette import voc_palette
 from afa.data.voc import TaggedImages, open_tagged
 from afa.errors import AfaError
 from afa.inference import predict as predict_module
-from afa.inference.predict import PredictSummary, predict_files, pseudo_files
+from afa.inference.predict import STAMP, PredictSummary, predict_files, pseudo_files
 from afa.inference.predictor import Predictor
 from afa.types import IMAGE_MEAN, IMAGE_STD, NetworkOutput
 
@@ -50,7 +55,9 @@ def run(paths: list[Path], out: Path, **settings: Any) -> PredictSummary:
 
 
 def files_in(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """Files in a folder but for the stamp."""
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(file for file in files if file != STAMP)
 
 
 def test_files_become_index_png_and_overlay(tmp_path: Path) -> None:
@@ -198,6 +205,143 @@ def test_a_failed_write_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.
     assert files_in(tmp_path / "out") == []
 
 
+def run_colors(paths: list[Path], out: Path, *, shift: float = 0.0, **settings: Any) -> PredictSummary:
+    """As `run`, with a network whose one weight is `shift`, in batches of four."""
+    network = ColorNetwork()
+    network.anchor.data += shift
+    predictor = Predictor(network, CLASSES, batch_size=4)  # type: ignore[arg-type]
+    return predict_files(predictor, paths, out, progress=False, **settings)
+
+
+def test_batches_of_equal_size_write_the_same_files(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    for i in range(20):
+        write_image(images / f"{i:02d}.png", i % 4, size=(40, 50) if i % 3 else (60, 33 + i))
+    (images / "04.png").write_bytes(b"broken")
+    one = run([images], tmp_path / "one", scores=True)
+    four = run_colors([images], tmp_path / "four", scores=True)
+    assert (four.written, four.failed) == (one.written, one.failed) == (19, one.failed)
+    names = files_in(tmp_path / "one")
+    assert files_in(tmp_path / "four") == names
+    for name in names:
+        if name.endswith(".png"):
+            expected = read_mask(tmp_path / "one" / name)
+            np.testing.assert_array_equal(read_mask(tmp_path / "four" / name), expected)
+            assert expected[0, 0] == int(Path(name).stem) % 4
+
+
+def test_resume_leaves_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    for i in range(5):
+        write_image(images / f"{i}.png", 1)
+    run([images], out, resume=True)
+    (out / "masks" / "3.png").unlink()
+    write_image(images / "5.png", 2)
+    before = {i: (out / "masks" / f"{i}.png").stat().st_mtime_ns for i in (0, 1, 2, 4)}
+    capsys.readouterr()
+    summary = run([images], out, resume=True)
+    assert (summary.written, summary.skipped) == (2, 4)
+    assert {i: (out / "masks" / f"{i}.png").stat().st_mtime_ns for i in before} == before
+    assert read_mask(out / "masks" / "5.png").max() == 2
+    assert capsys.readouterr().err == f"{out / 'masks'}: 4 of 6 masks are there already and left as they are\n"
+    # Without it, everything is done anew.
+    assert run([images], out).written == 6
+
+
+def test_resume_does_not_mix_networks_or_settings(tmp_path: Path) -> None:
+    image, out = write_image(tmp_path / "a.png", 1), tmp_path / "out"
+    run_colors([image], out)
+    stamp = json.loads((out / STAMP).read_text())
+    assert {"weights", "classes", "protocol", "precision", "max_side"} < stamp.keys()
+    for settings, found in (
+        (
+            {"shift": 1.0},
+            r"weights was \"[0-9a-f]{15}\.\.\. for the masks that are there and is \"[0-9a-f]{15}\.\.\. now",
+        ),
+        ({"tags": {"a": ("cat",)}}, r"tags was null for the masks that are there and is \"[0-9a-f]{15}\.\.\. now"),
+        ({"overlay": False}, r"overlay was true for the masks that are there and is false now"),
+    ):
+        with pytest.raises(AfaError, match=found) as caught:
+            run_colors([image], out, resume=True, **settings)
+        assert str(caught.value).startswith(f"{out / STAMP}: ")
+        assert str(caught.value).endswith("; predict without --resume, or use another folder")
+        assert "\n" not in str(caught.value)
+    assert json.loads((out / STAMP).read_text()) == stamp
+    assert run_colors([image], out, shift=1.0).written == 1
+    assert run_colors([image], out, shift=1.0, resume=True).skipped == 1
+
+
+def test_resume_redoes_masks_that_are_older_than_the_stamp(tmp_path: Path) -> None:
+    """A call that replaces the masks of another network was stopped: what it did not reach is not its own."""
+    paths = [write_image(tmp_path / f"{name}.png", 1) for name in "ab"]
+    out = tmp_path / "out"
+    run(paths, out)
+    os.utime(out / "masks" / "a.png", (1e9, 1e9))
+    summary = run(paths, out, resume=True)
+    assert (summary.written, summary.skipped) == (1, 1)
+
+
+def test_resume_needs_a_stamp(tmp_path: Path) -> None:
+    image, out = write_image(tmp_path / "a.png", 1), tmp_path / "out"
+    run([image], out)
+    (out / STAMP).write_text("{")
+    with pytest.raises(AfaError, match=r"predict\.json: broken; predict without --resume, or use another folder$"):
+        run([image], out, resume=True)
+    (out / STAMP).unlink()
+    with pytest.raises(AfaError, match=r"predict\.json: missing, so nothing says what made the masks in "):
+        run([image], out, resume=True)
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [write_image(tmp_path / f"{i:02d}.png", 1) for i in range(40)]
+    out = tmp_path / "out"
+    write, lock, left = predict_module.write_index_png, threading.Lock(), 13
+
+    def write_while_there_is_space(path: Path, label: np.ndarray) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            if left < 0:
+                raise AfaError(f"{path}: cannot be written (No space left on device); free space")
+        write(path, label)
+
+    monkeypatch.setattr(predict_module, "write_index_png", write_while_there_is_space)
+    with pytest.raises(AfaError) as caught:
+        run_colors(paths, out, overlay=False)
+    assert len(files_in(out)) == 13
+    assert str(caught.value).endswith(
+        "(No space left on device); free space; "
+        "13 masks are done and 27 missing; the same command with --resume goes on"
+    )
+    left = 100
+    summary = run_colors(paths, out, overlay=False, resume=True)
+    assert (summary.written, summary.skipped) == (27, 13)
+
+
+def test_reading_does_not_run_away_from_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [write_image(tmp_path / f"{i:03d}.png", 1, size=(32, 32)) for i in range(150)]
+    counts, lock = {"read": 0, "written": 0, "ahead": 0}, threading.Lock()
+    read, write = predict_module.read_image, predict_module.write_index_png
+
+    def count_read(path: Path) -> np.ndarray:
+        with lock:
+            counts["read"] += 1
+            counts["ahead"] = max(counts["ahead"], counts["read"] - counts["written"])
+        return read(path)
+
+    def write_slowly(path: Path, label: np.ndarray) -> None:
+        time.sleep(0.002)
+        write(path, label)
+        with lock:
+            counts["written"] += 1
+
+    monkeypatch.setattr(predict_module, "read_image", count_read)
+    monkeypatch.setattr(predict_module, "write_index_png", write_slowly)
+    run_colors(paths, tmp_path / "out", overlay=False)
+    assert counts["written"] == 150
+    assert counts["ahead"] < 60
+
+
 def tagged_images(root: Path, colors: dict[str, int]) -> TaggedImages:
     for name, color in colors.items():
         write_image(root / "JPEGImages" / f"{name}.png", color)
@@ -214,13 +358,16 @@ def pseudo_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Let a pseudo label be the tagged class on the left half and uncertain on the right."""
     calls: list[dict[str, Any]] = []
 
-    def pseudo_label(network: object, image: np.ndarray, tags: np.ndarray, **settings: Any) -> Tensor:
-        calls.append({"tags": tags.tolist(), **settings})
-        label = torch.full(image.shape[:2], 255)
-        label[:, : image.shape[1] // 2] = int(tags.argmax()) + 1
-        return label
+    def pseudo_labels(
+        network: object, images: list[Tensor], tags: list[np.ndarray], **settings: Any
+    ) -> Iterator[Tensor]:
+        for image, image_tags in zip(images, tags, strict=True):
+            calls.append({"tags": image_tags.tolist(), **settings})
+            label = torch.full(image.shape[:2], 255)
+            label[:, : image.shape[1] // 2] = int(image_tags.argmax()) + 1
+            yield label
 
-    monkeypatch.setattr(predict_module, "pseudo_label", pseudo_label)
+    monkeypatch.setattr(predict_module, "pseudo_labels", pseudo_labels)
     return calls
 
 
@@ -265,6 +412,22 @@ def test_pseudo_labels_resume(
     assert "2 were there already and left as they are (delete them to redo)" in str(summary)
     expected = f"{out / 'masks'}: 2 of 3 masks are there already and left as they are\n"
     assert capsys.readouterr().err == expected
+
+
+def test_pseudo_labels_of_another_kind_or_call_are_not_mixed(
+    tmp_path: Path, pseudo_calls: list[dict[str, Any]]
+) -> None:
+    images, out = tagged_images(tmp_path / "data", {"a": 1, "b": 2}), tmp_path / "out"
+    run_pseudo(images, out)
+    with pytest.raises(AfaError, match=r"made was .* now; delete the folder, or use another folder$"):
+        run_pseudo(images, out, kind="initial")
+    changed = Config(pseudo=PseudoConfig(iterations=3))
+    with pytest.raises(AfaError, match=r"pseudo\.iterations was 10 for the masks that are there and is 3 now"):
+        run_pseudo(images, out, config=changed)
+    run([write_image(tmp_path / "c.png", 1)], tmp_path / "predicted")
+    with pytest.raises(AfaError, match=r"made was \"predictions\" for"):
+        run_pseudo(images, tmp_path / "predicted")
+    assert len(pseudo_calls) == 2
 
 
 def test_pseudo_labels_go_on_after_a_broken_image(tmp_path: Path, pseudo_calls: list[dict[str, Any]]) -> None:

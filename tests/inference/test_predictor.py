@@ -1,5 +1,6 @@
 """The predictor: kinds of input, restriction by tags, sizes, and the messages of its errors."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from afa.config import EvaluationConfig
 from afa.errors import AfaError
-from afa.evaluation.protocols import seg_logits
+from afa.evaluation.protocols import LogitMaps, seg_logits
 from afa.inference.predictor import Prediction, Predictor, image_array
 from afa.types import NetworkOutput
 
@@ -34,8 +35,8 @@ class ScaledColors(nn.Module):
         return NetworkOutput(logits[:, 1:].amax((2, 3)), logits[:, 1:], seg_logits=logits)
 
 
-def random_image(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def predictor(**settings: Any) -> Predictor:
@@ -158,6 +159,43 @@ def test_missing_file_unknown_protocol_and_foreign_overlay(tmp_path: Path) -> No
         predictor(protocol="crf")
     with pytest.raises(AfaError, match=r"^the image is 20x10 pixels and the prediction 50x40; pass the image"):
         predictor()(random_image(40, 50)).overlay(random_image(10, 20))
+
+
+def test_scores_are_computed_when_they_are_first_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []
+    scores = LogitMaps.scores
+    monkeypatch.setattr(LogitMaps, "scores", lambda maps, size: (calls.append(size), scores(maps, size))[1])
+    prediction = predictor()(random_image(40, 50))
+    assert calls == []
+    assert prediction.scores is prediction.scores
+    assert calls == [(40, 50)]
+
+
+def test_predictions_can_be_pickled() -> None:
+    prediction = predictor()(random_image(40, 50), tags=["dog"])
+    copy = pickle.loads(pickle.dumps(prediction))
+    np.testing.assert_array_equal(copy.label, prediction.label)
+    np.testing.assert_array_equal(copy.scores, prediction.scores)
+
+
+def test_a_list_of_images_gives_a_list_in_its_order() -> None:
+    images = [random_image(height, 50, seed) for seed, height in enumerate([40, 60, 40, 40, 60])]
+    tags = [None, ["dog"], ["cat", "dog"], [], None]
+    together = predictor(batch_size=2)
+    predictions = together(images, tags)
+    assert len(together.network.sizes) == 3
+    for image, image_tags, prediction in zip(images, tags, predictions, strict=True):
+        expected = predictor()(image, image_tags)
+        np.testing.assert_array_equal(prediction.label, expected.label)
+        np.testing.assert_allclose(prediction.scores, expected.scores, atol=1e-6)
+    assert predictor()([]) == []
+
+
+def test_lists_are_checked() -> None:
+    with pytest.raises(AfaError, match=r"^there are 2 images and tags of 1; give one entry for each image$"):
+        predictor()([random_image(40, 50)] * 2, [["dog"]])
+    with pytest.raises(AfaError, match=r"^gone\.png: no such image; check the path$"):
+        predictor()([Path("gone.png")])
 
 
 def test_from_run(tmp_path: Path) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from afa.model.affinity_head import AffinityHead
+from afa.types import RawAttention
 
-NUM_MAPS, TOKENS = 16, 12
+NUM_MAPS, TOKENS, DEPTH = 16, 12, 5
 
 
-def attention_logits(dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(2, NUM_MAPS, TOKENS, TOKENS, generator=torch.Generator().manual_seed(0)).to(dtype) / 2
+def raw_attention(dtype: torch.dtype = torch.float32) -> RawAttention:
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, NUM_MAPS, TOKENS, DEPTH, generator=generator).to(dtype) / 2 for _ in range(2))
+    return RawAttention(query, key)
 
 
 def head() -> AffinityHead:
@@ -33,17 +38,17 @@ def plain_affinity(module: AffinityHead, logits: Tensor) -> Tensor:
 
 def test_equals_equation_3() -> None:
     module = head()
-    affinity = module(attention_logits())
+    affinity = module(raw_attention())
     assert affinity.shape == (2, TOKENS, TOKENS)
-    torch.testing.assert_close(affinity, plain_affinity(module, attention_logits()), rtol=0, atol=1e-6)
+    torch.testing.assert_close(affinity, plain_affinity(module, raw_attention().logits), rtol=0, atol=1e-6)
     # And it is the plain convolution of the symmetric maps, as a layer computes it.
-    logits = attention_logits()
+    logits = raw_attention().logits
     layer = torch.sigmoid(module.mix(logits + logits.transpose(2, 3)))[:, 0]
     torch.testing.assert_close(affinity, layer, rtol=0, atol=1e-6)
 
 
 def test_is_symmetric_and_between_zero_and_one() -> None:
-    affinity = head()(attention_logits())
+    affinity = head()(raw_attention())
     torch.testing.assert_close(affinity, affinity.transpose(1, 2), rtol=0, atol=1e-6)
     assert affinity.min() > 0
     assert affinity.max() < 1
@@ -53,22 +58,26 @@ def test_is_symmetric_and_between_zero_and_one() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_give_float32_affinity(dtype: torch.dtype) -> None:
     module = head()
-    affinity = module(attention_logits(dtype))
+    affinity = module(raw_attention(dtype))
     assert affinity.dtype == torch.float32
-    torch.testing.assert_close(affinity, plain_affinity(module, attention_logits()), rtol=0, atol=0.1)
+    torch.testing.assert_close(affinity, plain_affinity(module, raw_attention().logits), rtol=0, atol=0.1)
 
 
 def test_input_is_left_alone_and_receives_gradient() -> None:
     module = head()
-    logits = attention_logits().requires_grad_()
+    given, expected = ([part.requires_grad_() for part in dataclasses.astuple(raw_attention())] for _ in range(2))
     weight = torch.randn(2, TOKENS, TOKENS, generator=torch.Generator().manual_seed(1))
-    (module(logits) * weight).sum().backward()
-    expected = attention_logits().requires_grad_()
-    (plain_affinity(module, expected) * weight).sum().backward()
-    assert torch.equal(logits.detach(), attention_logits())
-    assert logits.grad is not None
-    assert expected.grad is not None
-    torch.testing.assert_close(logits.grad, expected.grad, rtol=0, atol=1e-5)
+    (module(RawAttention(*given)) * weight).sum().backward()
+    (plain_affinity(module, expected[0] @ expected[1].transpose(2, 3)) * weight).sum().backward()
+    for ours, before, plain in zip(given, dataclasses.astuple(raw_attention()), expected, strict=True):
+        assert torch.equal(ours.detach(), before)
+        torch.testing.assert_close(ours.grad, plain.grad, rtol=0, atol=1e-5)
+
+
+def test_scale_multiplies_the_products() -> None:
+    module = head()
+    expected = plain_affinity(module, 0.3 * raw_attention().logits)
+    torch.testing.assert_close(module(raw_attention(), scale=0.3), expected, rtol=0, atol=1e-6)
 
 
 def test_weights_start_from_kaiming_normal_over_fan_out() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from afa.model.attention import ATTENTION_NAME, attention_forward, mark_recorded
+from afa.types import RawAttention
 
 BATCH, HEADS, QUERIES, KEYS, DEPTH = 2, 3, 7, 5, 4
 
@@ -51,22 +52,21 @@ def test_both_paths_equal_the_formula(scaling: float | None, masked: bool) -> No
         recorded_module(), query, key, value, mask, scaling=scaling, attention_sink=[]
     )
     assert no_weights is None
-    # The recorded path takes its softmax in float32, as transformers' eager attention does.
-    torch.testing.assert_close(recorded, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(recorded, expected, rtol=0, atol=1e-12)
 
 
 def test_sink_receives_the_raw_product_before_scale_and_mask() -> None:
     query, key, value = random_inputs()
-    sink: list[Tensor] = []
+    sink: list[RawAttention] = []
     mask = torch.full((QUERIES, KEYS), -3.0, dtype=torch.float64)
     attention_forward(recorded_module(), query, key, value, mask, scaling=0.5, attention_sink=sink)
     assert len(sink) == 1
-    torch.testing.assert_close(sink[0], torch.einsum("bhnd,bhmd->bhnm", query, key), rtol=0, atol=1e-12)
+    torch.testing.assert_close(sink[0].logits, torch.einsum("bhnd,bhmd->bhnm", query, key), rtol=0, atol=1e-12)
 
 
 def test_only_a_marked_module_with_a_sink_records() -> None:
     query, key, value = random_inputs()
-    sink: list[Tensor] = []
+    sink: list[RawAttention] = []
     unmarked, _ = attention_forward(nn.Module(), query, key, value, attention_sink=sink)
     assert sink == []
     marked, _ = attention_forward(recorded_module(), query, key, value)
@@ -75,10 +75,10 @@ def test_only_a_marked_module_with_a_sink_records() -> None:
 
 def test_gradient_of_the_recorded_product_reaches_query_and_key() -> None:
     query, key, value = (tensor.requires_grad_() for tensor in random_inputs())
-    sink: list[Tensor] = []
+    sink: list[RawAttention] = []
     attention_forward(recorded_module(), query, key, value, attention_sink=sink)
-    weight = torch.randn_like(sink[0])
-    (sink[0] * weight).sum().backward()
+    weight = torch.randn_like(sink[0].logits)
+    (sink[0].logits * weight).sum().backward()
     assert query.grad is not None
     assert key.grad is not None
     torch.testing.assert_close(query.grad, weight @ key.detach())
@@ -91,7 +91,7 @@ def test_dropout_zeroes_weights_and_rescales_the_rest(recorded: bool) -> None:
     torch.manual_seed(0)
     query, key, _ = (tensor.float() for tensor in random_inputs())
     value = torch.eye(KEYS).expand(BATCH, HEADS, KEYS, KEYS)
-    sink: list[Tensor] = []
+    sink: list[RawAttention] = []
     module = recorded_module()
     kept, _ = attention_forward(module, query, key, value, attention_sink=sink if recorded else None)
     dropped, _ = attention_forward(module, query, key, value, dropout=0.25, attention_sink=sink if recorded else None)
@@ -99,4 +99,4 @@ def test_dropout_zeroes_weights_and_rescales_the_rest(recorded: bool) -> None:
     assert 0.1 < zero.float().mean() < 0.4
     torch.testing.assert_close(dropped[~zero], kept[~zero] / 0.75)
     # What the affinity learns from is not dropped.
-    assert all(torch.equal(logits, sink[0]) for logits in sink)
+    assert all(torch.equal(taken.logits, sink[0].logits) for taken in sink)

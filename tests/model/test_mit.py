@@ -174,7 +174,7 @@ def test_attention_logits_are_the_raw_products_of_the_last_blocks() -> None:
 def test_affinity_gradient_reaches_query_and_key_of_the_last_two_blocks() -> None:
     backbone = random_backbone("mit_b0")
     head = AffinityHead(backbone.num_attention_maps)
-    affinity = head(backbone(random_image((48, 80)), attention=True).attention_logits)
+    affinity = head(backbone(random_image((48, 80)), attention=True).attention)
     (affinity * torch.randn_like(affinity)).sum().backward()
     for block in backbone.encoder.stages[-1].blocks[-2:]:
         for projection in (block.attention.q_proj, block.attention.k_proj):

@@ -25,7 +25,7 @@ from afa.pseudo.pipeline import (
     training_labels,
 )
 from afa.pseudo.scores import present_classes
-from afa.types import NetworkOutput
+from afa.types import NetworkOutput, RawAttention
 
 SIZE = (24, 34)
 GRID = (3, 4)
@@ -47,12 +47,13 @@ class FakeScore:
         pooled = adaptive_avg_pool2d(image, (image.shape[2] // 8, image.shape[3] // 8))
         scores = torch.einsum("kc,bchw->bkhw", self.weight, pooled)
         tokens = pooled.flatten(2)
+        features = tokens.transpose(1, 2)[:, None]
         logits = tokens.transpose(1, 2) @ tokens
         return NetworkOutput(
             image_logits=scores.amax((2, 3)),
             class_scores=scores,
             affinity=logits.sigmoid() if affinity else None,
-            attention_logits=logits[:, None] if affinity else None,
+            attention=RawAttention(features, features) if affinity else None,
         )
 
 

@@ -19,6 +19,7 @@ from afa.config import Config, config_to_toml, load_config
 from afa.data.voc import TaggedImages
 from afa.errors import AfaError
 from afa.runtime import interrupts
+from afa.training import engine as engine_module
 from afa.training import loop as loop_module
 from afa.training.checkpoint import latest_checkpoint
 from afa.training.loop import TrainResult, train
@@ -43,7 +44,7 @@ def around_each_step(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, Any
         count += 1
         return compute_losses(change(count, forward), *arguments, **settings)
 
-    monkeypatch.setattr(loop_module, "compute_losses", changed)
+    monkeypatch.setattr(engine_module, "compute_losses", changed)
 
 
 # --- What a run leaves ---
@@ -297,8 +298,8 @@ def test_a_step_that_is_not_finite_leaves_no_trace(
 
 
 def test_a_run_that_stays_not_finite_gives_up(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert loop_module.MAX_SKIPPED_STEPS == 50
-    monkeypatch.setattr(loop_module, "MAX_SKIPPED_STEPS", 2)
+    assert engine_module.MAX_SKIPPED_STEPS == 50
+    monkeypatch.setattr(engine_module, "MAX_SKIPPED_STEPS", 2)
     # One bad step, two in a row, then three: only the last is one too many.
     around_each_step(
         monkeypatch, lambda step, forward: spoil("logits", forward) if step in (1, 3, 4, 6, 7, 8) else forward

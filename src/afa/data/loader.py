@@ -2,29 +2,38 @@
 
 Which images a step takes, and how each is augmented, follows from the seed, the step and the position in
 the global batch alone; so a resumed run continues exactly, and N processes see what one would.
+
+Workers are threads: decoding and resampling are Pillow's work, which runs beside Python, and threads share the cache
+of decoded images as it is. On a GPU the workers only decode; the GPU scales, flips and crops.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Final, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
 from afa.config import AugmentConfig
-from afa.data.transforms import augment as augment_image
+from afa.data.pixel_cache import PixelCache
+from afa.data.transforms import draw_crop, pack_plans, resample_batch, resample_image
 from afa.data.voc import TaggedImages
 from afa.errors import AfaError
 from afa.types import Batch
 
 _ORDER, _AUGMENT = 0, 1  # Spawn keys: the two uses of the seed never share a random stream.
+_PADDING: Final = 64  # Source pixels are padded to multiples of this, so that few different shapes reach the device.
+
+_T = TypeVar("_T")
 
 
 def step_indices(num_images: int, *, step: int, batch_size: int, seed: int) -> NDArray[np.int64]:
@@ -51,19 +60,19 @@ def step_indices(num_images: int, *, step: int, batch_size: int, seed: int) -> N
 
 
 def resolve_workers(workers: int, *, processes: int = 1) -> int:
-    """Turn the setting `data.workers` into a number of worker processes.
+    """Turn the setting `data.workers` into a number of worker threads.
 
     Args:
-        workers: The number itself, or -1: one for each core that training leaves free, at most 8.
+        workers: The number itself, or -1: one for each core that training leaves free, at least 1 and at most 8.
         processes: Training processes that share this machine's cores.
 
     Returns:
-        Worker processes for each training process; 0 = decode in the training process.
+        Worker threads for each training process; 0 = decode in the training thread.
     """
     if workers >= 0:
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(8, cores // processes - 1))
+    return max(1, min(8, cores // processes - 1))
 
 
 def train_batches(
@@ -77,6 +86,8 @@ def train_batches(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
+    cache: PixelCache | None = None,
+    device: torch.device | None = None,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Yield the training batches of steps `start_step` to `max_steps` - 1.
@@ -90,11 +101,15 @@ def train_batches(
         max_steps: Step to end before.
         rank: This process, 0..world_size-1: it gets its contiguous share of each global batch.
         world_size: Number of training processes.
-        workers: Processes that prepare batches ahead; 0 prepares them here. The batches are the same.
-        pin_memory: Hand the tensors over in page-locked memory, for fast transfers to a GPU.
+        workers: Threads that prepare batches ahead; 0 prepares them here. The batches are the same.
+        cache: Where decoded images stay, for `images` alone; None decodes each time.
+        device: Where to scale, flip and crop, one batch ahead of the one in use; None does it in the workers. The
+            crops are the same, the pixels as equal as `resample_batch` says.
+        pin_memory: Hand CPU tensors over in page-locked memory, for fast transfers to a GPU.
 
     Returns:
-        Iterator of CPU batches with batch_size / world_size images each.
+        Iterator of batches with batch_size / world_size images each, on the CPU; with a device, image and valid box
+        are there, and tags, which a training step counts before it copies them, still on the CPU.
 
     Raises:
         AfaError: `batch_size` is not a multiple of `world_size`; during iteration, an image cannot be read.
@@ -102,8 +117,13 @@ def train_batches(
     if batch_size % world_size:
         raise AfaError(f"schedule.batch_size is {batch_size}; use a multiple of the number of processes ({world_size})")
     share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-    batches = _Batches(images, augment, batch_size=batch_size, seed=seed, share=share)
-    return _iterate(batches, range(start_step, max_steps), workers=workers, pin_memory=pin_memory)
+    source = _Source(
+        images, augment, batch_size, seed, share, cache, pin_memory or (device is not None and device.type == "cuda")
+    )
+    steps = range(start_step, max_steps)
+    if device is None:
+        return _in_order(source.batch, steps, workers=workers)
+    return _resampled(_in_order(source.decoded, steps, workers=workers), device, augment.crop_size)
 
 
 @lru_cache(maxsize=2)
@@ -118,59 +138,120 @@ def _generator(seed: int, *key: int) -> np.random.Generator:
 
 
 @dataclass(frozen=True)
-class _Batches(Dataset[Batch | AfaError]):
-    """Step to batch. A user's mistake is returned, not raised: workers would bury it in a traceback."""
+class _Decoded:
+    """A batch before its augmentation: `pixels` (B, H, W, 3), `plans` as `resample_batch` takes them."""
+
+    pixels: Tensor
+    plans: Tensor
+    tags: Tensor
+    valid_box: Tensor
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Step to batch, in any thread."""
 
     images: TaggedImages
     augment: AugmentConfig
     batch_size: int
     seed: int
     share: slice
+    cache: PixelCache | None
+    pin_memory: bool
 
-    def __getitem__(self, step: int) -> Batch | AfaError:
-        try:
-            return self._batch(step)
-        except AfaError as error:
-            return error
+    def batch(self, step: int) -> Batch:
+        """The augmented batch. NumPy does what PyTorch could: each thread would get its own pool of PyTorch's."""
+        indices, size = self._indices(step), self.augment.crop_size
+        canvas = np.zeros((len(indices), 3, size, size), dtype=np.uint8)
+        boxes = []
+        for row, index in enumerate(indices):
+            pixels = self._pixels(index)
+            plan = draw_crop(pixels.shape[:2], self.augment, self._generator(step, row))
+            resample_image(pixels, plan, canvas[row])
+            boxes.append(plan.valid_box)
+        batch = Batch(torch.from_numpy(canvas), self._tags(indices), torch.tensor(boxes), names=self._names(indices))
+        return batch.pin_memory() if self.pin_memory else batch
 
-    def _batch(self, step: int) -> Batch:
+    def decoded(self, step: int) -> _Decoded:
+        """The batch's pixels, no more of each image than its crop reads, and its plans."""
+        indices = self._indices(step)
+        windows, plans = [], []
+        for row, index in enumerate(indices):
+            pixels = self._pixels(index)
+            plan = draw_crop(pixels.shape[:2], self.augment, self._generator(step, row))
+            (top, bottom), (left, right) = plan.rows.window, plan.columns.window
+            windows.append(pixels[top:bottom, left:right])
+            plans.append(plan)
+        height, width = (-(-max(w.shape[axis] for w in windows) // _PADDING) * _PADDING for axis in (0, 1))
+        padded = torch.empty((len(indices), height, width, 3), dtype=torch.uint8, pin_memory=self.pin_memory)
+        for place, window in zip(padded.numpy(), windows, strict=True):
+            place[: window.shape[0], : window.shape[1]] = window
+        small = pack_plans(plans), self._tags(indices), torch.tensor([plan.valid_box for plan in plans])
+        packed, tags, boxes = (tensor.pin_memory() for tensor in small) if self.pin_memory else small
+        return _Decoded(padded, packed, tags, boxes, self._names(indices))
+
+    def _indices(self, step: int) -> list[int]:
         indices = step_indices(len(self.images), step=step, batch_size=self.batch_size, seed=self.seed)[self.share]
-        crops = [
-            augment_image(self.images.image(index), self.augment, _generator(self.seed, _AUGMENT, step, position))
-            for position, index in enumerate(indices.tolist(), start=self.share.start)
-        ]
-        return Batch(
-            image=torch.from_numpy(np.stack([canvas for canvas, _ in crops])).permute(0, 3, 1, 2).contiguous(),
-            tags=torch.from_numpy(np.stack([self.images.tags(index) for index in indices])),
-            valid_box=torch.tensor([box for _, box in crops], dtype=torch.int64),
-            names=tuple(self.images.names[index] for index in indices),
-        )
+        return [int(index) for index in indices]
+
+    def _generator(self, step: int, row: int) -> np.random.Generator:
+        return _generator(self.seed, _AUGMENT, step, self.share.start + row)
+
+    def _pixels(self, index: int) -> NDArray[np.uint8]:
+        return self.images.image(index) if self.cache is None else self.cache.image(index, self.images.image)
+
+    def _tags(self, indices: list[int]) -> Tensor:
+        return torch.from_numpy(np.stack([self.images.tags(index) for index in indices]))
+
+    def _names(self, indices: list[int]) -> tuple[str, ...]:
+        return tuple(self.images.names[index] for index in indices)
 
 
-def _iterate(batches: _Batches, steps: range, *, workers: int, pin_memory: bool) -> Iterator[Batch]:
-    # One sample of the loader is a whole batch: workers prepare different steps at the same time.
-    with warnings.catch_warnings():
-        # Forking beside torch's idle threads is what its loader does on Linux; workers run single-threaded.
-        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
-        loader = DataLoader(
-            batches,
-            batch_size=None,
-            sampler=steps,
-            num_workers=workers,
-            collate_fn=_as_is,
-            pin_memory=pin_memory,
-            generator=torch.Generator(),  # else it draws from the global one, and a resumed run differs
-        )
-        prepared = iter(loader)
+def _in_order(prepare: Callable[[int], _T], steps: range, *, workers: int) -> Generator[_T, None, None]:
+    """Yield `prepare` of each step, in order. Workers prepare different steps at the same time, two each ahead."""
+    if workers == 0:
+        yield from map(prepare, steps)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="afa-train")
+    ahead: deque[Future[_T]] = deque()
     try:
-        for batch in prepared:
-            if isinstance(batch, AfaError):
-                raise batch
-            yield batch
+        for step in steps:
+            ahead.append(pool.submit(prepare, step))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
     finally:
-        del prepared  # ends the workers now; an error's traceback would keep this frame, and them, alive
+        pool.shutdown(cancel_futures=True)
 
 
-def _as_is(batch: Any) -> Any:
-    return batch
+def _resampled(decoded: Generator[_Decoded, None, None], device: torch.device, crop_size: int) -> Iterator[Batch]:
+    """Copy batches to the device and augment them there, each while the one before is being used."""
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def launch(batch: _Decoded) -> tuple[Batch, torch.cuda.Event | None]:
+        with torch.cuda.stream(side):  # None changes nothing
+            pixels = batch.pixels.to(device, non_blocking=True)
+            plans = batch.plans.to(device, non_blocking=True)
+            image = resample_batch(pixels.permute(0, 3, 1, 2), plans, crop_size)
+            valid_box = batch.valid_box.to(device, non_blocking=True)
+            return Batch(image, batch.tags, valid_box, names=batch.names), side.record_event() if side else None
+
+    def hand_over(batch: Batch, done: torch.cuda.Event | None) -> Batch:
+        if done is not None:
+            current = torch.cuda.current_stream(device)
+            current.wait_event(done)
+            for tensor in (batch.image, batch.valid_box):
+                tensor.record_stream(current)  # else its memory could be reused while this stream still reads it
+        return batch
+
+    with contextlib.closing(decoded):
+        previous = None
+        for batch in decoded:
+            launched = launch(batch)
+            if previous is not None:
+                yield hand_over(*previous)
+            previous = launched
+        if previous is not None:
+            yield hand_over(*previous)

@@ -1,50 +1,175 @@
-"""Image-level tags from files: CSV, the historical one-hot `.npy` dictionary, or VOC's XML annotations.
+"""Image-level tags from files of any kind: tables, exports of annotation tools, VOC's XML, the historical `.npy`.
 
-Which images need tags, and which classes are kept, is left to `afa.data.voc`. The `.npy` format is a pickle,
+Which images need tags is left to `afa.data.voc` and `afa.data.layout`. The `.npy` format is a pickle,
 which could run any code when loaded; it is read here with stand-ins that can only build arrays of numbers.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
 import pickle
 import re
+import unicodedata
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from afa.data.exports import json_kind, read_coco, read_cvat, read_label_studio
 from afa.data.images import image_name
+from afa.data.tables import TagEntry, read_table, shown
 from afa.errors import AfaError
+from afa.types import IGNORE_INDEX
+
+KINDS: Final = {
+    "table": "a table of tags",
+    "coco": "COCO instances",
+    "labelstudio": "a Label Studio export",
+    "cvat": "a CVAT export",
+    "voc_xml": "a folder of VOC XML",
+    "npy": "a dictionary of one-hot vectors",
+}
+"""What a file of tags may be, in words."""
+
+_MAX_CLASS_NAME: Final = 200  # characters
+_MAX_IMAGE_NAME: Final = 4096  # characters
+
+
+@dataclass(frozen=True)
+class TagFile:
+    """What a file of tags holds.
+
+    Attributes:
+        path: The file or folder.
+        kind: One of `KINDS`.
+        classes: The class names: as given, as the file declares them in its order, or else sorted.
+        declared: Whether they were given or declared, and not merely met.
+        entries: Image name, without suffix, to its entry; the tags are among the classes and in their order.
+    """
+
+    path: Path
+    kind: str
+    classes: tuple[str, ...]
+    declared: bool
+    entries: dict[str, TagEntry]
 
 
 def read_tags(path: Path, classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Read the tags of all images that a file or folder names.
 
     Args:
-        path: A folder of VOC XML (each `object/name` is a tag), an `.npy` file with a dictionary from image
-            name to a one-hot vector of length C, or else a CSV with the header `image,tags` and spaces
-            between the tags.
+        path: As `read_tag_file`.
         classes: The C class names in index order.
 
     Returns:
         Image name, without suffix, to its tags in the order of `classes`, each once; possibly none.
 
     Raises:
+        AfaError: As `read_tag_file`.
+    """
+    return {name: entry.tags for name, entry in read_tag_file(path, classes).entries.items()}
+
+
+def read_tag_file(path: Path, classes: Sequence[str] = ()) -> TagFile:
+    """Read a file of tags of any kind.
+
+    Args:
+        path: A folder of VOC XML (each `object/name` is a tag); an `.npy` file with a dictionary from image
+            name to a one-hot vector of length C; the `.xml` of CVAT; a `.json` of COCO instances or Label Studio; or
+            else a table as `afa.data.tables` reads it, such as a CSV with the header `image,tags` and spaces
+            between the tags.
+        classes: The C class names in index order, or none: the file's own.
+
+    Returns:
+        Its entries and classes.
+
+    Raises:
         AfaError: `path` is missing or malformed; it names an unknown class or an image twice; a vector has
-            the wrong length or values other than 0 and 1; a pickle asks for anything but arrays of numbers.
+            the wrong length or values other than 0 and 1; a pickle asks for anything but arrays of numbers; the
+            classes that it declares or uses are no good as such (`check_classes`).
+    """
+    kind = tag_file_kind(path)
+    declared: tuple[str, ...] = ()
+    if kind == "voc_xml":
+        found = _read_xml_folder(path)
+    elif kind == "npy":
+        if not classes:
+            raise AfaError(f"{path}: has vectors without class names; write the names to classes.txt, one a line")
+        tags = _read_npy(path, classes)
+        return TagFile(
+            path, kind, tuple(classes), True, {name: TagEntry(str(path), name, row) for name, row in tags.items()}
+        )
+    elif kind == "table":
+        declared, found = read_table(path, classes)
+    else:
+        declared, found = {"coco": read_coco, "labelstudio": read_label_studio, "cvat": read_cvat}[kind](path)
+    chosen = tuple(classes) or declared
+    if not chosen:
+        chosen = tuple(sorted({tag for entry in found for tag in entry.tags}))
+    if not classes:
+        check_classes(chosen, str(path))
+    return TagFile(path, kind, chosen, bool(classes or declared), _by_name(found, chosen, kind))
+
+
+def tag_file_kind(path: Path) -> str:
+    """Tell of which kind a file of tags is, by its suffix and, of JSON, its first part.
+
+    Returns:
+        A key of `KINDS`.
+
+    Raises:
+        AfaError: It is missing, or no JSON.
     """
     if path.is_dir():
-        return _read_xml_folder(path, classes)
+        return "voc_xml"
     if not path.is_file():
         raise AfaError(f"{path}: no such tags file or folder; set data.tags")
-    if path.suffix.lower() == ".npy":
-        return _read_npy(path, classes)
-    return _read_csv(path, classes)
+    kinds = {".npy": "npy", ".xml": "cvat"}
+    suffix = path.suffix.lower()
+    return json_kind(path) if suffix == ".json" else kinds.get(suffix, "table")
+
+
+def check_classes(classes: Sequence[str], origin: str) -> None:
+    """Check that names can be the foreground classes of a network.
+
+    Args:
+        classes: Names in index order.
+        origin: Where they come from, for messages.
+
+    Raises:
+        AfaError: There are none or more than 254; one is there twice or in two ways of writing it, is the
+            background, is empty, longer than 200 characters, or has control characters.
+    """
+    if len(set(classes)) != len(classes):
+        raise AfaError(f"{origin}: class {shown(_first_twice(classes))} is there twice; keep one")
+    if not 1 <= len(classes) < IGNORE_INDEX:
+        raise AfaError(f"{origin}: {len(classes)} classes; give 1 to {IGNORE_INDEX - 1}")
+    if "background" in classes:
+        raise AfaError(f"{origin}: leave 'background' out of the classes; it always has mask value 0")
+    seen: dict[str, str] = {}
+    for name in classes:
+        if not name.strip() or len(name) > _MAX_CLASS_NAME or not is_plain(name):
+            raise AfaError(
+                f"{origin}: the class name {shown(name)} is empty, has control characters, or has more than "
+                f"{_MAX_CLASS_NAME}; rename it"
+            )
+        alike = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if alike != name:
+            raise AfaError(f"{origin}: classes {alike!r} and {name!r} differ in case or accents only; write one")
+
+
+def is_plain(text: str) -> bool:
+    """Tell whether a text can stand in a line of a file: valid Unicode without control characters.
+
+    >>> is_plain("größe 1"), is_plain("a\\nb")
+    (True, False)
+    """
+    odd = ("Cc", "Cs", "Zl", "Zp")
+    return text.isprintable() or not any(unicodedata.category(character) in odd for character in text)
 
 
 def unknown_class(name: str, allowed: Sequence[str]) -> str:
@@ -58,43 +183,41 @@ def unknown_class(name: str, allowed: Sequence[str]) -> str:
     return f"{hint}allowed: {', '.join(allowed)}"
 
 
+def _by_name(found: Iterable[TagEntry], classes: Sequence[str], kind: str) -> dict[str, TagEntry]:
+    """The entries by image name, with their tags in class order."""
+    unit = {"voc_xml": "annotation", "table": "line"}.get(kind, "entry")
+    entries: dict[str, TagEntry] = {}
+    ordered: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for entry in found:
+        name = image_name(entry.image)
+        if not name:
+            raise AfaError(f"{entry.where}: no image name; write image,tags")
+        if not is_plain(name) or len(name) > _MAX_IMAGE_NAME:
+            raise AfaError(
+                f"{entry.where}: the image name {shown(name)} has control characters or more than "
+                f"{_MAX_IMAGE_NAME:,}; rename the image"
+            )
+        if name in entries:
+            raise AfaError(f"{entry.where}: image {shown(name)} is there a second time; keep one {unit} of it")
+        if entry.tags not in ordered:
+            # The file of a VOC annotation names the image already.
+            origin = entry.where if kind == "voc_xml" else f"{entry.where}, image {shown(name)}"
+            ordered[entry.tags] = _in_class_order(entry.tags, classes, origin)
+        entries[name] = entry._replace(tags=ordered[entry.tags])
+    return entries
+
+
 def _in_class_order(names: Iterable[str], classes: Sequence[str], origin: str) -> tuple[str, ...]:
     present = set(names)
     unknown = sorted(present.difference(classes))
     if unknown:
-        raise AfaError(f"{origin}: unknown tag {unknown[0]!r}; {unknown_class(unknown[0], classes)}")
+        raise AfaError(f"{origin}: unknown tag {shown(unknown[0])}; {unknown_class(unknown[0][:100], classes)}")
     return tuple(name for name in classes if name in present)
 
 
-def _read_csv(path: Path, classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    spaced = [name for name in classes if len(name.split()) != 1]
-    if spaced:
-        raise AfaError(
-            f"{path}: tags are separated by spaces, and class {spaced[0]!r} has one; "
-            f"name it {'_'.join(spaced[0].split())} in the class list and here"
-        )
-    tags: dict[str, tuple[str, ...]] = {}
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file, skipinitialspace=True, strict=True)
-            header = next(rows, [])
-            if [cell.strip() for cell in header] != ["image", "tags"]:
-                raise AfaError(f"{path}: the first line is {','.join(header)!r}; write the header image,tags")
-            for row in rows:
-                if not row:
-                    continue
-                origin = f"{path}, line {rows.line_num}"
-                if len(row) != 2:
-                    raise AfaError(f"{origin}: {len(row)} columns; write image,tags with spaces between the tags")
-                name = image_name(row[0].strip())
-                if not name:
-                    raise AfaError(f"{origin}: no image name; write image,tags")
-                if name in tags:
-                    raise AfaError(f"{origin}: image {name!r} is there a second time; keep one line of it")
-                tags[name] = _in_class_order(row[1].split(), classes, f"{origin}, image {name!r}")
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise AfaError(f"{path}: not a CSV in UTF-8 ({error}); save it as text with the header image,tags") from None
-    return tags
+def _first_twice(names: Sequence[str]) -> str:
+    seen: set[str] = set()
+    return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
 
 
 class _TagTree(ET.TreeBuilder):
@@ -104,14 +227,12 @@ class _TagTree(ET.TreeBuilder):
         raise AfaError(f"has a document type ({name}); remove the DOCTYPE")
 
 
-def _read_xml_folder(folder: Path, classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def _read_xml_folder(folder: Path) -> list[TagEntry]:
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".xml" and file.name[0] != ".")
     if not files:
         raise AfaError(f"{folder}: no .xml file in this folder; set data.tags to the folder of the VOC annotations")
-    tags: dict[str, tuple[str, ...]] = {}
+    entries = []
     for file in files:
-        if file.stem in tags:
-            raise AfaError(f"{file}: image {file.stem!r} is there a second time; keep one annotation of it")
         try:
             root = ET.parse(file, parser=ET.XMLParser(target=_TagTree())).getroot()
         except AfaError as error:
@@ -120,8 +241,8 @@ def _read_xml_folder(folder: Path, classes: Sequence[str]) -> dict[str, tuple[st
             raise AfaError(f"{file}: not a VOC annotation ({error}); replace the file") from None
         # Parts of an object (head, hand) have names as well, deeper down: only direct children count.
         names = [(item.findtext("name") or "").strip() for item in root.findall("object")]
-        tags[file.stem] = _in_class_order(names, classes, str(file))
-    return tags
+        entries.append(TagEntry(str(file), file.stem, tuple(names)))
+    return entries
 
 
 def _read_npy(path: Path, classes: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -1,5 +1,7 @@
 """Data sets in the layout of PASCAL VOC: lists of names, images, tags, and masks for evaluation.
 
+Other layouts, and which one a folder has, are `afa.data.layout`'s, which hands out the same two classes.
+
 Training gets `TaggedImages`, which knows no mask; only `open_scored` looks at the mask folder. Everything
 that can be wrong with names is found when a data set is opened; pixels are read, and checked,
 one image at a time.
@@ -7,7 +9,6 @@ one image at a time.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Final
@@ -16,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afa.config import DataConfig
+from afa.data.classes import ClassList, read_class_list, read_lines
+from afa.data.files import stem_of, walk_files
 from afa.data.images import IMAGE_SUFFIXES, image_name, read_image, read_mask, read_size
-from afa.data.tags import read_tags, unknown_class
+from afa.data.tags import check_classes, read_tags, unknown_class
 from afa.errors import AfaError
 from afa.types import IGNORE_INDEX
 
@@ -193,14 +196,15 @@ def open_tagged(data: DataConfig, *, list_file: str | None = None) -> TaggedImag
         AfaError: A folder, list, image or tag is missing; a list is empty or names an image twice; a class is
             unknown; `class_subset` leaves an image without a tag.
     """
-    root = _root(data)
-    every_class, kept = _classes(data, root)
-    source, names = _read_list(root, data.train_list if list_file is None else list_file, key="data.train_list")
+    root = data_root(data)
+    every_class = class_list(data, root).names
+    kept = kept_classes(data, every_class)
+    source, names = read_list(root, data.train_list if list_file is None else list_file, key="data.train_list")
     paths = _find_files(root / data.image_dir, names, IMAGE_SUFFIXES, source=source, key="data.image_dir")
-    tags_path = _tags_path(data, root)
+    tags_path = find_tags(data, root)
     if tags_path is None:
         raise AfaError(f"{root}: no tags; set data.tags, or put one of these there: {', '.join(_TAG_PLACES)}")
-    tags, _ = _tag_matrix(tags_path, names, every_class)
+    tags, _ = tag_matrix(tags_path, names, every_class)
     untagged = [name for name, row in zip(names, tags, strict=True) if not row.any()]
     if untagged:
         raise AfaError(
@@ -232,19 +236,17 @@ def open_scored(data: DataConfig, *, list_file: str | None = None) -> ScoredImag
         AfaError: A folder, list, image or mask is missing; a list is empty or names an image twice; a class
             is unknown; `data.tags` is set and missing, or tags cannot be read.
     """
-    root = _root(data)
-    every_class, kept = _classes(data, root)
-    source, names = _read_list(root, data.val_list if list_file is None else list_file, key="data.val_list")
+    root = data_root(data)
+    every_class = class_list(data, root).names
+    kept = kept_classes(data, every_class)
+    source, names = read_list(root, data.val_list if list_file is None else list_file, key="data.val_list")
     paths = _find_files(root / data.image_dir, names, IMAGE_SUFFIXES, source=source, key="data.image_dir")
     masks = _find_files(root / data.mask_dir, names, {".png"}, source=source, key="data.mask_dir")
-    tags_path = _tags_path(data, root)
+    tags_path = find_tags(data, root)
     if tags_path is None:
         tags, tagged = np.zeros((len(names), len(every_class)), dtype=bool), np.zeros(len(names), dtype=bool)
     else:
-        tags, tagged = _tag_matrix(tags_path, names, every_class)
-    mask_values = np.full(1 + len(every_class), IGNORE_INDEX, dtype=np.uint8)
-    mask_values[0] = 0
-    mask_values[[index + 1 for index in kept]] = range(1, 1 + len(kept))
+        tags, tagged = tag_matrix(tags_path, names, every_class)
     return ScoredImages(
         classes=tuple(every_class[index] for index in kept),
         names=names,
@@ -252,12 +254,17 @@ def open_scored(data: DataConfig, *, list_file: str | None = None) -> ScoredImag
         tags=tags[:, kept],
         tagged=tagged,
         mask_paths=masks,
-        mask_values=mask_values,
+        mask_values=kept_values(kept, len(every_class)),
         origin=f"{root} (no tags file)" if tags_path is None else str(tags_path),
     )
 
 
-def _root(data: DataConfig) -> Path:
+def data_root(data: DataConfig) -> Path:
+    """The folder of a data set.
+
+    Raises:
+        AfaError: `data.root` is empty or no folder.
+    """
     if not data.root:
         raise AfaError("data.root is empty; set it to the folder of the data set")
     root = Path(data.root)
@@ -266,41 +273,61 @@ def _root(data: DataConfig) -> Path:
     return root
 
 
-def _classes(data: DataConfig, root: Path) -> tuple[tuple[str, ...], list[int]]:
-    """All class names of the files, and the indices that `class_subset` keeps, in its order."""
-    origin, classes = "data.classes", data.classes
-    if not classes:
-        path = root / "classes.txt"
-        origin, classes = str(path), _lines(path) if path.is_file() else VOC_CLASSES
-    for key, names in ((origin, classes), ("data.class_subset", data.class_subset)):
-        if len(set(names)) != len(names):
-            raise AfaError(f"{key}: class {_first_twice(names)!r} is there twice; keep one")
-    if not 1 <= len(classes) < IGNORE_INDEX:
-        raise AfaError(f"{origin}: {len(classes)} classes; give 1 to {IGNORE_INDEX - 1}")
-    if "background" in classes:
-        raise AfaError(f"{origin}: leave 'background' out of the classes; it always has mask value 0")
+def class_list(data: DataConfig, root: Path, *, default: tuple[str, ...] = VOC_CLASSES) -> ClassList:
+    """The class names that are stated: those of `data.classes`, else of classes.txt in the root, else `default`.
+
+    Raises:
+        AfaError: As `read_class_list`.
+    """
+    if data.classes:
+        check_classes(data.classes, "data.classes")
+        return ClassList(data.classes, {})
+    path = root / "classes.txt"
+    return read_class_list(path) if path.is_file() else ClassList(default, {})
+
+
+def kept_classes(data: DataConfig, classes: Sequence[str]) -> list[int]:
+    """The indices that `data.class_subset` keeps of the classes, in its order.
+
+    Raises:
+        AfaError: It names an unknown class, or one twice.
+    """
+    if len(set(data.class_subset)) != len(data.class_subset):
+        raise AfaError(f"data.class_subset: class {_first_twice(data.class_subset)!r} is there twice; keep one")
     for name in data.class_subset:
         if name not in classes:
             raise AfaError(f"data.class_subset: unknown class {name!r}; {unknown_class(name, classes)}")
-    return classes, [classes.index(name) for name in data.class_subset or classes]
+    return [classes.index(name) for name in data.class_subset or classes]
 
 
-def _lines(path: Path) -> tuple[str, ...]:
-    """The lines of a text file that are not blank, without surrounding space."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise AfaError(f"{path}: not a text file in UTF-8; write one name a line") from None
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+def kept_values(kept: Sequence[int], num_classes: int) -> NDArray[np.uint8]:
+    """(1 + num_classes,) what each stored mask value becomes when only the classes `kept` count."""
+    values = np.full(1 + num_classes, IGNORE_INDEX, dtype=np.uint8)
+    values[0] = 0
+    values[[index + 1 for index in kept]] = range(1, 1 + len(kept))
+    return values
 
 
-def _read_list(root: Path, list_file: str, *, key: str) -> tuple[Path, tuple[str, ...]]:
+def read_list(root: Path, list_file: str, *, key: str) -> tuple[Path, tuple[str, ...]]:
+    """Read a list of image names.
+
+    Args:
+        root: Folder that a relative path begins in.
+        list_file: Text file with one image name a line; suffixes of images do not count.
+        key: Setting that names the file, for messages.
+
+    Returns:
+        The file, and its names.
+
+    Raises:
+        AfaError: The file is missing, empty or no text, or names an image twice.
+    """
     if not list_file:
         raise AfaError(f"{key} is empty; name a text file with one image name a line")
     path = root / list_file
     if not path.is_file():
         raise AfaError(f"{path}: no such list; set {key} to a text file with one image name a line")
-    names = tuple(image_name(line) for line in _lines(path))
+    names = tuple(image_name(line) for line in read_lines(path))
     if not names:
         raise AfaError(f"{path}: the list is empty; write one image name a line")
     if len(set(names)) != len(names):
@@ -323,12 +350,8 @@ def _find_files(
     if not folder.is_dir():
         raise AfaError(f"{folder}: no such folder; set {key}")
     found: dict[str, list[Path]] = {}
-    for parent, _, files in os.walk(folder):
-        below = Path(parent).relative_to(folder)
-        for file in files:
-            stem, suffix = os.path.splitext(file)
-            if suffix.lower() in suffixes:
-                found.setdefault((below / stem).as_posix(), []).append(Path(parent, file))
+    for path in walk_files(folder, suffixes):
+        found.setdefault(stem_of(path), []).append(folder / path)
     missing = [name for name in names if name not in found]
     if missing:
         raise AfaError(
@@ -342,17 +365,19 @@ def _find_files(
     return tuple(found[name][0] for name in names)
 
 
-def _tags_path(data: DataConfig, root: Path) -> Path | None:
+def find_tags(data: DataConfig, root: Path) -> Path | None:
+    """The file or folder of tags in the VOC layout: `data.tags`, else the first usual place that exists."""
     if data.tags:
         return root / data.tags
     return next((root / place for place in _TAG_PLACES if (root / place).exists()), None)
 
 
-def _tag_matrix(
-    path: Path, names: Sequence[str], classes: Sequence[str]
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def tag_matrix(path: Path, names: Sequence[str], classes: Sequence[str]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """(N, C) tags of the named images, and (N,) whether `path` has an entry for each."""
     entries = read_tags(path, classes)
     tagged = np.array([name in entries for name in names], dtype=bool)
-    tags = np.array([[name in entries.get(image, ()) for name in classes] for image in names], dtype=bool)
+    index = {name: position for position, name in enumerate(classes)}
+    tags = np.zeros((len(names), len(classes)), dtype=bool)
+    for row, name in enumerate(names):
+        tags[row, [index[tag] for tag in entries.get(name, ())]] = True
     return tags, tagged

@@ -19,9 +19,10 @@ class ConfusionMatrix:
 
     Args:
         num_classes: K, background included.
+        device: Where pixels are counted; a GPU is never waited for.
 
     Attributes:
-        matrix: (K, K) int64 pixels; rows are the ground truth, columns the prediction.
+        matrix: (K, K) int64 pixels on `device`; rows are the ground truth, columns the prediction.
 
     >>> confusion = ConfusionMatrix(3)
     >>> confusion.update(torch.tensor([0, 0, 1, 255]), torch.tensor([0, 1, 1, 2]))
@@ -31,10 +32,10 @@ class ConfusionMatrix:
     0.5
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, *, device: torch.device | str = "cpu") -> None:
         assert 1 <= num_classes <= IGNORE_INDEX, num_classes
         self.num_classes = num_classes
-        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def update(self, label: Tensor | np.ndarray, prediction: Tensor | np.ndarray) -> None:
         """Count the pixels of one or more images.
@@ -43,28 +44,29 @@ class ConfusionMatrix:
             label: Ground truth of any shape, integers 0..K-1, or 255 where nothing is counted.
             prediction: Same shape, 0..K-1 wherever the label is not 255.
         """
-        truth, predicted = torch.as_tensor(label), torch.as_tensor(prediction)
+        truth, predicted = (torch.as_tensor(values).to(self.matrix.device) for values in (label, prediction))
         assert truth.shape == predicted.shape, (truth.shape, predicted.shape)
         counted = truth != IGNORE_INDEX
-        truth = truth[counted].long()
-        predicted = predicted.to(truth.device)[counted].long()
-        if not len(truth):
-            return
-        for name, values in (("label", truth), ("prediction", predicted)):
-            low, high = (int(value) for value in values.aminmax())
-            assert 0 <= low <= high < self.num_classes, f"{name} outside 0..{self.num_classes - 1}: {low}..{high}"
-        pairs = torch.bincount(truth * self.num_classes + predicted, minlength=self.num_classes**2)
-        self.matrix += pairs.view(self.num_classes, self.num_classes).cpu()
+        if self.matrix.device.type == "cpu":
+            for name, values in (("label", truth[counted]), ("prediction", predicted[counted])):
+                low, high = (int(value) for value in values.aminmax()) if len(values) else (0, 0)
+                assert 0 <= low <= high < self.num_classes, f"{name} outside 0..{self.num_classes - 1}: {low}..{high}"
+        # Static shapes and no look at the values: the ignored pixels go into a bin of their own.
+        bins = self.matrix.numel()
+        pairs = torch.where(counted, truth.long() * self.num_classes + predicted.long(), bins).flatten()
+        counts = self.matrix.new_zeros(bins + 1).scatter_add_(0, pairs, torch.ones_like(pairs))
+        self.matrix += counts[:-1].view_as(self.matrix)
 
     def merge(self, other: ConfusionMatrix) -> None:
         """Add the counts of another matrix over the same classes."""
         assert other.num_classes == self.num_classes, (other.num_classes, self.num_classes)
-        self.matrix += other.matrix
+        self.matrix += other.matrix.to(self.matrix.device)
 
     def per_class_iou(self) -> list[float | None]:
         """Intersection over union of each class in [0, 1]; None where the ground truth has no such pixel."""
-        correct = self.matrix.diagonal()
-        truth, predicted = self.matrix.sum(1), self.matrix.sum(0)
+        matrix = self.matrix.cpu()
+        correct = matrix.diagonal()
+        truth, predicted = matrix.sum(1), matrix.sum(0)
         union = truth + predicted - correct
         return [int(c) / int(u) if t else None for c, u, t in zip(correct, union, truth, strict=True)]
 

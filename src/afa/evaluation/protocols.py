@@ -1,4 +1,4 @@
-"""How one image becomes segmentation logits or a pseudo label at its native size.
+"""How images of one size become segmentation logits or pseudo labels at their native sizes.
 
 Knows scales, flips and sizes; neither ground truth nor files.
 """
@@ -45,18 +45,150 @@ class DenseLogits:
     image: Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class LogitMaps:
+    """What the network says of one image, as small as it says it; enlarging is what takes memory.
+
+    Attributes:
+        maps: One (K, h, w) float32 map of logits for each scale.
+        image: (C,) float32 class logits of the whole image, fused over the scales.
+    """
+
+    maps: tuple[Tensor, ...]
+    image: Tensor
+
+    def allow(self, classes: np.ndarray) -> LogitMaps:
+        """Rule classes out.
+
+        Args:
+            classes: (K,) bool, False for those that no pixel may become.
+
+        Returns:
+            Maps in which those are never the largest and have a softmax of 0.
+        """
+        # Not minus infinity: interpolation multiplies it by 0.
+        bias = torch.from_numpy(np.where(classes, 0, -1e30).astype(np.float32))
+        bias = bias.to(self.image.device, non_blocking=True)[:, None, None]
+        return LogitMaps(tuple(logits + bias for logits in self.maps), self.image)
+
+    @torch.inference_mode()
+    def enlarge(self, size: tuple[int, int]) -> Tensor:
+        """Fuse the scales at a size, (height, width): (K, H, W) float32 logits."""
+        fused: Tensor | None = None
+        for logits in self.maps:
+            large = interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
+            fused = large if fused is None else torch.maximum(fused, large, out=fused)
+        assert fused is not None
+        return fused
+
+    @torch.inference_mode()
+    def label(self, size: tuple[int, int]) -> Tensor:
+        """The class of the largest logit at a size, (height, width): (H, W) uint8."""
+        # Over a strided dimension a CPU finds the maximum with its index several times faster than the index alone.
+        return self.enlarge(size).max(0).indices.to(torch.uint8)
+
+    @torch.inference_mode()
+    def scores(self, size: tuple[int, int]) -> Tensor:
+        """Softmax over the classes at a size, (height, width): (K, H, W) float32."""
+        logits = self.enlarge(size)
+        # In place: the maps of a large photograph are there once, not twice.
+        logits.sub_(logits.amax(0)).exp_()
+        return logits.div_(logits.sum(0))
+
+
+def host_tensor(array: np.ndarray, *, device: torch.device) -> Tensor:
+    """Turn an array of any shape into a tensor that is ready to go to `device`, page-locked if that is a GPU."""
+    # torch takes neither negative strides nor arrays that must not be written to, such as Pillow's.
+    tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
 def image_tensor(image: np.ndarray | Tensor, *, device: torch.device) -> Tensor:
     """Turn an (H, W, 3) uint8 RGB image into (1, 3, H, W) float32 in [0, 1] on `device`."""
     if isinstance(image, np.ndarray):
-        # torch takes neither negative strides nor arrays that must not be written to, such as Pillow's.
-        image = torch.from_numpy(np.require(image, requirements=["C", "W"]))
+        image = host_tensor(image, device=device)
     assert image.dtype == torch.uint8, image.dtype
     assert image.ndim == 3, image.shape
     assert image.shape[2] == 3, image.shape
-    return image.to(device).permute(2, 0, 1)[None].float() / 255
+    return image.to(device, non_blocking=device.type == "cuda").permute(2, 0, 1)[None].float() / 255
+
+
+def view_sizes(size: tuple[int, int], *, protocol: str, config: EvaluationConfig) -> tuple[tuple[int, int], ...]:
+    """Sizes at which the network sees an image under a protocol; images of equal ones can be batched.
+
+    Args:
+        size: (height, width) of the image.
+        protocol: One of `PROTOCOLS`.
+        config: Sizes and scales.
+
+    Returns:
+        (height, width) of each pass.
+    """
+    height, width = size
+    if protocol == "single":
+        factors = [config.short_side / min(size) if config.short_side else 1.0]
+    else:
+        factors = [scale * config.long_side / max(size) for scale in config.scales]
+    return tuple((max(MIN_SIDE, round(height * f)), max(MIN_SIDE, round(width * f))) for f in factors)
 
 
 @torch.inference_mode()
+def logit_maps(
+    network: AfaNetwork,
+    images: Sequence[np.ndarray | Tensor],
+    *,
+    protocol: str,
+    config: EvaluationConfig,
+    precision: Precision = "fp32",
+) -> list[LogitMaps]:
+    """Segment images that the network sees at the same sizes, all in one batch.
+
+    single: one pass at native size, or at `config.short_side`. multiscale: the longer side becomes
+    `config.long_side`, then one pass per scale with its horizontal flip; mean over the flip, maximum over the
+    scales, on logits. Sides below 32 pixels are stretched to 32. Logits are enlarged bilinearly
+    (align_corners=False) before they are fused.
+
+    Args:
+        network: In eval mode; its parameters say the device.
+        images: (H, W, 3) uint8 RGB each, of equal `view_sizes`.
+        protocol: One of `PROTOCOLS`.
+        config: Sizes and scales.
+        precision: Arithmetic of the network.
+
+    Returns:
+        Logits of each image on the device of the network, which is not waited for.
+
+    Raises:
+        AfaError: Unknown protocol.
+
+    Source:
+        method.md section 8.
+    """
+    check_choice(protocol, PROTOCOLS, what="protocol")
+    device = next(network.parameters()).device
+    pixels = [normalize_image(image_tensor(image, device=device)) for image in images]
+    sizes = {view_sizes((image.shape[2], image.shape[3]), protocol=protocol, config=config) for image in pixels}
+    assert len(sizes) == 1, sizes
+    scales: list[Tensor] = []
+    image_logits: Tensor | None = None
+    for size in sizes.pop():
+        views = [_resize(image, size, antialias=protocol == "single") for image in pixels]
+        view = torch.cat(views) if len(views) > 1 else views[0]
+        if protocol == "multiscale":
+            view = torch.cat([view, view.flip(-1)])
+        with autocast(device, precision):
+            output = network(view, segmentation=True, affinity=False)
+        segmentation, image_scores = output.seg_logits.float(), output.image_logits.float()
+        if protocol == "multiscale":
+            plain, flipped = segmentation.chunk(2)
+            segmentation = (plain + flipped.flip(-1)) / 2
+            image_scores = image_scores.unflatten(0, (2, -1)).mean(0)
+        scales.append(segmentation)
+        image_logits = image_scores if image_logits is None else torch.maximum(image_logits, image_scores)
+    assert image_logits is not None
+    return [LogitMaps(tuple(scale[i] for scale in scales), image_logits[i]) for i in range(len(images))]
+
+
 def dense_logits(
     network: AfaNetwork,
     image: np.ndarray | Tensor,
@@ -66,12 +198,7 @@ def dense_logits(
     out_size: tuple[int, int] | None = None,
     precision: Precision = "fp32",
 ) -> DenseLogits:
-    """Segment one image under a named protocol.
-
-    single: one pass at native size, or at `config.short_side`. multiscale: the longer side becomes
-    `config.long_side`, then one pass per scale with its horizontal flip; mean over the flip, maximum over the
-    scales, on logits. Sides below 32 pixels are stretched to 32. Logits are enlarged bilinearly
-    (align_corners=False) before they are fused.
+    """Segment one image under a named protocol, as `logit_maps` does several.
 
     Args:
         network: In eval mode; its parameters say the device.
@@ -86,37 +213,9 @@ def dense_logits(
 
     Raises:
         AfaError: Unknown protocol.
-
-    Source:
-        method.md section 8.
     """
-    check_choice(protocol, PROTOCOLS, what="protocol")
-    device = next(network.parameters()).device
-    pixels = normalize_image(image_tensor(image, device=device))
-    height, width = pixels.shape[2:]
-    out_size = out_size or (height, width)
-    if protocol == "single":
-        factors = [config.short_side / min(height, width) if config.short_side else 1.0]
-    else:
-        factors = [scale * config.long_side / max(height, width) for scale in config.scales]
-    fused: DenseLogits | None = None
-    for factor in factors:
-        view = _resize(pixels, (round(height * factor), round(width * factor)), antialias=protocol == "single")
-        if protocol == "multiscale":
-            view = torch.cat([view, view.flip(-1)])
-        with autocast(device, precision):
-            output = network(view, segmentation=True, affinity=False)
-        segmentation, image_logits = output.seg_logits.float(), output.image_logits.float().mean(0)
-        if protocol == "multiscale":
-            segmentation = (segmentation[:1] + segmentation[1:].flip(-1)) / 2
-        segmentation = interpolate(segmentation, size=out_size, mode="bilinear", align_corners=False)[0]
-        if fused is None:
-            fused = DenseLogits(segmentation, image_logits)
-        else:
-            torch.maximum(fused.segmentation, segmentation, out=fused.segmentation)
-            torch.maximum(fused.image, image_logits, out=fused.image)
-    assert fused is not None
-    return fused
+    (maps,) = logit_maps(network, [image], protocol=protocol, config=config, precision=precision)
+    return DenseLogits(maps.enlarge(out_size or (image.shape[0], image.shape[1])), maps.image)
 
 
 def seg_logits(network: AfaNetwork, image: np.ndarray | Tensor, *, protocol: str, config: EvaluationConfig) -> Tensor:
@@ -124,7 +223,6 @@ def seg_logits(network: AfaNetwork, image: np.ndarray | Tensor, *, protocol: str
     return dense_logits(network, image, protocol=protocol, config=config).segmentation
 
 
-@torch.inference_mode()
 def pseudo_label(
     network: AfaNetwork,
     image: np.ndarray | Tensor,
@@ -136,15 +234,13 @@ def pseudo_label(
     refine: bool = False,
     precision: Precision = "fp32",
 ) -> Tensor:
-    """Make a pseudo label of one tagged image.
+    """Make a pseudo label of one tagged image, as `pseudo_labels` does of several.
 
     Args:
         network: Its parameters say the device; it stays as it is, buffers and modes included.
         image: (H, W, 3) uint8 RGB.
         tags: (C,) in {0, 1}.
-        kind: One of `PSEUDO_LABELS`. cam and propagated decide every pixel with one background score,
-            `config.background_cam` and `config.background_propagated`; initial and refined are what training
-            learns from, uncertain pixels included.
+        kind: One of `PSEUDO_LABELS`.
         config: Everything about pseudo labels.
         short_side: Shorter side that the image is scaled to first, pixels, with its label scaled back; 0 = native.
         refine: Refine a cam or propagated label with `config.refinement`.
@@ -152,6 +248,51 @@ def pseudo_label(
 
     Returns:
         (H, W) int64, 0..C, and 255 where initial and refined are uncertain.
+
+    Raises:
+        AfaError: Unknown kind.
+    """
+    (label,) = pseudo_labels(
+        network,
+        [image],
+        [tags],
+        kind=kind,
+        config=config,
+        short_side=short_side,
+        refine=refine,
+        precision=precision,
+    )
+    return label
+
+
+@torch.inference_mode()
+def pseudo_labels(
+    network: AfaNetwork,
+    images: Sequence[np.ndarray | Tensor],
+    tags: Sequence[np.ndarray | Tensor],
+    *,
+    kind: str,
+    config: PseudoConfig,
+    short_side: int = 0,
+    refine: bool = False,
+    precision: Precision = "fp32",
+) -> list[Tensor]:
+    """Make pseudo labels of tagged images that the network sees at the same size, all in one batch.
+
+    Args:
+        network: Its parameters say the device; it stays as it is, buffers and modes included.
+        images: (H, W, 3) uint8 RGB each, of equal `pseudo_sizes`.
+        tags: (C,) in {0, 1} for each image.
+        kind: One of `PSEUDO_LABELS`. cam and propagated decide every pixel with one background score,
+            `config.background_cam` and `config.background_propagated`; initial and refined are what training
+            learns from, uncertain pixels included.
+        config: Everything about pseudo labels.
+        short_side: Shorter side that images are scaled to first, pixels, with their labels scaled back; 0 = native.
+        refine: Refine cam or propagated labels with `config.refinement`.
+        precision: Arithmetic of the network; all else is fp32.
+
+    Returns:
+        For each image (H, W) int64, 0..C, and 255 where initial and refined are uncertain.
 
     Raises:
         AfaError: Unknown kind.
@@ -166,15 +307,18 @@ def pseudo_label(
         with autocast(device, precision):
             return network.score(view, affinity)
 
-    pixels = image_tensor(image, device=device)
-    size = (pixels.shape[2], pixels.shape[3])
-    view = pseudo_view(pixels, config=config, short_side=short_side)
-    batch_tags = torch.as_tensor(tags, dtype=torch.float32).to(device)[None]
+    pixels = [image_tensor(image, device=device) for image in images]
+    view = torch.cat([pseudo_view(image, config=config, short_side=short_side) for image in pixels])
+    batch_tags = torch.stack([torch.as_tensor(each, dtype=torch.float32) for each in tags])
+    batch_tags = batch_tags.to(device, non_blocking=device.type == "cuda")
     want = f"{kind}_label"
-    label = infer_pseudo(score, view, batch_tags, config=config, want=(want,), refined=refine)[want]
-    if label.shape[1:] != size:
-        label = interpolate(label[:, None].float(), size=size, mode="nearest-exact")[:, 0].long()
-    return label[0]
+    labels = infer_pseudo(score, view, batch_tags, config=config, want=(want,), refined=refine)[want]
+    return [
+        interpolate(label[None, None].float(), size=image.shape[2:], mode="nearest-exact")[0, 0].long()
+        if label.shape != image.shape[2:]
+        else label
+        for label, image in zip(labels, pixels, strict=True)
+    ]
 
 
 def pseudo_view(pixels: Tensor, *, config: PseudoConfig, short_side: int) -> Tensor:
@@ -188,10 +332,23 @@ def pseudo_view(pixels: Tensor, *, config: PseudoConfig, short_side: int) -> Ten
     Returns:
         (1, 3, H', W').
     """
-    height, width = pixels.shape[2:]
-    factor = short_side / min(height, width) if short_side else 1.0
-    min_side = math.ceil(MIN_SIDE / min(1.0, *config.scales))
-    return _resize(pixels, (round(height * factor), round(width * factor)), min_side=min_side, antialias=True)
+    size = _pseudo_view_size((pixels.shape[2], pixels.shape[3]), config=config, short_side=short_side)
+    return _resize(pixels, size, antialias=True)
+
+
+def pseudo_sizes(size: tuple[int, int], *, config: PseudoConfig, short_side: int) -> tuple[tuple[int, int], ...]:
+    """Sizes at which the network sees an image for its pseudo label; images of equal ones can be batched.
+
+    Args:
+        size: (height, width) of the image.
+        config: Its scales apply.
+        short_side: Shorter side that the image is scaled to first, pixels; 0 = native.
+
+    Returns:
+        (height, width) of each pass.
+    """
+    height, width = _pseudo_view_size(size, config=config, short_side=short_side)
+    return tuple((int(height * scale), int(width * scale)) for scale in config.scales)
 
 
 def check_choice(value: str, choices: Sequence[str], *, what: str) -> None:
@@ -200,9 +357,13 @@ def check_choice(value: str, choices: Sequence[str], *, what: str) -> None:
         raise AfaError(f"{what} is {value!r}; use one of {', '.join(choices)}")
 
 
-def _resize(image: Tensor, size: tuple[int, int], *, min_side: int = MIN_SIDE, antialias: bool = False) -> Tensor:
-    """Resize bilinearly to `size`, each side to at least `min_side`."""
-    size = (max(min_side, size[0]), max(min_side, size[1]))
+def _pseudo_view_size(size: tuple[int, int], *, config: PseudoConfig, short_side: int) -> tuple[int, int]:
+    factor = short_side / min(size) if short_side else 1.0
+    min_side = math.ceil(MIN_SIDE / min(1.0, *config.scales))
+    return max(min_side, round(size[0] * factor)), max(min_side, round(size[1] * factor))
+
+
+def _resize(image: Tensor, size: tuple[int, int], *, antialias: bool = False) -> Tensor:
     if size == image.shape[2:]:
         return image
     return interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=antialias)

@@ -1,27 +1,30 @@
-"""From an image in memory or a file to its class map and scores, in one call.
+"""From images in memory or files to class maps and scores, in one call.
 
-Handles one image at a time and writes only when told to; `afa.inference.predict` does many files.
+Holds all results in memory and writes only when told to; `afa.inference.predict` does any number of files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from afa.build import load_run
+from afa.build import LoadedRun, load_run
 from afa.config import EvaluationConfig, Precision
 from afa.data.images import read_image
 from afa.data.palette import overlay, write_index_png
 from afa.data.tags import unknown_class
 from afa.errors import AfaError
-from afa.evaluation.protocols import PROTOCOLS, check_choice, dense_logits
+from afa.evaluation.evaluate import group_by_size, read_ahead, resolve_batch_size
+from afa.evaluation.protocols import PROTOCOLS, LogitMaps, check_choice, host_tensor, logit_maps, view_sizes
+from afa.inference.hub import find_pretrained, load_pretrained, push_to_hub, save_pretrained
 from afa.model.network import AfaNetwork
 from afa.runtime import pick_device
 
@@ -29,19 +32,41 @@ ImageLike = str | Path | Image.Image | NDArray[np.uint8]
 """An image file, a Pillow image, or an (H, W, 3) uint8 RGB array."""
 
 
-@dataclass(frozen=True)
+_Image = TypeVar("_Image", bound=ImageLike)
+
+
 class Prediction:
     """What the network makes of one image.
 
+    Args:
+        label: (H, W) uint8 class indices.
+        scores: (K, H, W) float32, or a function that computes them when they are first asked for.
+        classes: K class names, `background` first.
+
     Attributes:
         label: (H, W) uint8 class indices, 0 = background.
-        scores: (K, H, W) float32 softmax over the classes; 0 for classes that were ruled out by tags.
         classes: K class names, `background` first: `classes[label[y, x]]` names a pixel.
     """
 
-    label: NDArray[np.uint8]
-    scores: NDArray[np.float32]
-    classes: tuple[str, ...]
+    def __init__(
+        self,
+        label: NDArray[np.uint8],
+        scores: NDArray[np.float32] | Callable[[], NDArray[np.float32]],
+        classes: tuple[str, ...],
+    ) -> None:
+        self.label = label
+        self.classes = classes
+        self._scores = scores
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """(K, H, W) float32 softmax over the classes; 0 for classes that were ruled out by tags.
+
+        They are much larger than the label, so they are computed when they are first asked for, and kept.
+        """
+        if callable(self._scores):
+            self._scores = self._scores()
+        return self._scores
 
     def save(self, path: str | Path) -> None:
         """Write the class map as an index PNG with the VOC palette.
@@ -66,6 +91,28 @@ class Prediction:
         return Image.fromarray(overlay(pixels, self.label))
 
 
+@dataclass(frozen=True)
+class PreparedImage:
+    """An image that was read and checked, ready for `Predictor.segment`.
+
+    Attributes:
+        pixels: (H, W, 3) uint8 RGB.
+        view: The same, at most `max_side` pixels long.
+        allowed: (K,) bool, classes that its pixels may become; None allows all.
+        sizes: (height, width) of each pass of the network.
+    """
+
+    pixels: NDArray[np.uint8]
+    view: Tensor
+    allowed: NDArray[np.bool_] | None
+    sizes: tuple[tuple[int, int], ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the image."""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
+
 class Predictor:
     """A trained network, ready for images.
 
@@ -78,6 +125,8 @@ class Predictor:
             the image. Far above the training crops objects look unlike anything seen, and memory grows with
             the area.
         precision: Arithmetic of the network.
+        batch_size: Images of one size that go through the network together where there are several; of images
+            larger than 512 x 512 pixels there are fewer. 0 = automatic.
 
     Raises:
         AfaError: Unknown protocol.
@@ -92,6 +141,7 @@ class Predictor:
         protocol: str | None = None,
         max_side: int = 1024,
         precision: Precision = "fp32",
+        batch_size: int = 0,
     ) -> None:
         assert len(classes) == network.num_classes, (len(classes), network.num_classes)
         self.network = network
@@ -101,6 +151,10 @@ class Predictor:
         check_choice(self.protocol, PROTOCOLS, what="protocol")
         self.max_side = max_side
         self.precision = precision
+        self.device = next(network.parameters()).device
+        self.batch_size = resolve_batch_size(batch_size, self.device)
+        self.loaded: LoadedRun | None = None
+        self.origin: Path | None = None
 
     @classmethod
     def from_run(
@@ -123,56 +177,170 @@ class Predictor:
             AfaError: Not a run folder, no usable weights in it, no such device, or unknown protocol.
         """
         loaded = load_run(Path(run), pick_device(device))
-        return cls(
-            loaded.network,
-            loaded.classes,
-            config=loaded.config.evaluation,
-            protocol=protocol,
-            precision=precision,
-        )
+        return cls._from_loaded(loaded, Path(run), protocol=protocol, precision=precision)
 
-    @torch.inference_mode()
-    def __call__(self, image: ImageLike, tags: Sequence[str] | None = None) -> Prediction:
-        """Segment an image of any size.
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        device: str = "auto",
+        protocol: str | None = None,
+        precision: Precision = "fp32",
+    ) -> Predictor:
+        """Load a network from a folder of `save_pretrained`, the Hugging Face hub, or a run folder.
+
+        Args:
+            source: Folder, or hub id OWNER/NAME.
+            device: `auto`, `cpu`, `cuda` or `mps`.
+            protocol: `single` or `multiscale`; None is that of the network's configuration.
+            precision: Arithmetic of the network.
+
+        Raises:
+            AfaError: As `afa.inference.hub.load_pretrained`; no such device, or unknown protocol.
+        """
+        folder = find_pretrained(source)
+        loaded = load_pretrained(folder, pick_device(device))
+        return cls._from_loaded(loaded, folder, protocol=protocol, precision=precision)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the network, its configuration and a model card to a folder; see `afa.inference.hub.save_pretrained`.
+
+        Raises:
+            AfaError: The folder cannot be written, or the predictor was made from a bare network.
+        """
+        return save_pretrained(self._loaded(), folder, origin=self.origin)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Publish the network on the Hugging Face hub; see `afa.inference.hub.push_to_hub`.
+
+        Raises:
+            AfaError: The hub refuses, or the predictor was made from a bare network.
+        """
+        return push_to_hub(self._loaded(), repo_id, private=private, origin=self.origin)
+
+    @classmethod
+    def _from_loaded(cls, loaded: LoadedRun, origin: Path, *, protocol: str | None, precision: Precision) -> Predictor:
+        predictor = cls(
+            loaded.network, loaded.classes, config=loaded.config.evaluation, protocol=protocol, precision=precision
+        )
+        predictor.loaded, predictor.origin = loaded, origin
+        return predictor
+
+    def _loaded(self) -> LoadedRun:
+        if self.loaded is None:
+            raise AfaError("the predictor was made from a bare network; use from_run or from_pretrained to publish it")
+        return self.loaded
+
+    @overload
+    def __call__(self, image: _Image, tags: Sequence[str] | None = None) -> Prediction:
+        """Segment an image; see `prepare`."""
+
+    @overload
+    def __call__(self, image: list[_Image], tags: Sequence[Sequence[str] | None] | None = None) -> list[Prediction]:
+        """Segment several images; see `prepare`."""
+
+    def __call__(
+        self,
+        image: ImageLike | list[_Image],
+        tags: Sequence[str] | Sequence[Sequence[str] | None] | None = None,
+    ) -> Prediction | list[Prediction]:
+        """Segment an image of any size, or a list of them, in batches of equal size.
+
+        Args:
+            image: Image file, Pillow image, or (H, W, 3) uint8 RGB array; or a list of these.
+            tags: Classes that the image is known to show: pixels become one of these or background. None
+                allows every class. For a list of images, a list of these.
+
+        Returns:
+            Class map and scores at the size of the image; for a list, a list in its order.
+
+        Raises:
+            AfaError: An image is unreadable or an array of another kind; a tag is none of the classes; there are
+                not as many tags as images.
+        """
+        if not isinstance(image, list):
+            return self._predict([self.prepare(image, tags)])[0]  # type: ignore[arg-type]
+        each_tags = [None] * len(image) if tags is None else list(tags)
+        if len(each_tags) != len(image):
+            raise AfaError(f"there are {len(image)} images and tags of {len(each_tags)}; give one entry for each image")
+
+        def prepared() -> Iterator[tuple[int, PreparedImage]]:
+            for index, reading in read_ahead(lambda i: self.prepare(image[i], each_tags[i]), range(len(image))):
+                yield index, reading.result()
+
+        predictions: dict[int, Prediction] = {}
+        for group in group_by_size(prepared(), sizes=lambda item: item[1].sizes, batch_size=self.batch_size):
+            made = self._predict([each for _, each in group])
+            predictions.update({index: prediction for (index, _), prediction in zip(group, made, strict=True)})
+        return [predictions[index] for index in range(len(image))]
+
+    def prepare(self, image: ImageLike, tags: Sequence[str] | None = None) -> PreparedImage:
+        """Read an image, check its tags and scale it to `max_side`; any thread may do it.
 
         Args:
             image: Image file, Pillow image, or (H, W, 3) uint8 RGB array.
-            tags: Classes that the image is known to show: pixels become one of these or background. None
-                allows every class.
-
-        Returns:
-            Class map and scores at the size of the image.
+            tags: Classes that the image is known to show; None allows every class.
 
         Raises:
             AfaError: The image is unreadable or an array of another kind; a tag is none of the classes.
         """
-        pixels = image_array(image)
+        pixels = view = image_array(image)
         height, width = pixels.shape[:2]
         shrink = self.max_side / max(height, width)
         if shrink < 1:
             size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
-            pixels = np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
-        absent = self._absent(tags)
-        logits = dense_logits(
-            self.network,
+            view = np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+        return PreparedImage(
             pixels,
+            host_tensor(view, device=self.device),
+            self._allowed(tags),
+            view_sizes((view.shape[0], view.shape[1]), protocol=self.protocol, config=self.config),
+        )
+
+    def segment(self, images: Sequence[PreparedImage]) -> list[LogitMaps]:
+        """Run the network on images of equal `sizes` in one batch; a GPU is not waited for.
+
+        Args:
+            images: Images as `prepare` returns them.
+
+        Returns:
+            Small logits of each image, on the device, without the classes that its tags rule out.
+        """
+        maps = logit_maps(
+            self.network,
+            [image.view for image in images],
             protocol=self.protocol,
             config=self.config,
-            out_size=(height, width),
             precision=self.precision,
-        ).segmentation
-        logits[absent] = -torch.inf
-        label = logits.argmax(0).to(torch.uint8)
-        return Prediction(label.cpu().numpy(), _softmax_(logits).cpu().numpy(), ("background", *self.classes))
+        )
+        return [
+            each if image.allowed is None else each.allow(image.allowed)
+            for each, image in zip(maps, images, strict=True)
+        ]
 
-    def _absent(self, tags: Sequence[str] | None) -> list[int]:
-        """Channels that `tags` rule out."""
+    def prediction(self, label: NDArray[np.uint8], maps: LogitMaps) -> Prediction:
+        """Put a label and what it was made from together.
+
+        Args:
+            label: (H, W) uint8 class indices.
+            maps: What `segment` returned for the image; scores are computed from it when they are asked for.
+        """
+        return Prediction(label, partial(_scores, maps, label.shape), ("background", *self.classes))
+
+    def _predict(self, images: Sequence[PreparedImage]) -> list[Prediction]:
+        maps = self.segment(images)
+        labels = [each.label(image.size) for each, image in zip(maps, images, strict=True)]
+        return [self.prediction(label.cpu().numpy(), each) for label, each in zip(labels, maps, strict=True)]
+
+    def _allowed(self, tags: Sequence[str] | None) -> NDArray[np.bool_] | None:
+        """(K,) which channels the tags leave."""
         if tags is None:
-            return []
+            return None
         for tag in tags:
             if tag not in self.classes:
                 raise AfaError(f"unknown tag {tag!r}; {unknown_class(tag, self.classes)}")
-        return [channel for channel, name in enumerate(self.classes, start=1) if name not in tags]
+        return np.array([True, *(name in tags for name in self.classes)])
 
 
 def image_array(image: ImageLike) -> NDArray[np.uint8]:
@@ -190,7 +358,6 @@ def image_array(image: ImageLike) -> NDArray[np.uint8]:
     return image
 
 
-def _softmax_(logits: Tensor) -> Tensor:
-    """Softmax over the first axis, in place: (K, H, W) of a large photograph is there once, not twice."""
-    logits.sub_(logits.amax(0)).exp_()
-    return logits.div_(logits.sum(0))
+def _scores(maps: LogitMaps, size: tuple[int, int]) -> NDArray[np.float32]:
+    scores: NDArray[np.float32] = maps.scores(size).cpu().numpy()
+    return scores

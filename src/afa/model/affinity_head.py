@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from afa.types import RawAttention
+
 
 class AffinityHead(nn.Module):
     """A = sigmoid(1x1 conv(S + S^T)).
@@ -23,18 +25,21 @@ class AffinityHead(nn.Module):
         self.mix = nn.Conv2d(num_maps, 1, 1)
         nn.init.kaiming_normal_(self.mix.weight, a=math.sqrt(5), mode="fan_out")
 
-    def forward(self, attention_logits: Tensor) -> Tensor:
+    def forward(self, attention: RawAttention, *, scale: float = 1.0) -> Tensor:
         """Mix the maps of each image into one affinity.
 
         Args:
-            attention_logits: (B, n, hw, hw) raw attention S.
+            attention: Queries and keys of the n maps.
+            scale: Factor of their products.
 
         Returns:
             (B, hw, hw) affinity in (0, 1), symmetric.
         """
-        # The convolution is linear, so mixing first and adding the transpose of one map instead of n is the same.
-        weight = self.mix.weight.view(1, -1).to(attention_logits.dtype)
-        batch, maps, tokens, _ = attention_logits.shape
-        mixed = (weight @ attention_logits.reshape(batch, maps, -1)).view(batch, tokens, tokens).float()
+        # The convolution is linear: the weighted sum of n products is one product of n times the depth, and adding
+        # the transpose of the sum is the same as adding n transposes first.
+        query, key = attention.query, attention.key
+        weight = (self.mix.weight.view(1, -1, 1, 1) * scale).to(query.dtype)
+        joined = [part.transpose(1, 2).flatten(2) for part in (query * weight, key)]
+        mixed = (joined[0] @ joined[1].transpose(1, 2)).float()
         assert self.mix.bias is not None
         return torch.sigmoid(mixed + mixed.transpose(1, 2) + self.mix.bias.float())

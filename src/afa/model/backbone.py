@@ -2,14 +2,21 @@
 
 Nothing outside this package knows which encoder it talks to: a backbone publishes its channels, strides and
 number of attention maps, and returns a feature pyramid plus the raw attention of its last blocks.
+Its first blocks may be frozen: they neither learn nor change between training and evaluation.
 """
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
+import torch
 from torch import Tensor, nn
+
+from afa.types import RawAttention
 
 
 @dataclass(frozen=True)
@@ -18,12 +25,41 @@ class BackboneOutput:
 
     Attributes:
         features: One (B, channels[i], H / strides[i], W / strides[i]) map a level, sizes rounded up.
-        attention_logits: (B, n, hw, hw) Q K^T of the last blocks over the last level's tokens, unscaled, before
-            softmax; None when not asked for.
+        attention: Queries and keys of the last blocks over the last level's tokens; None when not asked for.
     """
 
     features: tuple[Tensor, ...]
-    attention_logits: Tensor | None = None
+    attention: RawAttention | None = None
+
+    @property
+    def attention_logits(self) -> Tensor | None:
+        """(B, n, hw, hw) Q K^T of the last blocks, unscaled, before softmax; None when not asked for."""
+        return None if self.attention is None else self.attention.logits
+
+
+@dataclass(frozen=True)
+class FrozenTokens:
+    """What the frozen part of an encoder hands to the rest; all that a feature cache has to keep of an image.
+
+    Attributes:
+        tokens: (B, p + hw, D) tokens after the last frozen block, the p class and register tokens first.
+        features: (B, D, h, w) feature levels of the blocks before that one.
+        grid: (h, w).
+        attention_tokens: (B, p + hw, D) tokens before the first block whose attention is returned, where that
+            block is frozen too: its attention is computed from them. None otherwise.
+    """
+
+    tokens: Tensor
+    features: tuple[Tensor, ...]
+    grid: tuple[int, int]
+    attention_tokens: Tensor | None = None
+
+
+def join_attention(blocks: Sequence[RawAttention]) -> RawAttention:
+    """Put the heads of several blocks side by side."""
+    return RawAttention(
+        torch.cat([block.query for block in blocks], dim=1), torch.cat([block.key for block in blocks], dim=1)
+    )
 
 
 class Backbone(nn.Module, ABC):
@@ -35,6 +71,7 @@ class Backbone(nn.Module, ABC):
         num_attention_maps: n, heads x blocks whose attention is returned.
         attention_scale: Factor that the encoder itself applies to Q K^T, 1 / sqrt(d).
         min_size: Smallest height and width that it takes, pixels.
+        freeze_blocks: Number of blocks, counted from the image, that are frozen together with what precedes them.
     """
 
     channels: tuple[int, ...]
@@ -42,6 +79,7 @@ class Backbone(nn.Module, ABC):
     num_attention_maps: int
     attention_scale: float
     min_size: int
+    freeze_blocks: int = 0
 
     @abstractmethod
     def forward(self, image: Tensor, *, attention: bool = False) -> BackboneOutput:
@@ -52,11 +90,42 @@ class Backbone(nn.Module, ABC):
             attention: Also return the raw attention of the last blocks.
         """
 
+    def frozen_modules(self) -> Sequence[nn.Module]:
+        """The frozen parts, whole modules; none unless an encoder says otherwise."""
+        return ()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of everything but the frozen parts, which stay in evaluation mode."""
+        super().train(mode)
+        for module in self.frozen_modules():
+            module.eval()
+        return self
+
+    def freeze(self) -> None:
+        """Stop the frozen parts from learning."""
+        for module in self.frozen_modules():
+            module.requires_grad_(False).eval()
+
     def norm_parameters(self) -> list[nn.Parameter]:
-        """The weights and biases of the norm layers, which the `paper` preset freezes."""
+        """The weights and biases of the norm layers that are not frozen; the `paper` preset freezes them."""
+        frozen = self._frozen_ids()
         return [
             parameter
             for module in self.modules()
             if isinstance(module, nn.LayerNorm)
             for parameter in module.parameters(recurse=False)
+            if id(parameter) not in frozen
         ]
+
+    def weights_hash(self) -> str:
+        """SHA-256 of the frozen part: names, shapes and values of its weights, 64 hexadecimal digits."""
+        frozen = self._frozen_ids()
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict(keep_vars=True).items()):
+            if id(tensor) in frozen:
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def _frozen_ids(self) -> set[int]:
+        return {id(parameter) for module in self.frozen_modules() for parameter in module.parameters()}

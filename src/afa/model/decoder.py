@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from afa.model.norm import DistributedBatchNorm2d
@@ -47,7 +48,8 @@ class MlpDecoder(nn.Module):
         total: Tensor | None = None
         for level, feature in enumerate(features):
             fused = nn.functional.conv2d(self.projections[level](feature), fuse_weights[level])
-            if fused.shape[2:] != size:
+            # An exported program must hold for every size.
+            if torch.compiler.is_exporting() or fused.shape[2:] != size:
                 fused = nn.functional.interpolate(fused, size=size, mode="bilinear", align_corners=False)
             total = fused if total is None else total + fused
         assert total is not None

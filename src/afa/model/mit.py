@@ -6,22 +6,21 @@ folder or hub id and from the original `mit_b*.pth` files. Sizes follow Xie et a
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor, nn
 from transformers import SegformerConfig, SegformerModel
-from transformers.utils import logging as transformers_logging
 
 from afa.errors import AfaError
 from afa.model.attention import ATTENTION_NAME, mark_recorded
-from afa.model.backbone import Backbone, BackboneOutput
+from afa.model.backbone import Backbone, BackboneOutput, join_attention
+from afa.model.weights import init_from_scratch, load_pretrained
+from afa.types import RawAttention
 
 STRIDES: Final = (4, 2, 2, 1)
 """Stride of each patch embedding. The last stage keeps stride 16 (paper section 4.1; the reference)."""
@@ -57,13 +56,23 @@ class MixTransformer(Backbone):
             random weights. The hub's nvidia/mit-b0..b5 are under NVIDIA's non-commercial licence.
         drop_path: Stochastic depth of the last block; linear over depth.
         attention_blocks: Number of last-stage blocks, counted from the end, whose Q K^T is returned.
+        freeze_blocks: Number of blocks, counted over all stages from the first, that are frozen; with them the
+            patch embeddings before them, and the final norm of a stage whose blocks are all frozen.
 
     Raises:
-        AfaError: The size is unknown; more blocks are asked for than the last stage has; weights are absent,
-            unreadable, of another size, or have a key that does not match (the message names it).
+        AfaError: The size is unknown; more blocks are asked for than there are; weights are absent, unreadable, of
+            another size, or have a key that does not match (the message names it).
     """
 
-    def __init__(self, size: str, weights: str = "", *, drop_path: float = 0.1, attention_blocks: int = 2) -> None:
+    def __init__(
+        self,
+        size: str,
+        weights: str = "",
+        *,
+        drop_path: float = 0.1,
+        attention_blocks: int = 2,
+        freeze_blocks: int = 0,
+    ) -> None:
         super().__init__()
         if size not in MIT_SIZES:
             raise AfaError(f"model.backbone is {size!r}; use one of {', '.join(MIT_SIZES)}")
@@ -73,25 +82,46 @@ class MixTransformer(Backbone):
                 f"model.affinity_blocks is {attention_blocks}, but the last stage of {size} has "
                 f"{shape.depths[-1]} blocks; use at most that many"
             )
+        if freeze_blocks > sum(shape.depths):
+            raise AfaError(
+                f"model.freeze_blocks is {freeze_blocks}, but {size} has {sum(shape.depths)} blocks; "
+                "use at most that many"
+            )
         self.encoder = _load_encoder(size, weights, drop_path)
         self.channels = shape.channels
         self.strides = (4, 8, 16, 16)
         self.num_attention_maps = shape.heads[-1] * attention_blocks
         self.attention_scale = (shape.channels[-1] // shape.heads[-1]) ** -0.5
         self.min_size = 32
+        self.freeze_blocks = freeze_blocks
         last_blocks: Any = self.encoder.stages[-1].blocks
         for block in last_blocks[-attention_blocks:]:
             mark_recorded(block.attention)
+        self.freeze()
 
     def forward(self, image: Tensor, *, attention: bool = False) -> BackboneOutput:
         """Encode a batch; see `Backbone.forward`."""
-        sink: list[Tensor] | None = [] if attention else None
+        sink: list[RawAttention] | None = [] if attention else None
         features: list[Tensor] = []
         hidden = image
         for stage in self.encoder.stages:
             hidden = stage(hidden, attention_sink=sink)
             features.append(hidden)
-        return BackboneOutput(tuple(features), torch.cat(sink, dim=1) if sink else None)
+        return BackboneOutput(tuple(features), join_attention(sink) if sink else None)
+
+    def frozen_modules(self) -> Sequence[nn.Module]:
+        """Patch embedding, blocks and final norm of each stage, as far as they are frozen."""
+        modules: list[nn.Module] = []
+        left = self.freeze_blocks
+        stages: Any = self.encoder.stages if left else ()
+        for stage in stages:
+            modules += [stage.patch_embeddings, *stage.blocks[:left]]
+            left -= len(stage.blocks)
+            if left >= 0:
+                modules.append(stage.layer_norm)
+            if left <= 0:
+                break
+        return modules
 
 
 def convert_original_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -152,13 +182,24 @@ def _load_encoder(size: str, weights: str, drop_path: float) -> SegformerModel:
     config._attn_implementation = ATTENTION_NAME
     if not weights:
         encoder = SegformerModel(config)
-        _init_from_scratch(encoder)
+        init_from_scratch(encoder)
         return encoder
     if weights.endswith((".pth", ".pt")):
         encoder = SegformerModel(config)
         _load_original(encoder, Path(weights))
         return encoder
-    return _load_pretrained(config, size, weights)
+    loaded: SegformerModel = load_pretrained(
+        SegformerModel,
+        config,
+        weights,
+        architecture=size,
+        family="SegFormer",
+        wanted="SegFormer (MiT) encoder",
+        sizes=("hidden_sizes", "depths", "num_attention_heads"),
+        foreign=("classifier.", "decode_head."),
+        accepted="a folder, a hub id or a .pth",
+    )
+    return loaded
 
 
 def _load_original(encoder: nn.Module, path: Path) -> None:
@@ -196,78 +237,3 @@ def _check_keys(origin: str, encoder: nn.Module, state: Mapping[str, Tensor]) ->
                 f"{origin}: {key!r} has shape {tuple(tensor.shape)}, the backbone needs "
                 f"{tuple(expected[key].shape)}; check model.backbone"
             )
-
-
-def _load_pretrained(config: SegformerConfig, size: str, weights: str) -> SegformerModel:
-    folder = Path(weights)
-    if not folder.is_dir() and (weights.count("/") != 1 or weights.startswith((".", "/", "~"))):
-        raise AfaError(f"{weights}: no such weights folder; pass a folder, a hub id or a .pth as model.weights")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise AfaError(f"{weights}: has no config.json; model.weights needs a transformers model folder")
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    loggers = (transformers_logging, hub_logging)
-    verbosities = [logger.get_verbosity() for logger in loggers]
-    for logger in loggers:
-        logger.set_verbosity_error()
-    try:
-        stored, _ = SegformerConfig.get_config_dict(weights)
-        if stored.get("model_type") != "segformer":
-            raise AfaError(
-                f"{weights}: holds a {stored.get('model_type')!r} model; model.weights needs a SegFormer (MiT) encoder"
-            )
-        for name in ("hidden_sizes", "depths", "num_attention_heads"):
-            if stored.get(name) != getattr(config, name):
-                raise AfaError(
-                    f"{weights}: {name} is {stored.get(name)}, but {size} has {getattr(config, name)}; "
-                    "set model.backbone to the architecture of the weights"
-                )
-        # Mismatched shapes are let through here so that the message below can name the key.
-        loaded: Any = SegformerModel.from_pretrained(
-            weights, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except AfaError:
-        raise
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if folder.is_dir():
-            raise AfaError(f"{weights}: cannot be loaded as SegFormer encoder weights ({reason})") from None
-        raise AfaError(
-            f"{weights}: cannot be fetched from the Hugging Face hub ({reason}); "
-            "download it elsewhere and pass its folder as model.weights"
-        ) from None
-    finally:
-        for logger, verbosity in zip(loggers, verbosities, strict=True):
-            logger.set_verbosity(verbosity)
-    encoder: SegformerModel
-    info: dict[str, Any]
-    encoder, info = loaded
-    # A classification or segmentation checkpoint carries a head that an encoder has no place for.
-    unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(("classifier.", "decode_head.")))
-    missing = sorted(info["missing_keys"])
-    if missing or unexpected:
-        odd = missing or unexpected
-        what = "lacks" if missing else "has unmatched"
-        raise AfaError(f"{weights}: {what} key {odd[0]!r} ({len(odd)} in all); check model.backbone")
-    if info["mismatched_keys"]:
-        key, found, needed = min(info["mismatched_keys"])
-        raise AfaError(
-            f"{weights}: {key!r} has shape {tuple(found)}, the backbone needs {tuple(needed)}; check model.backbone"
-        )
-    return encoder
-
-
-def _init_from_scratch(encoder: nn.Module) -> None:
-    """Fan-in scaled weights, linear layers at half gain.
-
-    The usual standard deviation of 0.02 leaves the branches of a narrow encoder almost linear and nearly silent:
-    it takes thousands of steps before it sees texture at all.
-    """
-    for module in encoder.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.5 * module.in_features**-0.5)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d):
-            fan_in = module.kernel_size[0] * module.kernel_size[1] * module.in_channels // module.groups
-            nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_in))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)

@@ -58,7 +58,7 @@ class AfaNetwork(nn.Module):
         Args:
             image: (B, 3, H, W) normalized image.
             segmentation: Also run the decoder.
-            affinity: Also return affinity and attention logits.
+            affinity: Also return affinity and attention.
 
         Returns:
             Everything asked for; `class_scores` carry no gradient.
@@ -70,7 +70,7 @@ class AfaNetwork(nn.Module):
             class_scores=self._class_scores(encoded),
             seg_logits=self.decoder(encoded.features).float() if segmentation else None,
             affinity=self._affinity(encoded),
-            attention_logits=encoded.attention_logits,
+            attention=encoded.attention,
             attention_scale=self.backbone.attention_scale,
         )
 
@@ -80,7 +80,7 @@ class AfaNetwork(nn.Module):
 
         Args:
             image: (B, 3, H, W) normalized image.
-            affinity: Also return affinity and attention logits.
+            affinity: Also return affinity and attention.
 
         Returns:
             `image_logits` and `class_scores`, and the affinity if asked for.
@@ -91,7 +91,7 @@ class AfaNetwork(nn.Module):
             image_logits=self.classifier(self._pool(encoded.features[-1]))[:, :, 0, 0].float(),
             class_scores=self._class_scores(encoded),
             affinity=self._affinity(encoded),
-            attention_logits=encoded.attention_logits,
+            attention=encoded.attention,
             attention_scale=self.backbone.attention_scale,
         )
 
@@ -108,9 +108,9 @@ class AfaNetwork(nn.Module):
         return logits.float()
 
     def _affinity(self, encoded: BackboneOutput) -> Tensor | None:
-        if encoded.attention_logits is None:
+        if encoded.attention is None:
             return None
-        affinity: Tensor = self.affinity_head(encoded.attention_logits * self.attention_factor)
+        affinity: Tensor = self.affinity_head(encoded.attention, scale=self.attention_factor)
         return affinity
 
     @torch.no_grad()

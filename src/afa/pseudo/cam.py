@@ -23,7 +23,7 @@ class CamResult:
     """Multi-scale CAM and what the random walk needs.
 
     Attributes:
-        cam: (B, C, H, W) in [0, 1], each class and image scaled to its own range.
+        cam: (B, C, H, W) in [0, 1], each class and image scaled to its own range; the channels that were picked.
         grid: (h, w) tokens of the pass at the largest scale.
         walk: Output of the unflipped pass at the largest scale, with affinity and attention, if asked for.
     """
@@ -50,8 +50,10 @@ def fuse_scores(scores: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """
     total: Tensor | None = None
     for score in scores:
-        plain, flipped = interpolate(score, size=size, mode="bilinear", align_corners=False).chunk(2)
-        positive = torch.maximum(plain, flipped.flip(-1)).relu()
+        plain, flipped = score.chunk(2)
+        mirrored = torch.cat([plain, flipped.flip(-1)])
+        plain, flipped = interpolate(mirrored, size=size, mode="bilinear", align_corners=False).chunk(2)
+        positive = torch.maximum(plain, flipped).relu()
         total = positive if total is None else total + positive
     assert total is not None
     return normalize_cam(total)
@@ -78,6 +80,7 @@ def multi_scale_cam(
     scales: Sequence[float],
     affinity: bool = False,
     plain_scores: Tensor | None = None,
+    pick: Callable[[Tensor], Tensor] | None = None,
 ) -> CamResult:
     """Run the encoder over all scales and flips and fuse the class scores.
 
@@ -87,6 +90,8 @@ def multi_scale_cam(
         scales: Input scales.
         affinity: Also return the affinity and attention of the unflipped pass at the largest scale.
         plain_scores: (B, C, h, w) class scores of the unflipped image at scale 1, if a pass made them already.
+        pick: (B, C, h, w) -> (B, P, h, w): the channels that are wanted, before anything is enlarged. Every channel is
+            fused and scaled on its own, so leaving some out changes no other. None: all C.
 
     Returns:
         CAM at the size of the image.
@@ -112,5 +117,5 @@ def multi_scale_cam(
             plain, flipped = score(torch.cat([view, view.flip(-1)]), False).class_scores.chunk(2)
         if scale == max(scales):
             grid = (plain.shape[2], plain.shape[3])
-        scores.append(torch.cat([plain, flipped]))
+        scores.append(torch.cat([plain, flipped] if pick is None else [pick(plain), pick(flipped)]))
     return CamResult(cam=fuse_scores(scores, size), grid=grid, walk=walk)

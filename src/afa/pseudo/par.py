@@ -5,6 +5,9 @@ A kernel over dilated neighbors is computed once per image; any number of score 
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Literal
@@ -14,6 +17,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 _TINY = 1e-8
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 
 
@@ -35,6 +40,7 @@ def refinement_kernel(
     pos_bandwidth: float = 0.3,
     pos_weight: float = 0.01,
     kind: Literal["par", "par_color", "pamr"] = "par",
+    extent: Tensor | None = None,
 ) -> Tensor:
     """Weights of each pixel's neighbors, from color and position.
 
@@ -45,16 +51,28 @@ def refinement_kernel(
         pos_bandwidth: w2.
         pos_weight: w3.
         kind: `par`; `par_color`, without the position term; or `pamr`, the form of Araslanov & Roth 2020.
+        extent: (B, 2) int64 rows and columns, from the top left, that hold each image; where they end is its border.
+            None is the whole canvas.
 
     Returns:
         (B, n, H, W), n = 8 x dilations in the order of `neighbor_offsets`. Weights are positive and sum
-        to 1 + pos_weight for `par`, as in the reference, and to 1 for the others.
+        to 1 + pos_weight for `par`, as in the reference, and to 1 for the others. They mean nothing outside `extent`.
 
     Source:
         Paper Eq. 8 and 9; standard deviations over the n neighbors, mean over RGB: method.md section 3.
     """
     offsets = neighbor_offsets(dilations)
     batch, _, height, width = image.shape
+    position = _position_weights(tuple(offsets), pos_bandwidth, image.device) * pos_weight if kind == "par" else None
+    if fused(image.device):
+        from afa.pseudo.par_triton import kernel_weights
+
+        table = _offset_table(tuple(offsets), image.device)
+        shift = torch.zeros(len(offsets), device=image.device) if position is None else position
+        bounds = _bounds(extent, batch, height, width, image.device)
+        return kernel_weights(image, table, shift, bounds, bandwidth=rgb_bandwidth, pamr=kind == "pamr")
+    if extent is not None:
+        image = _extend_border(image, extent)
     if image.device.type == "cpu":
         # The neighbors of a pixel lie side by side in memory: that is how `_refine_sparse` reads them.
         kernel = image.new_empty(batch, height, width, len(offsets)).permute(0, 3, 1, 2)
@@ -67,15 +85,15 @@ def refinement_kernel(
         _color_exponent(image[images], offsets, rgb_bandwidth, pamr=kind == "pamr", out=exponent)
         for rows in _row_blocks(height, image.device):
             kernel[images, :, rows] = exponent[:, :, rows].softmax(1)
-    if kind == "par":
-        distance = torch.tensor(offsets, dtype=image.dtype, device=image.device).square().sum(1).sqrt()
-        position = -(distance / (distance.std() + _TINY) / pos_bandwidth).square()
-        kernel += pos_weight * position.softmax(0).view(1, -1, 1, 1)
+    if position is not None:
+        kernel += position.view(1, -1, 1, 1)
     return kernel
 
 
 @torch.no_grad()
-def refine(scores: Tensor, kernel: Tensor, *, dilations: Sequence[int], iterations: int) -> Tensor:
+def refine(
+    scores: Tensor, kernel: Tensor, *, dilations: Sequence[int], iterations: int, extent: Tensor | None = None
+) -> Tensor:
     """Replace each pixel's scores by the weighted sum of its neighbors', several times over.
 
     Args:
@@ -83,17 +101,32 @@ def refine(scores: Tensor, kernel: Tensor, *, dilations: Sequence[int], iteratio
         kernel: (B, n, H, W) of `refinement_kernel`.
         dilations: The kernel's.
         iterations: How often.
+        extent: The kernel's.
 
     Returns:
-        (B, P, H, W), refined; beyond the border the nearest border pixel counts.
+        (B, P, H, W), refined; beyond the border the nearest border pixel counts. Without meaning outside `extent`.
 
     Source:
         Paper Eq. 10.
     """
     assert scores.shape[2:] == kernel.shape[2:], (scores.shape, kernel.shape)
-    if scores.device.type == "cpu":
+    if fused(scores.device):
+        from afa.pseudo.par_triton import iterate
+
+        table = _offset_table(tuple(neighbor_offsets(dilations)), scores.device)
+        bounds = _bounds(extent, scores.shape[0], scores.shape[2], scores.shape[3], scores.device)
+        return iterate(scores, kernel, table, bounds, iterations=iterations)
+    if scores.device.type == "cpu" and extent is None:
         return _refine_sparse(scores, kernel, dilations, iterations)
-    return _refine_dense(scores, kernel, dilations, iterations)
+    return _refine_dense(scores, kernel, dilations, iterations, extent)
+
+
+def fused(device: torch.device) -> bool:
+    """Whether refinement runs as fused kernels there: on CUDA, where Triton is installed.
+
+    Setting `TRITON_INTERPRET=1` before the start runs the same kernels on a CPU, very slowly, to test them.
+    """
+    return (device.type == "cuda" or _INTERPRETED) and _HAS_TRITON
 
 
 @torch.no_grad()
@@ -147,7 +180,7 @@ def _refine_sparse(scores: Tensor, kernel: Tensor, dilations: Sequence[int], ite
     refined = torch.empty_like(scores)
     for maps, weights, out in zip(scores, kernel, refined, strict=True):
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            warnings.filterwarnings("ignore", message="Sparse")
             matrix = torch.sparse_csr_tensor(
                 row_starts,
                 neighbors.flatten(),
@@ -165,12 +198,16 @@ def _refine_sparse(scores: Tensor, kernel: Tensor, dilations: Sequence[int], ite
     return refined
 
 
-def _refine_dense(scores: Tensor, kernel: Tensor, dilations: Sequence[int], iterations: int) -> Tensor:
+def _refine_dense(
+    scores: Tensor, kernel: Tensor, dilations: Sequence[int], iterations: int, extent: Tensor | None = None
+) -> Tensor:
     """Shifted multiply-adds over the whole batch, on any device."""
     reach = max(dilations)
     height, width = scores.shape[2:]
     current = scores
     for _ in range(iterations):
+        if extent is not None:
+            current = _extend_border(current, extent)
         padded = pad(current, (reach, reach, reach, reach), mode="replicate")
         current = torch.zeros_like(scores)
         for n, (dy, dx) in enumerate(neighbor_offsets(dilations)):
@@ -185,6 +222,38 @@ def _neighbor_indices(height: int, width: int, dilations: Sequence[int]) -> Tens
     rows = (torch.arange(height, dtype=torch.int32)[:, None] + dy).clamp_(0, height - 1) * width
     columns = (torch.arange(width, dtype=torch.int32)[:, None] + dx).clamp_(0, width - 1)
     return (rows[:, None] + columns[None]).view(height * width, -1)
+
+
+@functools.lru_cache(maxsize=32)
+def _position_weights(offsets: tuple[tuple[int, int], ...], bandwidth: float, device: torch.device) -> Tensor:
+    """(n,) softmax over the neighbors of the position term."""
+    distance = torch.tensor(offsets, dtype=torch.float32).square().sum(1).sqrt()
+    return (-(distance / (distance.std() + _TINY) / bandwidth).square()).softmax(0).to(device)
+
+
+@functools.lru_cache(maxsize=32)
+def _offset_table(offsets: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """(n, 2) int32."""
+    return torch.tensor(offsets, dtype=torch.int32, device=device)
+
+
+def _bounds(extent: Tensor | None, batch: int, height: int, width: int, device: torch.device) -> Tensor:
+    """(B, 2) int32 extent on the device, without a copy from the host."""
+    if extent is not None:
+        return extent.to(torch.int32)
+    bounds = torch.full((batch, 2), height, dtype=torch.int32, device=device)
+    bounds[:, 1] = width
+    return bounds
+
+
+def _extend_border(maps: Tensor, extent: Tensor) -> Tensor:
+    """Repeat the last row and column of each image's extent over the rest of the canvas."""
+    height, width = maps.shape[2:]
+    last = extent[:, None] - 1
+    rows = torch.arange(height, device=maps.device)[None].minimum(last[:, :, 0])
+    columns = torch.arange(width, device=maps.device)[None].minimum(last[:, :, 1])
+    maps = maps.gather(2, rows[:, None, :, None].expand(-1, maps.shape[1], -1, width))
+    return maps.gather(3, columns[:, None, None, :].expand(-1, maps.shape[1], height, -1))
 
 
 def _chunks(batch: int, device: torch.device) -> list[slice]:

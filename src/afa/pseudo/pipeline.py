@@ -7,6 +7,8 @@ walk and refinement side by side; only the classes of the tags take part.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +19,10 @@ from torch.nn.functional import interpolate
 
 from afa.config import PseudoConfig
 from afa.pseudo.affinity import window_mask
+from afa.pseudo.box import axis_weights, resize_box
 from afa.pseudo.cam import CamResult, ScoreFunction, multi_scale_cam
 from afa.pseudo.labels import cam_label, ignore_outside, merge_labels, threshold_label
-from afa.pseudo.par import refine, refinement_kernel
+from afa.pseudo.par import fused, refine, refinement_kernel
 from afa.pseudo.scores import PresentClasses, best_slot, mask_scores, present_classes, present_scores, with_background
 from afa.pseudo.walk import mean_attention_affinity, propagate, take_step, transition
 from afa.types import IGNORE_INDEX
@@ -70,6 +73,8 @@ class Refiner:
         scores = _resize(scores, self.size)
         if self.config.refinement == "none":
             return scores
+        if scores.device.type != "cpu" or fused(scores.device):
+            return self._refine_boxes(scores, valid_box)
         boxes = valid_box.tolist()
         if all(box == [0, self.size[0], 0, self.size[1]] for box in boxes):
             small = interpolate(scores, size=self.small_size, mode="bilinear", align_corners=True)
@@ -79,6 +84,29 @@ class Refiner:
             inside = (slice(index, index + 1), slice(None), slice(top, bottom), slice(left, right))
             refined[inside] = self._refine_crop(index, inside, scores[inside])
         return refined
+
+    def _refine_boxes(self, scores: Tensor, valid_box: Tensor) -> Tensor:
+        """All boxes at once: each box's small image lies in the top left of a canvas that fits the largest."""
+        small_size = self.small_size
+        to_small: list[Tensor] = []
+        to_small_aligned: list[Tensor] = []
+        to_canvas: list[Tensor] = []
+        lengths: list[Tensor] = []
+        for axis, (canvas, small) in enumerate(zip(self.size, small_size, strict=True)):
+            start, end = valid_box[:, 2 * axis], valid_box[:, 2 * axis + 1]
+            small_length = ((end - start) // self.config.refinement_stride).clamp(min=1)
+            box = {"start": start, "length": end - start}
+            corner = {"start": torch.zeros_like(start), "length": small_length}
+            inward = {f"out_{key}": value for key, value in corner.items()} | {f"in_{k}": v for k, v in box.items()}
+            outward = {f"out_{key}": value for key, value in box.items()} | {f"in_{k}": v for k, v in corner.items()}
+            to_small.append(axis_weights(small, canvas, **inward, align_corners=False))
+            to_small_aligned.append(axis_weights(small, canvas, **inward, align_corners=True))
+            to_canvas.append(axis_weights(canvas, small, **outward, align_corners=False))
+            lengths.append(small_length)
+        extent = torch.stack(lengths, 1)
+        kernel = self._kernel(resize_box(self.image, *to_small), extent)
+        refined = self._refine(resize_box(scores, *to_small_aligned), kernel, extent)
+        return resize_box(refined, *to_canvas)
 
     def _refine_crop(self, index: int, inside: tuple[slice, ...], crop: Tensor) -> Tensor:
         size = (crop.shape[2], crop.shape[3])
@@ -91,7 +119,7 @@ class Refiner:
             kernel = self._kernel(_resize(self.image[inside], small_size))
         return _resize(self._refine(small, kernel), size)
 
-    def _kernel(self, image: Tensor) -> Tensor:
+    def _kernel(self, image: Tensor, extent: Tensor | None = None) -> Tensor:
         config = self.config
         assert config.refinement != "none"
         return refinement_kernel(
@@ -101,10 +129,12 @@ class Refiner:
             pos_bandwidth=config.pos_bandwidth,
             pos_weight=config.pos_weight,
             kind=config.refinement,
+            extent=extent,
         )
 
-    def _refine(self, scores: Tensor, kernel: Tensor) -> Tensor:
-        return refine(scores, kernel, dilations=self.config.dilations, iterations=self.config.iterations)
+    def _refine(self, scores: Tensor, kernel: Tensor, extent: Tensor | None = None) -> Tensor:
+        config = self.config
+        return refine(scores, kernel, dilations=config.dilations, iterations=config.iterations, extent=extent)
 
 
 @dataclass(frozen=True)
@@ -150,14 +180,21 @@ def training_labels(
         The labels that were wanted.
     """
     walks = want_refined and config.propagation != "none"
-    cam = multi_scale_cam(score, image, scales=config.scales, affinity=walks, plain_scores=plain_scores)
     present = present_classes(tags, num_slots=num_slots)
+    cam = multi_scale_cam(
+        score,
+        image,
+        scales=config.scales,
+        affinity=walks,
+        plain_scores=plain_scores,
+        pick=present.foreground.gather,
+    )
     refiner = Refiner(image, config)
     initial = refined = None
     if want_initial or (want_refined and not walks):
-        initial = initial_label(cam.cam, present, refiner, valid_box, config=config)
+        initial = _initial_label(cam.cam, present, refiner, valid_box, config)
     if want_refined:
-        refined = refined_label(cam, present, refiner, valid_box, config=config) if walks else initial
+        refined = _refined_label(cam, present, refiner, valid_box, config) if walks else initial
     return TrainingLabels(initial if want_initial else None, refined)
 
 
@@ -179,7 +216,14 @@ def initial_label(
     Source:
         Paper Eq. 4 and section 3.4; method.md section 3.
     """
-    small = _resize(_present_cam(cam, present), refiner.small_size)
+    return _initial_label(present.foreground.gather(cam), present, refiner, valid_box, config)
+
+
+def _initial_label(
+    cam: Tensor, present: PresentClasses, refiner: Refiner, valid_box: Tensor, config: PseudoConfig
+) -> Tensor:
+    """`initial_label` from the (B, P - 1, H, W) CAMs of the present classes."""
+    small = _resize(cam, refiner.small_size)
     refined = refiner.on_canvas(_competing_scores(small, present, config))
     return ignore_outside(_decide(refined, present, config), valid_box)
 
@@ -202,7 +246,15 @@ def refined_label(
     Source:
         Paper Eq. 6 and 7; method.md section 5.
     """
-    small = _resize(_present_cam(cam.cam, present), cam.grid)
+    picked = dataclasses.replace(cam, cam=present.foreground.gather(cam.cam))
+    return _refined_label(picked, present, refiner, valid_box, config)
+
+
+def _refined_label(
+    cam: CamResult, present: PresentClasses, refiner: Refiner, valid_box: Tensor, config: PseudoConfig
+) -> Tensor:
+    """`refined_label` from the (B, P - 1, H, W) CAMs of the present classes."""
+    small = _resize(cam.cam, cam.grid)
     scores = _competing_scores(small, present, config)
     affinity = _walked_affinity(cam, config)
     mask = window_mask(*cam.grid, config.affinity_radius, affinity.device)
@@ -222,6 +274,7 @@ def infer_pseudo(
     config: PseudoConfig,
     want: Collection[str],
     refined: bool = False,
+    num_slots: int | None = None,
 ) -> dict[str, Tensor]:
     """Make CAMs and pseudo labels of whole images.
 
@@ -232,6 +285,7 @@ def infer_pseudo(
         config: Settings.
         want: What to return, of `PSEUDO_KINDS`.
         refined: Also put `cam_label` and `propagated_label` through the low-level refinement.
+        num_slots: 1 + the largest number of tags of an image, if known on the host.
 
     Returns:
         By name: `cam` (B, C, H, W) in [0, 1], absent classes 0; `propagated` (B, K, H, W) scores after the walk;
@@ -241,13 +295,17 @@ def infer_pseudo(
     assert set(want) <= set(PSEUDO_KINDS), want
     walks = config.propagation != "none" and bool({"propagated", "propagated_label", "refined_label"} & set(want))
     size = (image.shape[2], image.shape[3])
-    cam = multi_scale_cam(score, image, scales=config.scales, affinity=walks)
-    present = present_classes(tags)
+    present = present_classes(tags, num_slots=num_slots)
+    foreground = present.foreground
+    picked = multi_scale_cam(score, image, scales=config.scales, affinity=walks, pick=foreground.gather)
+    cam = picked
+    if {"cam", "cam_label", "propagated", "propagated_label"} & set(want):
+        cam = dataclasses.replace(picked, cam=foreground.scatter(picked.cam, tags.shape[1]))
     refiner = Refiner(image, config)
-    box = torch.tensor([[0, size[0], 0, size[1]]], device=image.device).expand(image.shape[0], -1)
+    box = _whole_box(*size, image.device).expand(image.shape[0], -1)
     result: dict[str, Tensor] = {}
     if "cam" in want:
-        result["cam"] = cam.cam * (tags > 0)[:, :, None, None]
+        result["cam"] = cam.cam
     if "cam_label" in want:
         if refined:
             scores = present_scores(with_background(cam.cam, config.background_cam), tags, softmax=True)
@@ -262,19 +320,26 @@ def infer_pseudo(
             scores = refiner.in_box(scores, box) if refined else _resize(scores, size)
             result["propagated_label"] = scores.argmax(1)
     if "initial_label" in want or ("refined_label" in want and not walks):
-        label = initial_label(cam.cam, present, refiner, box, config=config)
+        label = _initial_label(picked.cam, present, refiner, box, config)
         result.update({kind: label for kind in ("initial_label", "refined_label") if kind in want})
     if "refined_label" in want and walks:
-        result["refined_label"] = refined_label(cam, present, refiner, box, config=config)
+        result["refined_label"] = _refined_label(picked, present, refiner, box, config)
     return result
+
+
+@functools.lru_cache(maxsize=64)
+def _whole_box(height: int, width: int, device: torch.device) -> Tensor:
+    """(1, 4) valid box of a whole image."""
+    return torch.tensor([[0, height, 0, width]], device=device)
 
 
 def _walked_affinity(cam: CamResult, config: PseudoConfig) -> Tensor:
     """(B, hw, hw) what the random walk walks on: the learned affinity or the mean attention."""
     assert cam.walk is not None
     if config.propagation == "attention":
-        assert cam.walk.attention_logits is not None
-        return mean_attention_affinity(cam.walk.attention_logits, scale=cam.walk.attention_scale)
+        logits = cam.walk.attention_logits
+        assert logits is not None
+        return mean_attention_affinity(logits, scale=cam.walk.attention_scale)
     assert cam.walk.affinity is not None
     return cam.walk.affinity
 
@@ -295,11 +360,6 @@ def _propagated_scores(cam: CamResult, tags: Tensor, config: PseudoConfig) -> Te
         epsilon=config.walk_epsilon,
         softmax=config.softmax_scores,
     )
-
-
-def _present_cam(cam: Tensor, present: PresentClasses) -> Tensor:
-    """CAMs of the foreground slots: (B, C, H, W) -> (B, P - 1, H, W)."""
-    return PresentClasses(present.index[:, 1:] - 1, present.valid[:, 1:]).gather(cam)
 
 
 def _competing_scores(cam: Tensor, present: PresentClasses, config: PseudoConfig) -> Tensor:

@@ -30,6 +30,18 @@ class PresentClasses:
         index = self.index.view(batch, slots, 1, 1).expand(-1, -1, *scores.shape[2:])
         return scores.gather(1, index)
 
+    @property
+    def foreground(self) -> PresentClasses:
+        """The slots after the background, as channels of a CAM: indices in 0..C-1."""
+        return PresentClasses(self.index[:, 1:] - 1, self.valid[:, 1:])
+
+    def scatter(self, scores: Tensor, num_channels: int) -> Tensor:
+        """Put the slots' channels back: (B, P, H, W) -> (B, num_channels, H, W), 0 in all others."""
+        batch, slots = self.index.shape
+        index = self.index.view(batch, slots, 1, 1).expand(-1, -1, *scores.shape[2:])
+        full = scores.new_zeros(batch, num_channels, *scores.shape[2:])
+        return full.scatter_add_(1, index, scores * self.valid[:, :, None, None])
+
     def to_class(self, slot: Tensor) -> Tensor:
         """Turn slot numbers into class indices: (B, H, W) int64 -> (B, H, W) int64."""
         return self.index.gather(1, slot.flatten(1)).view_as(slot)

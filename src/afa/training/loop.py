@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from afa import __version__
 from afa.build import build_network, read_classes
 from afa.config import Config, DataConfig, config_to_dict, config_to_toml, load_config
+from afa.data.layout import find_layout, open_tagged
 from afa.data.loader import resolve_workers, train_batches
-from afa.data.voc import ScoredImages, TaggedImages, open_scored, open_tagged
+from afa.data.pixel_cache import PixelCache, resolve_cache
+from afa.data.voc import ScoredImages, TaggedImages
 from afa.errors import AfaError
 from afa.evaluation.evaluate import evaluate
 from afa.model.network import AfaNetwork
-from afa.runtime import Processes, autocast, interrupts, progress_bar, say, seed_step
+from afa.runtime import Processes, interrupts, progress_bar, say
 from afa.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -29,18 +30,15 @@ from afa.training.checkpoint import (
     save_weights,
     write_atomically,
 )
+from afa.training.engine import TrainingEngine
 from afa.training.metrics import MetricsLog
-from afa.training.optimizer import build_optimizer, set_learning_rate, trained_parameters
 from afa.training.schedule import learning_rate, phase
-from afa.training.step import StepLosses, compute_losses, gradients_are_finite
-from afa.types import Batch, NetworkOutput
-
-MAX_SKIPPED_STEPS = 50
-"""Steps in a row whose gradients are not finite before a run gives up."""
+from afa.training.step import StepLosses
 
 _FREE_KEYS = frozenset(
-    {"data.root", "data.workers", "train.device", "train.log_steps", "train.eval_steps", "train.eval_images"}
-    | {"train.save_steps", "train.example_images", "train.tensorboard"}
+    {"data.root", "data.workers", "data.cache_gib", "evaluation.batch_size"}
+    | {"train.device", "train.cuda_graphs", "train.compile", "train.log_steps", "train.eval_steps"}
+    | {"train.eval_images", "train.save_steps", "train.example_images", "train.tensorboard"}
 )
 """Keys that may differ between a run and its resumption: none of them changes the weights."""
 
@@ -117,19 +115,17 @@ def train(
     processes.wait()
     torch.manual_seed(config.train.seed)
     network = build_network(config.model, len(images.classes)).to(device)
-    optimizer = build_optimizer(network, config.schedule)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+    engine = TrainingEngine(network, config, device=device, processes=processes)
     start, seconds_before = 0, 0.0
     checkpoint = latest_checkpoint(run) if resume else None
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, network)
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        engine.load_state_dict(state)
         start, seconds_before = state["step"], state["seconds"]
         if processes.is_main:
             say(f"resuming {run} after step {start} of {config.schedule.max_steps}")
     log = MetricsLog(run, resume_step=start, tensorboard=config.train.tensorboard) if processes.is_main else None
-    trainer = _Trainer(config, run, device, processes, network, optimizer, scaler, images, scored, log)
+    trainer = _Trainer(config, run, engine, images, scored, log)
     try:
         seconds = trainer.run_steps(start, seconds_before, progress=progress)
     finally:
@@ -150,31 +146,20 @@ class _Trainer:
         self,
         config: Config,
         run: Path,
-        device: torch.device,
-        processes: Processes,
-        network: AfaNetwork,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
+        engine: TrainingEngine,
         images: TaggedImages,
         scored: ScoredImages | None,
         log: MetricsLog | None,
     ) -> None:
         self.config = config
         self.run = run
-        self.device = device
-        self.processes = processes
-        self.network = network
-        self.optimizer = optimizer
-        self.scaler = scaler
+        self.engine = engine
+        self.device = engine.device
+        self.processes = engine.processes
+        self.network = engine.network
         self.images = images
         self.scored = scored
         self.log = log
-        self.parameters = trained_parameters(optimizer)
-        self.module: torch.nn.Module = network
-        if processes.count > 1:
-            # The phases leave decoder and affinity head unused at first.
-            self.module = DistributedDataParallel(network, find_unused_parameters=True)
-        self.skipped = 0
 
     def run_steps(self, start: int, seconds_before: float, *, progress: bool) -> float:
         """Do steps `start` .. max_steps - 1; returns the seconds of training, earlier ones included."""
@@ -189,7 +174,8 @@ class _Trainer:
             rank=self.processes.rank,
             world_size=self.processes.count,
             workers=resolve_workers(config.data.workers, processes=self.processes.count),
-            pin_memory=self.device.type == "cuda",
+            cache=PixelCache(len(self.images), resolve_cache(config.data.cache_gib, processes=self.processes.count)),
+            device=self.device if self.device.type == "cuda" else None,
         )
         sums = _Sums()
         began = time.perf_counter()
@@ -200,12 +186,13 @@ class _Trainer:
         with bar, interrupts() as asked_to_stop:
             task = bar.add_task("training", total=schedule.max_steps, completed=start, rate="", loss="")
             for batch in batches:
-                sums.add(self._step(step, batch))
+                sums.add(self.engine.take_step(step, batch))
                 step += 1
                 last = step == schedule.max_steps
                 now = time.perf_counter()
                 if step % config.train.log_steps == 0 or last:
                     rate = (step - line_step) * schedule.batch_size / (now - line_began)
+                    self.engine.check(step - 1)
                     line = self._log_line(step, sums, rate, seconds_before + now - began)
                     sums, line_began, line_step = _Sums(), now, step
                     text = _describe(line)
@@ -231,54 +218,6 @@ class _Trainer:
                     )
         return seconds_before + time.perf_counter() - began
 
-    def _step(self, step: int, batch: Batch) -> StepLosses:
-        config = self.config
-        num_slots = 1 + max(1, int(batch.tags.sum(1).max()))
-        batch = batch.to(self.device, non_blocking=True)
-        buffers = [buffer.clone() for buffer in self.network.buffers()]
-        seed_step(config.train.seed, step, self.processes.rank)
-        set_learning_rate(self.optimizer, step, config.schedule)
-        losses = compute_losses(
-            self._forward,
-            self._score,
-            batch,
-            config=config,
-            phase=phase(step, config.schedule, config.loss),
-            num_slots=num_slots,
-            total=self.processes.total if self.processes.count > 1 else None,
-            num_processes=self.processes.count,
-        )
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
-        self.scaler.unscale_(self.optimizer)
-        if config.schedule.grad_clip > 0:
-            torch.nn.utils.clip_grad_norm_(self.parameters, config.schedule.grad_clip)
-        finite = bool(gradients_are_finite(self.parameters))
-        # fp16's scaler skips an overflowing step itself and lowers its scale; in other precisions skipping is ours.
-        if finite or self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        if not finite:
-            # The forward pass may have put the same NaN into the batch statistics.
-            for buffer, before in zip(self.network.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-        self.skipped = 0 if finite else self.skipped + 1
-        if self.skipped > MAX_SKIPPED_STEPS:
-            raise AfaError(
-                f"the gradients of the last {self.skipped} steps up to step {step} were not finite; the weights are "
-                "still those before them; lower schedule.learning_rate or use --precision fp32"
-            )
-        return losses
-
-    def _forward(self, image: Tensor, segmentation: bool, affinity: bool) -> NetworkOutput:
-        with autocast(self.device, self.config.train.precision):
-            output: NetworkOutput = self.module(image, segmentation=segmentation, affinity=affinity)
-        return output
-
-    def _score(self, image: Tensor, affinity: bool) -> NetworkOutput:
-        with autocast(self.device, self.config.train.precision):
-            return self.network.score(image, affinity)
-
     def _log_line(self, step: int, sums: _Sums, rate: float, seconds: float) -> dict[str, Any]:
         config = self.config
         means = sums.means(self.processes)
@@ -303,11 +242,7 @@ class _Trainer:
 
     def _save(self, step: int, seconds: float) -> None:
         if self.processes.is_main:
-            state = {
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "seconds": seconds,
-            }
+            state = self.engine.state_dict() | {"seconds": seconds}
             save_checkpoint(self.run, step=step, network=self.network, state=state)
 
     def _evaluate(self, step: int) -> None:
@@ -322,6 +257,7 @@ class _Trainer:
             device=self.device,
             precision=self.config.train.precision,
             limit=self.config.train.eval_images,
+            batch_size=self.config.evaluation.batch_size,
             progress=False,
         )
         self.network.train()
@@ -348,14 +284,13 @@ def open_validation(config: Config, *, tell: bool = False) -> ScoredImages | Non
     data = config.data
     if not data.val_list:
         return None
-    root = Path(data.root)
-    if data.val_list == DataConfig().val_list:
-        for needed in (root / data.val_list, root / data.mask_dir):
-            if not needed.exists():
-                if tell:
-                    say(f"no {needed}: the run will not be scored")
-                return None
-    return open_scored(data)
+    layout = find_layout(data)
+    if data.val_list == DataConfig().val_list and not (layout.has_validation and layout.has_masks):
+        if tell:
+            missing = "masks" if layout.has_validation else data.val_list
+            say(f"no {Path(data.root) / missing}: the run will not be scored")
+        return None
+    return layout.scored()
 
 
 def _prepare_run(run: Path, config: Config, classes: tuple[str, ...], *, resume: bool) -> None:

@@ -27,7 +27,7 @@ def build_optimizer(network: AfaNetwork, schedule: ScheduleConfig) -> torch.opti
     for parameter in norms:
         parameter.requires_grad_(not schedule.freeze_norms)
     norm_ids = {id(parameter) for parameter in norms}
-    encoder = [parameter for parameter in network.backbone.parameters() if id(parameter) not in norm_ids]
+    encoder = [p for p in network.backbone.parameters() if id(p) not in norm_ids and p.requires_grad]
     encoder_ids = {id(parameter) for parameter in network.backbone.parameters()}
     heads = [parameter for parameter in network.parameters() if id(parameter) not in encoder_ids]
     base, decay = schedule.learning_rate, schedule.weight_decay
@@ -37,14 +37,24 @@ def build_optimizer(network: AfaNetwork, schedule: ScheduleConfig) -> torch.opti
     ]
     if not schedule.freeze_norms:
         groups.append({"params": norms, "base_lr": base, "weight_decay": 0.0})
-    return torch.optim.AdamW(groups, lr=base, betas=schedule.betas)
+    groups = [group for group in groups if group["params"]]
+    on_gpu = next(network.parameters()).device.type == "cuda"
+    for group in groups:
+        group["lr"] = torch.tensor(group["base_lr"])
+    return torch.optim.AdamW(groups, betas=schedule.betas, fused=True, capturable=on_gpu)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, schedule: ScheduleConfig) -> None:
-    """Set each group's learning rate to that of a step."""
+    """Set each group's learning rate to that of a step.
+
+    The rate is a tensor beside the group's weights and is written in place: a recorded step reads the new value.
+    """
     factor = learning_rate_factor(step, schedule)
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        device = group["params"][0].device
+        if group["lr"].device != device:
+            group["lr"] = group["lr"].to(device)
+        group["lr"].fill_(group["base_lr"] * factor)
 
 
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -1,0 +1,217 @@
+"""What training would cost on this machine, from a few real steps of each phase with random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from afa.build import build_network
+from afa.config import Config
+from afa.data.pixel_cache import free_memory, resolve_cache
+from afa.errors import AfaError
+from afa.training.engine import TrainingEngine
+from afa.training.schedule import phase
+from afa.types import Batch
+
+_PROBE_SECONDS: Final = 10.0  # a step of the whole batch that would take longer is estimated from smaller ones
+_TIMED_STEPS: Final = 3
+_TIMED_SECONDS: Final = 3.0  # on a CPU no further step is timed after this
+_GPU_WARMUP: Final = 3  # the third step of a kind is recorded, later ones are replayed
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """Cost of a phase.
+
+    Attributes:
+        name: `cls`, `initial` or `refined`.
+        steps: How many steps it has.
+        step_seconds: About how long one takes.
+    """
+
+    name: str
+    steps: int
+    step_seconds: float
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """Cost of a training, without decoding, evaluation and the time of the start.
+
+    Attributes:
+        device: Where it was measured.
+        phases: Its phases, those without steps left out.
+        memory: About the most bytes that it takes, of the GPU's memory or of this process's; 0 where not known.
+        measured_batch: Images in the steps that were timed; with fewer than the batch has, the rest is in proportion.
+    """
+
+    device: str
+    phases: tuple[PhaseCost, ...]
+    memory: int
+    measured_batch: int
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return sum(phase.steps for phase in self.phases)
+
+    @property
+    def seconds(self) -> float:
+        """About how long the steps take."""
+        return sum(phase.steps * phase.step_seconds for phase in self.phases)
+
+
+@dataclass(frozen=True)
+class CacheCost:
+    """Memory for decoded images.
+
+    Attributes:
+        needed: Bytes of all training images.
+        given: Bytes that the cache may take, by `data.cache_gib`.
+        free: Bytes that are free now; 0 where not known.
+    """
+
+    needed: int
+    given: int
+    free: int
+
+
+def phase_steps(config: Config) -> list[tuple[int, int]]:
+    """The phases of a training that have steps.
+
+    Args:
+        config: Settings.
+
+    Returns:
+        First step and number of steps of each.
+
+    >>> phase_steps(Config())
+    [(0, 2000), (2000, 4001), (6001, 13999)]
+    """
+    schedule = config.schedule
+    bounds = [0, schedule.cls_steps, schedule.refined_steps + 1, schedule.max_steps]
+    bounds = [min(bound, schedule.max_steps) for bound in bounds]
+    return [(start, end - start) for start, end in pairwise(bounds) if end > start]
+
+
+def measure_cost(config: Config, tags: NDArray[np.bool_], *, device: torch.device) -> TrainingCost:
+    """Take a few steps of each phase with random weights and pixels.
+
+    Where a step would take long, as on a CPU, steps of two images stand for those of the batch, in proportion.
+
+    Args:
+        config: Settings.
+        tags: (N, C) tags of the training images: the cost depends on how many an image has.
+        device: Where to train.
+
+    Returns:
+        What the training would cost.
+
+    Raises:
+        AfaError: It does not fit into memory; the network cannot be built.
+    """
+    batch_size = config.schedule.batch_size
+    spread = np.linspace(0, len(tags) - 1, max(batch_size, 2)).astype(np.int64)
+    chosen = torch.from_numpy(tags[spread].astype(np.float32))
+    settings = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=False))
+    starts = phase_steps(config)
+    try:
+        network = build_network(config.model, tags.shape[1], pretrained=False).to(device).train()
+        engine = TrainingEngine(network, settings, device=device)
+
+        def run(size: int) -> list[float]:
+            batch = _synthetic_batch(chosen[:size], config.augment.crop_size)
+            return [_time_steps(engine, step, batch) for step, _ in starts]
+
+        measured = batch_size
+        if device.type == "cpu":
+            fixed = _memory("VmRSS") + 3 * sum(4 * weight.numel() for weight in engine.parameters)
+            measured = min(2, batch_size)
+            engine.take_step(0, _synthetic_batch(chosen[:measured], config.augment.crop_size))
+            seconds = run(measured)
+            if max(seconds) * batch_size / measured <= _PROBE_SECONDS:
+                seconds, measured = run(batch_size), batch_size
+            share = batch_size / measured
+            seconds = [each * share for each in seconds]
+            # Weights, gradients and optimizer stay as they are; activations grow with the batch.
+            peak = _memory("VmHWM")
+            memory = max(peak, int(fixed + (peak - fixed) * share))
+        else:
+            seconds = run(batch_size)
+            memory = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "memory" not in str(error):
+            raise
+        raise AfaError(
+            f"training does not fit into the memory of {_device_name(device)} with schedule.batch_size {batch_size} "
+            f"and augment.crop_size {config.augment.crop_size}; lower one of them"
+        ) from None
+    phases = [
+        PhaseCost(phase(start, config.schedule, config.loss).name, steps, each)
+        for (start, steps), each in zip(starts, seconds, strict=True)
+    ]
+    return TrainingCost(_device_name(device), tuple(phases), memory, measured)
+
+
+def measure_cache(config: Config, sizes: NDArray[np.int32], num_images: int) -> CacheCost:
+    """Compare the decoded training images with the memory for them.
+
+    Args:
+        config: Settings.
+        sizes: (n, 2) height and width of those that were read, at least one, pixels.
+        num_images: Number of all training images.
+    """
+    mean = float(np.prod(sizes, axis=1, dtype=np.int64).mean()) * 3
+    return CacheCost(int(mean * num_images), resolve_cache(config.data.cache_gib), free_memory())
+
+
+def _synthetic_batch(tags: torch.Tensor, crop_size: int) -> Batch:
+    size = len(tags)
+    generator = torch.Generator().manual_seed(0)
+    return Batch(
+        image=torch.randint(0, 256, (size, 3, crop_size, crop_size), dtype=torch.uint8, generator=generator),
+        tags=tags,
+        valid_box=torch.tensor([[0, crop_size, 0, crop_size]]).repeat(size, 1),
+        names=("",) * size,
+    )
+
+
+def _time_steps(engine: TrainingEngine, step: int, batch: Batch) -> float:
+    """Seconds of a step: the shortest of a few, as other programs only slow it down."""
+    on_cpu = engine.device.type == "cpu"
+    seconds: list[float] = []
+    while len(seconds) < _TIMED_STEPS + (0 if on_cpu else _GPU_WARMUP) and not (
+        on_cpu and sum(seconds) > _TIMED_SECONDS
+    ):
+        began = time.perf_counter()
+        engine.take_step(step, batch)
+        if not on_cpu:
+            torch.accelerator.synchronize(engine.device)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[-_TIMED_STEPS:])
+
+
+def _memory(field: str) -> int:
+    """Bytes of a field in /proc/self/status; 0 where there is none (other than Linux)."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    threads = torch.get_num_threads()
+    return f"CPU with {threads} thread{'' if threads == 1 else 's'}"

@@ -1,0 +1,388 @@
+"""COCO to the VOC layout: semantic masks, lists and tags from an instances file.
+
+    python -m afa.data.coco INSTANCES.json IMAGES OUT --split train
+
+The masks have the categories by ascending id as 1..C (80 for COCO, so 81 classes with the background), and 255 for
+crowds. They serve evaluation only. Tags alone are read by `afa.data.exports`, which never sees an outline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.progress import track
+
+from afa.data.exports import coco_id
+from afa.data.files import ImageFiles, check_paths
+from afa.data.json_stream import iterate_json
+from afa.data.palette import write_index_png
+from afa.data.tables import TagEntry, shown
+from afa.data.tags import check_classes, read_tags
+from afa.errors import AfaError
+from afa.types import IGNORE_INDEX
+
+_FINE: Final = 7  # Polygons are drawn this much larger, and the middle of each block of pixels is taken: an odd number.
+_MAX_PIXELS: Final = 100_000_000
+
+
+class Instance(NamedTuple):
+    """An annotated object.
+
+    Attributes:
+        category: Id of its category.
+        is_crowd: Whether it is a crowd, whose pixels are ignored.
+        polygons: Its outline: (P, 2) float32 arrays of x and y, pixels.
+        counts: Or its run lengths as COCO writes them: whole numbers or a compressed text.
+    """
+
+    category: int
+    is_crowd: bool
+    polygons: tuple[NDArray[np.float32], ...] = ()
+    counts: tuple[int, ...] | str = ""
+
+
+@dataclass(frozen=True)
+class CocoSummary:
+    """What a conversion did.
+
+    Attributes:
+        num_images: Images with an annotation: those that the list names.
+        num_without: Images without any, which are left out.
+        num_written: Masks that were written now; the others were there.
+    """
+
+    num_images: int
+    num_without: int
+    num_written: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_images:,} images with annotations, {self.num_without:,} without left out; "
+            f"{self.num_written:,} masks written, {self.num_images - self.num_written:,} there before"
+        )
+
+
+def convert_coco(instances: Path, images: Path, out: Path, *, split: str, progress: bool = True) -> CocoSummary:
+    """Write a split of COCO as a data set in the VOC layout; call it again for the other split.
+
+    The images stay where they are: OUT/JPEGImages gets a link to their folder. Masks that are there are left as they
+    are, so an interrupted call goes on where it stopped; lists and tags are written last.
+
+    Args:
+        instances: Instances JSON.
+        images: Folder of the images that it names.
+        out: Folder to write, made if missing.
+        split: Name of the list, such as train or val.
+        progress: Show progress on standard error.
+
+    Returns:
+        What was done.
+
+    Raises:
+        AfaError: The file is no instances JSON, or an outline in it is malformed; an image is missing; OUT holds other
+            classes or other images; a file cannot be written.
+    """
+    if not split.isidentifier():
+        raise AfaError(f"--split is {shown(split)}; use a word such as train or val")
+    if not instances.is_file():
+        raise AfaError(f"{instances}: no such file; give the instances JSON of COCO")
+    if not images.is_dir():
+        raise AfaError(f"{images}: no such folder; give the folder of the images that {instances.name} names")
+    names, sizes, annotated = _read_instances(instances)
+    classes = tuple(names[number] for number in sorted(names))
+    check_classes(classes, str(instances))
+    index = {number: position for position, number in enumerate(sorted(names), start=1)}
+    try:
+        (out / "lists").mkdir(parents=True, exist_ok=True)
+        prefix = _link_images(images, out / "JPEGImages")
+        _write_classes(out / "classes.txt", classes)
+        found = ImageFiles(images)
+        chosen = {number: sizes[number] for number in sorted(annotated)}
+        paths = _find_all(found, chosen, instances)
+        stems = [f"{prefix}/{name}" for name in check_paths(paths, images)]
+        num_written = 0
+        jobs = list(zip(stems, chosen.items(), strict=True))
+        for stem, (number, image) in track(
+            jobs, f"Masks of {split}", console=Console(stderr=True), disable=not progress
+        ):
+            path = out / "SegmentationClassAug" / f"{stem}.png"
+            if path.is_file():
+                continue
+            mask = semantic_mask(
+                annotated[number], index, image.height, image.width, where=f"{instances}, image {image.file!r}"
+            )
+            write_index_png(path, mask)
+            num_written += 1
+        tags = {
+            stem: tuple(dict.fromkeys(names[c] for c in sorted({i.category for i in annotated[number]})))
+            for stem, number in zip(stems, chosen, strict=True)
+        }
+        _write_tags(out / "lists" / "tags.csv", tags, classes)
+        _replace(out / "lists" / f"{split}.txt", "".join(f"{stem}\n" for stem in stems))
+    except OSError as error:
+        raise AfaError(f"{out}: cannot be written ({error.strerror}); free space or choose another folder") from None
+    return CocoSummary(len(stems), len(sizes) - len(stems), num_written)
+
+
+def semantic_mask(
+    instances: Sequence[Instance], index: Mapping[int, int], height: int, width: int, *, where: str
+) -> NDArray[np.uint8]:
+    """Paint the instances of an image into one mask.
+
+    Crowds lie lowest, then the instances from the largest to the smallest, so that what is in front of or within a
+    larger object stays.
+
+    Args:
+        instances: The objects of the image.
+        index: Category id -> mask value.
+        height: Of the image, pixels.
+        width: Of the image, pixels.
+        where: File and image, for messages.
+
+    Returns:
+        (height, width) uint8: 0 background, the value of each category, 255 where only crowds are.
+
+    Raises:
+        AfaError: An outline is malformed.
+    """
+    mask = np.zeros((height, width), dtype=np.uint8)
+    layers: list[tuple[bool, int, int, NDArray[np.bool_]]] = []
+    for instance in instances:
+        try:
+            shape = fill_polygons(instance.polygons, height, width)
+            if instance.counts:
+                shape |= decode_runs(instance.counts, height, width)
+        except AfaError as error:
+            raise AfaError(f"{where}: {error}") from None
+        value = IGNORE_INDEX if instance.is_crowd else index[instance.category]
+        layers.append((instance.is_crowd, int(shape.sum()), value, shape))
+    for *_, value, shape in sorted(layers, key=lambda layer: layer[:2], reverse=True):
+        mask[shape] = value
+    return mask
+
+
+def fill_polygons(polygons: Sequence[NDArray[np.float32]], height: int, width: int) -> NDArray[np.bool_]:
+    """The pixels whose middle lies within any of the polygons.
+
+    Args:
+        polygons: (P, 2) arrays of x and y, pixels; the left and upper edge of the image is 0.
+        height: Of the image, pixels.
+        width: Of the image, pixels.
+
+    Returns:
+        (height, width), True within.
+    """
+    filled = np.zeros((height, width), dtype=bool)
+    for polygon in polygons:
+        left, top = np.clip(np.floor(polygon.min(axis=0)), 0, (width, height)).astype(int)
+        right, bottom = np.clip(np.ceil(polygon.max(axis=0)), 0, (width, height)).astype(int)
+        if left >= right or top >= bottom:
+            continue
+        canvas = Image.new("1", (int(right - left) * _FINE, int(bottom - top) * _FINE))
+        far = 4.0 * max(height, width)  # what lies farther out makes no difference that one could see
+        points = (np.clip(polygon, -far, far) - (left, top)) * _FINE - 0.5
+        ImageDraw.Draw(canvas).polygon([(float(x), float(y)) for x, y in points], fill=1)
+        filled[top:bottom, left:right] |= np.asarray(canvas)[_FINE // 2 :: _FINE, _FINE // 2 :: _FINE]
+    return filled
+
+
+def decode_runs(counts: Sequence[int] | str, height: int, width: int) -> NDArray[np.bool_]:
+    """Decode run lengths as COCO writes them: zeros, ones, zeros, ... down the columns, from the left.
+
+    In the compressed text each character above `0` has five bits of a number, lowest first, and a sixth that says
+    whether more follow; from the fourth number on, numbers are differences to the one two before.
+
+    Args:
+        counts: Run lengths, or their compressed text.
+        height: Of the mask, pixels.
+        width: Of the mask, pixels.
+
+    Returns:
+        (height, width), True in the runs of ones.
+
+    Raises:
+        AfaError: The text is malformed, or the runs do not fill the mask.
+
+    >>> decode_runs([1, 2, 1], 2, 2).astype(int).tolist()
+    [[0, 1], [1, 0]]
+    """
+    lengths = _uncompress(counts) if isinstance(counts, str) else list(counts)
+    if any(n < 0 for n in lengths) or sum(lengths) != height * width:
+        raise AfaError(f"run lengths that do not fill a mask of {width}x{height} pixels; export the file anew")
+    values = np.arange(len(lengths)) % 2 == 1
+    flat: NDArray[np.bool_] = np.repeat(values, lengths)
+    return flat.reshape(width, height).T
+
+
+def _uncompress(text: str) -> list[int]:
+    lengths: list[int] = []
+    number = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 60:
+            raise AfaError("compressed run lengths with an unknown character; export the file anew")
+        number |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:
+                number -= 1 << shift
+            lengths.append(number + (lengths[-2] if len(lengths) > 2 else 0))
+            number = shift = 0
+    if shift:
+        raise AfaError("compressed run lengths that end too early; export the file anew")
+    return lengths
+
+
+class _ImageInfo(NamedTuple):
+    file: str
+    height: int
+    width: int
+
+
+def _read_instances(path: Path) -> tuple[dict[int, str], dict[int, _ImageInfo], dict[int, list[Instance]]]:
+    """Category names, images, and the instances of each annotated image, by id. One pass; outlines are kept compact."""
+    names: dict[int, str] = {}
+    images: dict[int, _ImageInfo] = {}
+    annotated: dict[int, list[Instance]] = {}
+    for key, part in iterate_json(path):
+        if key not in ("images", "annotations", "categories") or part == []:
+            continue
+        if key == "categories":
+            number, name = coco_id(part, "id", path), part.get("name")
+            if not isinstance(name, str) or not name.strip() or number in names:
+                raise AfaError(f"{path}: category {number} has no name, or is there twice; correct the categories")
+            names[number] = name.strip()
+        elif key == "images":
+            number = coco_id(part, "id", path)
+            info = _ImageInfo(part.get("file_name"), coco_id(part, "height", path), coco_id(part, "width", path))
+            if not isinstance(info.file, str) or number in images:
+                raise AfaError(f"{path}: image {number} has no file_name, or is there twice; correct the images")
+            if min(info.height, info.width) < 1 or info.height * info.width > _MAX_PIXELS:
+                raise AfaError(f"{path}: image {number} has {info.width}x{info.height} pixels; correct the images")
+            images[number] = info
+        else:
+            instance = _instance(part, path)
+            annotated.setdefault(coco_id(part, "image_id", path), []).append(instance)
+    for number, instances in annotated.items():
+        unknown = [instance.category for instance in instances if instance.category not in names]
+        if number not in images or unknown:
+            what = f"image id {number}" if number not in images else f"category id {unknown[0]}"
+            raise AfaError(f"{path}: an annotation has {what}, which the file does not list; correct it")
+    if not annotated:
+        raise AfaError(f"{path}: no annotations; give a COCO instances file")
+    return names, images, annotated
+
+
+def _instance(part: Any, path: Path) -> Instance:
+    category, is_crowd = coco_id(part, "category_id", path), bool(part.get("iscrowd"))
+    where = f"{path}, annotation {shown(part.get('id'))}"
+    segmentation = part.get("segmentation")
+    if isinstance(segmentation, dict):
+        counts = segmentation.get("counts")
+        if isinstance(counts, str):
+            return Instance(category, is_crowd, counts=counts)
+        if isinstance(counts, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in counts):
+            return Instance(category, is_crowd, counts=tuple(counts))
+        raise AfaError(f"{where}: its counts are neither whole numbers nor a text; export the file anew")
+    polygons = []
+    for polygon in segmentation if isinstance(segmentation, list) else [None]:
+        try:
+            points = np.array(polygon, dtype=np.float32)
+        except (ValueError, TypeError, OverflowError):
+            points = np.full(1, np.nan, dtype=np.float32)
+        if points.ndim != 1 or points.size % 2 or not np.isfinite(points).all():
+            raise AfaError(f"{where}: its segmentation is no list of polygons x,y,x,y,...; give an instances file")
+        if points.size >= 6:  # fewer points have no area
+            polygons.append(points.reshape(-1, 2))
+    return Instance(category, is_crowd, polygons=tuple(polygons))
+
+
+def _find_all(found: ImageFiles, images: Mapping[int, _ImageInfo], path: Path) -> list[str]:
+    paths = [found.find(TagEntry(str(path), image.file, ())) for image in images.values()]
+    missing = [image.file for image, file in zip(images.values(), paths, strict=True) if file is None]
+    if missing:
+        raise AfaError(
+            f"{path}: {found.folder} has no image {shown(missing[0])} ({len(missing)} of {len(images)} missing); "
+            "give the folder of this split's images"
+        )
+    return [file for file in paths if file is not None]
+
+
+def _link_images(images: Path, folder: Path) -> str:
+    """Make the images visible below JPEGImages; their folder's path there."""
+    target = images.resolve()
+    if target.is_relative_to(folder.resolve()) and target != folder.resolve():
+        return target.relative_to(folder.resolve()).as_posix()
+    link = folder / target.name
+    if link.exists():
+        if link.resolve() != target:
+            raise AfaError(f"{link}: leads to other images than {images}; choose another OUT")
+        return target.name
+    folder.mkdir(exist_ok=True)
+    try:
+        link.symlink_to(target, target_is_directory=True)
+    except OSError as error:
+        raise AfaError(f"{link}: cannot be made a link ({error.strerror}); move the images there") from None
+    return target.name
+
+
+def _write_classes(path: Path, classes: Sequence[str]) -> None:
+    text = "".join(f"{name}\n" for name in classes)
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise AfaError(f"{path}: lists other classes; choose another OUT")
+    _replace(path, text)
+
+
+def _write_tags(path: Path, tags: Mapping[str, tuple[str, ...]], classes: Sequence[str]) -> None:
+    """Write the tags, beside those that the other split's call wrote."""
+    merged = (dict(read_tags(path, classes)) if path.is_file() else {}) | dict(tags)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("image", "tags"))
+    table.writerows((name, ";".join(merged[name])) for name in sorted(merged))
+    _replace(path, text.getvalue())
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the conversion from the command line.
+
+    Args:
+        arguments: Words after the program's name; None takes those of the process.
+
+    Returns:
+        Exit status: 0, or 2 for a mistake of the user.
+    """
+    parser = argparse.ArgumentParser(prog="python -m afa.data.coco", description="COCO instances to the VOC layout.")
+    parser.add_argument("instances", type=Path, help="instances JSON, such as instances_train2014.json")
+    parser.add_argument("images", type=Path, help="folder of its images")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--split", required=True, help="name of the list: train or val")
+    parsed = parser.parse_args(arguments)
+    try:
+        print(convert_coco(parsed.instances, parsed.images, parsed.out, split=parsed.split))
+    except AfaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

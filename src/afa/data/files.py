@@ -1,0 +1,203 @@
+"""Which images lie below a folder, and which of them a list of tags means: one walk, no image opened."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from afa.data.images import IMAGE_SUFFIXES
+from afa.data.tables import TagEntry, shown
+from afa.data.tags import is_plain
+from afa.errors import AfaError
+
+
+def walk_files(folder: Path, suffixes: Collection[str], *, skip: Callable[[str], bool] | None = None) -> Iterator[str]:
+    """Yield the files below a folder, each once, without a look at any but folders and links.
+
+    Folders that are links are entered too, each folder once, so that links in a circle end. Hidden files and folders
+    are passed over.
+
+    Args:
+        folder: Where to begin.
+        suffixes: Lower-case suffixes, with the dot, of the files to yield.
+        skip: Told the path of a folder below `folder`, whether to pass over it.
+
+    Returns:
+        Iterator of paths below `folder`, with slashes, sorted within each folder.
+    """
+    status = os.stat(folder)
+    seen = {(status.st_dev, status.st_ino)}
+    pending = [""]
+    while pending:
+        below = pending.pop()
+        try:
+            with os.scandir(folder / below) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            raise AfaError(f"{folder / below}: cannot be listed ({error.strerror}); allow it or take it out") from None
+        folders = []
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            path = f"{below}{entry.name}"
+            if os.path.splitext(entry.name)[1].lower() in suffixes and entry.is_file():
+                yield path
+            elif entry.is_dir() and not (skip is not None and skip(path)):
+                status = os.stat(folder / path)
+                if (status.st_dev, status.st_ino) not in seen:
+                    seen.add((status.st_dev, status.st_ino))
+                    folders.append(f"{path}/")
+        pending += reversed(folders)
+
+
+def stem_of(path: str) -> str:
+    """A path without its last suffix.
+
+    >>> stem_of("a.b/c.d.jpg")
+    'a.b/c.d'
+    """
+    return os.path.splitext(path)[0]
+
+
+class ImageFiles:
+    """The images below a folder, found by what people write for them."""
+
+    def __init__(self, folder: Path, *, skip: Callable[[str], bool] | None = None) -> None:
+        """Walk the folder.
+
+        Args:
+            folder: The folder.
+            skip: As of `walk_files`.
+        """
+        self.folder = folder
+        self.paths: tuple[str, ...] = tuple(walk_files(folder, IMAGE_SUFFIXES, skip=skip))
+        self._views: dict[str, dict[str, list[str]]] = {}
+
+    def find(self, entry: TagEntry, *, lacks: str = "", drop: Sequence[str] = (), loose: bool = False) -> str | None:
+        """The image that an entry means.
+
+        A path below the folder is taken as it is; else letter case, Unicode form and suffix may differ, and leading
+        folders may be missing, as long as exactly one image fits.
+
+        Args:
+            entry: Names the image.
+            lacks: Prefix, ending in a slash, that the text may lack: its paths begin in that folder.
+            drop: Prefixes, ending in a slash, that the text may have before the path below the folder.
+            loose: Also drop leading folders of the text, and the prefix that Label Studio gives to uploaded files.
+
+        Returns:
+            Its path below the folder, or None where there is none.
+
+        Raises:
+            AfaError: The text leads out of the folder, or several images fit.
+        """
+        text = self._inside(entry)
+        texts = [f"{lacks}{text}", *(text.removeprefix(prefix) for prefix in drop), text]
+        if loose:
+            parts = text.split("/")
+            texts += ["/".join(parts[cut:]) for cut in range(1, len(parts))]
+            texts += [re.sub(r"^[0-9a-f]{8}-", "", parts[-1])]
+        for view in _VIEWS:
+            for candidate in texts:
+                found = self._look_up(view, candidate)
+                if len(found) > 1:
+                    raise AfaError(
+                        f"{entry.where}: image {shown(entry.image)} may be {shown(found[0])} or {shown(found[1])} of "
+                        f"{self.folder}; write its path and suffix"
+                    )
+                if found:
+                    return found[0]
+        return None
+
+    def _inside(self, entry: TagEntry) -> str:
+        """The text as a path with slashes below the folder."""
+        text = entry.image
+        if text in self._view("path"):
+            return text
+        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", text):
+            raise AfaError(
+                f"{entry.where}: image {shown(text)} is an address; put the image below {self.folder} and "
+                "write its path"
+            )
+        text = text.replace("\\", "/")
+        if text.startswith("/") and "\0" not in text:
+            for start in (self.folder, self.folder.absolute(), self.folder.resolve()):
+                if PurePosixPath(text).is_relative_to(start.as_posix()):
+                    text = PurePosixPath(text).relative_to(start.as_posix()).as_posix()
+                    break
+        parts = [part for part in text.split("/") if part not in ("", ".")]
+        if text.startswith("/") or ".." in parts or re.match(r"[a-zA-Z]:/", text):
+            raise AfaError(
+                f"{entry.where}: image {shown(entry.image)} leads out of {self.folder}; refused: "
+                "write paths below that folder"
+            )
+        return "/".join(parts)
+
+    def _view(self, name: str) -> dict[str, list[str]]:
+        if name not in self._views:
+            view: dict[str, list[str]] = {}
+            key = _VIEWS[name]
+            for path in self.paths:
+                view.setdefault(key(path), []).append(path)
+            self._views[name] = view
+        return self._views[name]
+
+    def _look_up(self, view: str, text: str) -> list[str]:
+        found = self._view(view).get(_VIEWS[view](text), [])
+        if view.startswith("last"):
+            # The folders that the text does have must fit too.
+            found = [
+                path for path in found if f"/{_plain(stem_of(path))}".endswith(f"/{_plain(_without_suffix(text))}")
+            ]
+        return found
+
+
+def _plain(path: str) -> str:
+    return unicodedata.normalize("NFC", path).casefold()
+
+
+def _without_suffix(path: str) -> str:
+    stem, suffix = os.path.splitext(path)
+    return stem if suffix.lower() in IMAGE_SUFFIXES else path
+
+
+_VIEWS: Final[dict[str, Callable[[str], str]]] = {
+    "path": lambda path: path,
+    "normal path": lambda path: unicodedata.normalize("NFC", path),
+    "stem": lambda path: unicodedata.normalize("NFC", _without_suffix(path)),
+    "any case": lambda path: _plain(_without_suffix(path)),
+    "last, suffix": lambda path: _plain(path.rsplit("/", 1)[-1]),
+    "last": lambda path: _plain(_without_suffix(path.rsplit("/", 1)[-1])),
+}
+"""What of a path must agree, the strictest first."""
+
+
+def check_paths(paths: Iterable[str], folder: Path) -> tuple[str, ...]:
+    """The names of images: their paths without suffix, checked to stay apart as files on any system.
+
+    Args:
+        paths: Paths of images below `folder`.
+        folder: The folder, for messages.
+
+    Returns:
+        The names in the order of the paths.
+
+    Raises:
+        AfaError: Two names are the same, or differ in case or Unicode form only; one has control characters.
+    """
+    names = []
+    seen: dict[str, str] = {}
+    for path in paths:
+        name = stem_of(path)
+        if not is_plain(name):
+            raise AfaError(f"{folder}: the file name {shown(path)} has control characters; rename the file")
+        other = seen.setdefault(_plain(name), path)
+        if other != path:
+            same = "have the same name" if stem_of(other) == name else "differ in case or accents only"
+            raise AfaError(f"{folder}: {shown(other)} and {shown(path)} {same}; keep or rename one of them")
+        names.append(name)
+    return tuple(names)

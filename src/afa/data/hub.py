@@ -1,0 +1,114 @@
+"""A data set of the `datasets` library as training images; the library itself is the caller's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from afa.data.images import _to_rgb
+from afa.data.tables import SINGLE_TAG_COLUMNS, TAG_COLUMNS, shown
+from afa.data.tags import check_classes, unknown_class
+from afa.data.voc import TaggedImages
+from afa.errors import AfaError
+
+
+class DatasetImages(TaggedImages):
+    """Images of a `datasets.Dataset`, decoded by it one at a time. Built by `tagged_dataset`."""
+
+    def __init__(
+        self, dataset: Any, image_column: str, *, classes: tuple[str, ...], rows: NDArray[np.int64], tags: NDArray[Any]
+    ) -> None:
+        """Keep the rows that have tags.
+
+        Args:
+            dataset: Has the images.
+            image_column: Column of the images.
+            classes: C class names.
+            rows: (N,) int64 row of each image.
+            tags: (N, C) bool.
+        """
+        width = len(str(len(dataset)))
+        names = tuple(f"{row:0{width}d}" for row in rows.tolist())
+        super().__init__(classes=classes, names=names, paths=[Path(name) for name in names], tags=tags)
+        self._dataset, self._column, self._rows = dataset, image_column, rows
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """Read an image.
+
+        Returns:
+            (H, W, 3) uint8 RGB.
+
+        Raises:
+            AfaError: The row holds no readable image.
+        """
+        row = int(self._rows[index])
+        try:
+            image = self._dataset[row][self._column]
+        except Exception as error:  # Decoders raise nearly anything on a broken file.
+            raise AfaError(f"row {row}: cannot be read as an image ({shown(str(error))}); leave it out") from None
+        if not isinstance(image, Image.Image):
+            raise AfaError(f"row {row}: {self._column!r} holds a {type(image).__name__}; cast it to datasets.Image()")
+        return _to_rgb(image, Path(f"row {row}"))
+
+
+def tagged_dataset(
+    dataset: Any, *, image_column: str = "", tag_column: str = "", classes: tuple[str, ...] = ()
+) -> TaggedImages:
+    """Take the images and tags of a `datasets.Dataset`.
+
+    Args:
+        dataset: One split, with a column of images and a column of tags: `ClassLabel`, a list of them, or texts.
+        image_column: Column of the images; empty: the first of type `Image`.
+        tag_column: Column of the tags; empty: the first usual name, such as tags, labels, label.
+        classes: Class names in index order; none: those of the `ClassLabel`, else the tags, sorted.
+
+    Returns:
+        The rows with at least one tag. Their names are their row numbers.
+
+    Raises:
+        AfaError: A column is missing or of another type; a class is unknown; no row has a tag.
+    """
+    features = getattr(dataset, "features", None)
+    if not isinstance(features, dict):
+        raise AfaError("the data set has no features; give one split of it, such as load_dataset(..., split='train')")
+    images = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
+    image_column = image_column or next(iter(images), "")
+    if image_column not in images:
+        raise AfaError(f"the data set has no image column {image_column!r}; its image columns: {', '.join(images)}")
+    usual = [name for name in TAG_COLUMNS + SINGLE_TAG_COLUMNS if name in features]
+    tag_column = tag_column or next(iter(usual), "")
+    if tag_column not in features:
+        raise AfaError(f"the data set has no tag column {tag_column!r}; its columns: {', '.join(features)}")
+    feature = features[tag_column]
+    labels = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
+    rows = [_tags(value, labels, tag_column) for value in dataset.select_columns([tag_column])[:][tag_column]]
+    classes = classes or tuple(labels or sorted({tag for tags in rows for tag in tags}))
+    check_classes(classes, f"column {tag_column!r}")
+    index = {name: position for position, name in enumerate(classes)}
+    matrix = np.zeros((len(rows), len(classes)), dtype=bool)
+    for row, tags in enumerate(rows):
+        for tag in tags:
+            if tag not in index:
+                raise AfaError(f"row {row}: unknown tag {shown(tag)}; {unknown_class(tag[:100], classes)}")
+            matrix[row, index[tag]] = True
+    kept = np.flatnonzero(matrix.any(axis=1))
+    if not kept.size:
+        raise AfaError(f"no row of the data set has a tag in column {tag_column!r}; name another column")
+    return DatasetImages(dataset, image_column, classes=classes, rows=kept, tags=matrix[kept])
+
+
+def _tags(value: Any, labels: list[str] | None, column: str) -> list[str]:
+    tags = []
+    for item in value if isinstance(value, list) else [] if value is None else [value]:
+        if labels is not None and isinstance(item, int):
+            if 0 <= item < len(labels):  # -1: no label
+                tags.append(labels[item])
+        elif isinstance(item, str):
+            tags.append(item)
+        else:
+            raise AfaError(f"column {column!r} holds {shown(item)}; cast it to ClassLabel, or give the names")
+    return tags

@@ -1,0 +1,55 @@
+"""Resizing to and from a box that differs by image, for a whole batch at once and without asking for its numbers.
+
+A crop, a bilinear resize and a paste are linear along each axis, so for a batch of boxes they are two batched matrix
+products whose shapes depend on the canvas alone: a GPU never waits for the host to read a box.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def axis_weights(
+    out_size: int,
+    in_size: int,
+    *,
+    out_start: Tensor,
+    out_length: Tensor,
+    in_start: Tensor,
+    in_length: Tensor,
+    align_corners: bool,
+) -> Tensor:
+    """Bilinear weights along one axis, from one span of each image to another.
+
+    Args:
+        out_size: Positions of the result.
+        in_size: Positions of the source.
+        out_start: (B,) int64 first position that is written.
+        out_length: (B,) int64 positions written, at least 1.
+        in_start: (B,) int64 first position that is read.
+        in_length: (B,) int64 positions read, at least 1.
+        align_corners: As `torch.nn.functional.interpolate` has it.
+
+    Returns:
+        (B, out_size, in_size) float32; rows outside the written span are 0.
+    """
+    position = torch.arange(out_size, device=out_start.device)[None] - out_start[:, None]
+    inside = (position >= 0) & (position < out_length[:, None])
+    position = position.clamp(min=0).double()
+    if align_corners:
+        source = position * (in_length - 1)[:, None] / (out_length - 1).clamp(min=1)[:, None]
+    else:
+        source = ((position + 0.5) * in_length[:, None] / out_length[:, None] - 0.5).clamp(min=0)
+    last = (in_length - 1)[:, None]
+    low = torch.minimum(source.floor().long(), last)
+    high = torch.minimum(low + 1, last)
+    part = (source - low).clamp(max=1).float()
+    weights = torch.zeros(*position.shape, in_size, device=out_start.device)
+    weights.scatter_add_(2, (low + in_start[:, None])[:, :, None], ((1 - part) * inside)[:, :, None])
+    return weights.scatter_add_(2, (high + in_start[:, None])[:, :, None], (part * inside)[:, :, None])
+
+
+def resize_box(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Apply `axis_weights` of both axes: (B, P, h, w), (B, H, h), (B, W, w) -> (B, P, H, W) float32."""
+    return rows[:, None] @ maps.float() @ columns.transpose(1, 2)[:, None]

@@ -1,0 +1,211 @@
+"""A whole training step with everything that it changes: weights, optimizer, batch statistics.
+
+Nothing in a step waits for the device. On a single GPU a step of each kind is recorded once as a CUDA graph and
+replayed from then on, so that the host's pace never limits it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from afa.config import Config
+from afa.errors import AfaError
+from afa.model.network import AfaNetwork
+from afa.runtime import Processes, autocast, seed_step
+from afa.training.optimizer import build_optimizer, set_learning_rate, trained_parameters
+from afa.training.schedule import Phase, phase
+from afa.training.step import StepLosses, compute_losses, gradients_are_finite
+from afa.types import Batch, NetworkOutput
+
+MAX_SKIPPED_STEPS = 50
+"""Steps in a row whose gradients are not finite before a run gives up."""
+
+_EAGER_STEPS = 2
+"""Steps of each kind that run as they are before one is recorded: they create optimizer state and fill caches."""
+
+
+@dataclass
+class _Recording:
+    """A recorded step: where its batch goes, and what it leaves."""
+
+    graph: torch.cuda.CUDAGraph
+    batch: Batch
+    losses: StepLosses
+
+
+class TrainingEngine:
+    """Takes training steps.
+
+    Args:
+        network: On `device`.
+        config: Settings.
+        device: Where to train.
+        processes: Processes that train together.
+    """
+
+    def __init__(
+        self,
+        network: AfaNetwork,
+        config: Config,
+        *,
+        device: torch.device,
+        processes: Processes = Processes(),  # noqa: B008  (frozen)
+    ) -> None:
+        self.network = network
+        self.config = config
+        self.device = device
+        self.processes = processes
+        self.optimizer = build_optimizer(network, config.schedule)
+        self.parameters = trained_parameters(self.optimizer)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.module: torch.nn.Module = network
+        if config.train.compile:
+            network.backbone.compile(dynamic=False)
+            network.decoder.compile(dynamic=False)
+        if processes.count > 1:
+            # The phases leave decoder and affinity head unused at first.
+            self.module = DistributedDataParallel(network, find_unused_parameters=True)
+        self.records = (
+            config.train.cuda_graphs and device.type == "cuda" and processes.count == 1 and not self.scaler.is_enabled()
+        )
+        self._stream: Any = torch.cuda.Stream(device) if self.records else None  # type: ignore[no-untyped-call]
+        self._pool: Any = None
+        self._eager_steps: dict[tuple[Phase, int], int] = {}
+        self._recordings: dict[tuple[Phase, int], _Recording] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the network."""
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`, of any device."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["capturable"] = self.device.type == "cuda"
+        self.scaler.load_state_dict(state["scaler"])
+
+    def take_step(self, step: int, batch: Batch) -> StepLosses:
+        """Learn from one batch.
+
+        Args:
+            step: Number of the step, from 0.
+            batch: This process's share of the batch; its tags are still on the host, so that counting them waits for
+                nothing.
+
+        Returns:
+            The losses, detached. With recorded steps they are overwritten by the next step.
+        """
+        kind = phase(step, self.config.schedule, self.config.loss)
+        num_slots = self._num_slots(batch.tags)
+        seed_step(self.config.train.seed, step, self.processes.rank)
+        set_learning_rate(self.optimizer, step, self.config.schedule)
+        if self._stream is None:
+            return self._step(batch.to(self.device, non_blocking=True), kind, num_slots)
+        # Gradients are summed up on the stream where a weight was first used: every step takes the recorder's.
+        outer = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(outer)
+        with torch.cuda.stream(self._stream):
+            losses = self._recorded_step(batch.to(self.device, non_blocking=True), kind, num_slots)
+        outer.wait_stream(self._stream)
+        return losses
+
+    def check(self, step: int) -> None:
+        """Give up on a run whose gradients stay not finite. Waits for the device.
+
+        Args:
+            step: Number of the last step.
+
+        Raises:
+            AfaError: The last `MAX_SKIPPED_STEPS` steps changed nothing.
+        """
+        skipped = int(self.skipped)
+        if skipped > MAX_SKIPPED_STEPS:
+            raise AfaError(
+                f"the gradients of the last {skipped} steps up to step {step} were not finite; the weights are "
+                "still those before them; lower schedule.learning_rate or use --precision fp32"
+            )
+
+    def _num_slots(self, tags: Tensor) -> int:
+        """1 + the largest number of tags of an image; recorded steps share a few round numbers."""
+        num_slots = 1 + max(1, int(tags.sum(1).max()))
+        if not self.records:
+            return num_slots
+        return min(1 << (num_slots - 1).bit_length(), 1 + tags.shape[1])
+
+    def _recorded_step(self, batch: Batch, kind: Phase, num_slots: int) -> StepLosses:
+        key = (kind, num_slots)
+        if key not in self._recordings:
+            if self._eager_steps.get(key, 0) < _EAGER_STEPS:
+                self._eager_steps[key] = self._eager_steps.get(key, 0) + 1
+                return self._step(batch, kind, num_slots)
+            self._recordings[key] = self._record(batch, kind, num_slots)
+        recording = self._recordings[key]
+        for kept, new in (
+            (recording.batch.image, batch.image),
+            (recording.batch.tags, batch.tags),
+            (recording.batch.valid_box, batch.valid_box),
+        ):
+            kept.copy_(new)
+        recording.graph.replay()
+        return recording.losses
+
+    def _record(self, batch: Batch, kind: Phase, num_slots: int) -> _Recording:
+        kept = replace(
+            batch, image=batch.image.clone(), tags=batch.tags.clone(), valid_box=batch.valid_box.clone(), names=()
+        )
+        graph = torch.cuda.CUDAGraph()
+        self.optimizer.zero_grad(set_to_none=True)
+        # Threads that prepare batches go on using the device meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            losses = self._step(kept, kind, num_slots)
+        self._pool = graph.pool()
+        return _Recording(graph, kept, losses)
+
+    def _step(self, batch: Batch, kind: Phase, num_slots: int) -> StepLosses:
+        schedule = self.config.schedule
+        buffers = list(self.network.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        losses = compute_losses(
+            self._forward,
+            self._score,
+            batch,
+            config=self.config,
+            phase=kind,
+            num_slots=num_slots,
+            total=self.processes.total if self.processes.count > 1 else None,
+            num_processes=self.processes.count,
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
+        self.scaler.unscale_(self.optimizer)
+        if schedule.grad_clip > 0:
+            torch.nn.utils.clip_grad_norm_(self.parameters, schedule.grad_clip)
+        finite = gradients_are_finite(self.parameters)
+        if self.scaler.is_enabled():
+            # fp16's scaler skips an overflowing step itself and lowers its scale; in other precisions skipping is ours.
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            # The fused optimizer leaves everything as it is where this is 1.
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        for buffer, old in zip(buffers, before, strict=True):
+            # The forward pass may have put the same NaN into the batch statistics.
+            buffer.copy_(torch.where(finite, buffer, old))
+        self.skipped.copy_(torch.where(finite, 0, self.skipped + 1))
+        return replace(losses, total=losses.total.detach())
+
+    def _forward(self, image: Tensor, segmentation: bool, affinity: bool) -> NetworkOutput:
+        with autocast(self.device, self.config.train.precision):
+            output: NetworkOutput = self.module(image, segmentation=segmentation, affinity=affinity)
+        return output
+
+    def _score(self, image: Tensor, affinity: bool) -> NetworkOutput:
+        with autocast(self.device, self.config.train.precision):
+            return self.network.score(image, affinity)

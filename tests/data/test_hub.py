@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import pickle
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from afa.config import AugmentConfig
+from afa.data.hub import tagged_dataset
+from afa.data.loader import train_batches
+from afa.errors import AfaError
+
+datasets = pytest.importorskip("datasets")
+
+
+def encoded(value: int, *, orientation: int = 1) -> dict[str, Any]:
+    """A gray image of 6x4 pixels as the library stores it."""
+    content = BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("L", (6, 4), value).save(content, format="PNG", exif=exif)
+    return {"bytes": content.getvalue(), "path": None}
+
+
+def dataset(feature: Any, values: list[Any], column: str = "labels") -> Any:
+    images = [encoded(10 * i, orientation=6 if i == 1 else 1) for i in range(len(values))]
+    features = datasets.Features({"picture": datasets.Image(), column: feature})
+    return datasets.Dataset.from_dict({"picture": images, column: values}, features=features)
+
+
+def test_one_label() -> None:
+    images = tagged_dataset(dataset(datasets.ClassLabel(names=["dog", "cat"]), [1, 0, 1], "label"))
+    assert images.classes == ("dog", "cat")
+    assert images.names == ("0", "1", "2")
+    assert [images.tags(i).tolist() for i in range(3)] == [[0, 1], [1, 0], [0, 1]]
+    assert images.image(2).shape == (4, 6, 3)
+    assert (images.image(2) == 20).all()
+    assert images.image(1).shape == (6, 4, 3)  # upright
+
+
+def test_several_labels() -> None:
+    feature = datasets.List(datasets.ClassLabel(names=["dog", "cat", "cow"]))
+    images = tagged_dataset(dataset(feature, [[1, 0], [], [2]]))
+    assert images.names == ("0", "2")
+    assert [images.tags(i).tolist() for i in range(2)] == [[1, 1, 0], [0, 0, 1]]
+    assert (images.image(1) == 20).all()
+
+
+def test_texts() -> None:
+    rows = dataset(datasets.List(datasets.Value("string")), [["cat"], ["dog", "cat"]], "my tags")
+    images = tagged_dataset(rows, tag_column="my tags")
+    assert images.classes == ("cat", "dog")
+    assert tagged_dataset(rows, tag_column="my tags", classes=("dog", "cat")).tags(0).tolist() == [0, 1]
+    with pytest.raises(AfaError, match="row 1: unknown tag 'dog'; allowed: cat"):
+        tagged_dataset(rows, tag_column="my tags", classes=("cat",))
+
+
+def test_training_takes_them() -> None:
+    images = tagged_dataset(dataset(datasets.ClassLabel(names=["dog", "cat"]), [1, 0, 1], "label"))
+    batch = next(
+        train_batches(images, augment=AugmentConfig(crop_size=32), batch_size=2, seed=0, start_step=0, max_steps=1)
+    )
+    assert batch.image.shape == (2, 3, 32, 32)
+    assert (pickle.loads(pickle.dumps(images)).image(2) == 20).all()
+
+
+def test_mistakes() -> None:
+    rows = dataset(datasets.Value("int64"), [5, 6])
+
+    def said(*arguments: Any, **columns: str) -> str:
+        with pytest.raises(AfaError) as caught:
+            tagged_dataset(*arguments, **columns)
+        return str(caught.value)
+
+    assert "column 'labels' holds 5; cast it to ClassLabel" in said(rows)
+    assert "no image column 'labels'; its image columns: picture" in said(rows, image_column="labels")
+    assert "no tag column 'x'; its columns: picture, labels" in said(rows, tag_column="x")
+    assert "give one split of it" in said(datasets.DatasetDict({"train": rows}))
+    broken = dataset(datasets.Value("string"), ["cat"]).cast_column("picture", datasets.Image(decode=False))
+    broken = broken.map(lambda row: {"picture": {"bytes": b"no image", "path": None}})
+    with pytest.raises(AfaError, match="row 0: cannot be read as an image"):
+        tagged_dataset(broken.cast_column("picture", datasets.Image())).image(0)
+    none = dataset(datasets.List(datasets.ClassLabel(names=["cat"])), [[], []])
+    assert "no row of the data set has a tag in column 'labels'" in said(none)
+    assert np.asarray(Image.open(BytesIO(encoded(10)["bytes"]))).max() == 10  # the good one is good

@@ -1,0 +1,656 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from afa.config import DataConfig
+from afa.data import layout as layout_module
+from afa.data.layout import Layout, find_layout, open_scored, open_tagged
+from afa.data.palette import write_index_png
+from afa.data.voc import ScoredImages, TaggedImages
+from afa.errors import AfaError
+
+CLASSES = ("bird", "cat", "dog")
+
+
+def touch(root: Path, *paths: str) -> None:
+    """Small real images."""
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, 4), "red").save(root / path, format="PNG")
+
+
+def write(root: Path, path: str, content: Any) -> None:
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+def found(root: Path, **keys: Any) -> Layout:
+    return find_layout(DataConfig(root=str(root), **keys))
+
+
+def tags_of(images: TaggedImages) -> dict[str, tuple[str, ...]]:
+    return {
+        name: tuple(images.classes[c] for c in np.flatnonzero(images.tags(i))) for i, name in enumerate(images.names)
+    }
+
+
+def everything(layout: Layout) -> dict[str, tuple[str, ...]]:
+    """The tags of both sides."""
+    sides = tags_of(layout.training())
+    return sides | (tags_of(layout.validation()) if layout.has_validation else {})
+
+
+def message(root: Path, **keys: Any) -> str:
+    with pytest.raises(AfaError) as caught:
+        found(root, **keys)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+COCO: dict[str, Any] = {
+    "images": [{"id": i, "file_name": f"{name}.jpg"} for i, name in enumerate("abcd")],
+    "annotations": [{"image_id": i, "category_id": c} for i, c in ((0, 5), (1, 9), (2, 9), (2, 5))],
+    "categories": [{"id": 9, "name": "dog"}, {"id": 5, "name": "cat"}],
+}
+EXPECTED = {"a": ("cat",), "b": ("dog",), "c": ("cat", "dog")}
+JSONL = "\n".join(json.dumps({"file_name": f"{name}.jpg", "labels": tags}) for name, tags in EXPECTED.items())
+LABEL_STUDIO = [
+    {"id": 1, "data": {"image": f"/data/upload/1/01234567-{n}.jpg"}, "annotations": [{"result": [
+        {"value": {"choices": list(tags)}}]}]} for n, tags in EXPECTED.items()
+]  # fmt: skip
+CVAT = "".join(
+    f'<image name="{n}.jpg">{"".join(f"<tag label={t!r}/>" for t in tags)}</image>' for n, tags in EXPECTED.items()
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "content"),
+    [
+        ("table", "tags.csv", "file,tags\na.jpg,cat\nb.jpg,dog\nc.jpg,cat dog\n"),
+        ("table", "labels.tsv", "image\tlabel\na\tcat\nb\tdog\nc\tcat\nc\tdog\n"),
+        ("table", "lists/tags.csv", "file,cat,dog\nimages/a.jpg,1,0\nimages/b.jpg,0,1\nimages/c.jpg,1,1\n"),
+        ("table", "tags.json", {f"{name}.jpg": tags for name, tags in EXPECTED.items()}),
+        ("table", "my notes.json", [{"file": f"{name}.JPG", "tags": tags} for name, tags in EXPECTED.items()]),
+        ("table", "tags.jsonl", JSONL),
+        ("hf", "metadata.jsonl", JSONL),
+        ("hf", "metadata.csv", "file_name,tags\nimages/a.jpg,cat\nimages/b.jpg,dog\nimages/c.jpg,cat dog\n"),
+        ("coco", "annotations/instances_all.json", COCO),
+        ("coco", "_annotations.coco.json", COCO),
+        ("labelstudio", "project-1-at-2026-01-01.json", LABEL_STUDIO),
+        ("cvat", "annotations.xml", f"<annotations>{CVAT}</annotations>"),
+    ],
+)
+def test_files_of_tags_are_found(tmp_path: Path, kind: str, place: str, content: Any) -> None:
+    touch(tmp_path, *(f"images/{name}.jpg" for name in "abcd"))
+    write(tmp_path, place, content)
+    for keys in ({}, {"layout": kind}, {"tags": place}, {"layout": kind, "tags": place}):
+        layout = found(tmp_path, **keys)
+        assert layout.kind == kind
+        assert everything(layout) == EXPECTED
+        assert layout.classes == ("cat", "dog")
+        assert layout.untagged == ("d",)
+    line = layout.describe()
+    assert line.startswith(f"{tmp_path}: ")
+    assert place in line
+    assert "2 classes (cat, dog)" in line
+    assert "1 without tags left out, no masks" in line
+    assert "\n" not in line
+    assert open_tagged(DataConfig(root=str(tmp_path))).image(0).shape == (4, 6, 3)
+
+
+def test_voc_xml_without_lists(tmp_path: Path) -> None:
+    touch(tmp_path, "JPEGImages/a.jpg", "JPEGImages/b.jpg")
+    for name, tag in (("a", "cat"), ("b", "dog")):
+        write(tmp_path, f"Annotations/{name}.xml", f"<annotation><object><name>{tag}</name></object></annotation>")
+    layout = found(tmp_path)
+    assert everything(layout) == {"a": ("cat",), "b": ("dog",)}
+    assert "folder of VOC XML in Annotations" in layout.describe()
+
+
+def test_one_hot_npy(tmp_path: Path) -> None:
+    touch(tmp_path, "images/a.jpg", "images/b.jpg")
+    np.save(tmp_path / "cls_labels_onehot.npy", {"a": np.array([1, 0]), "b": np.array([1, 1])})  # type: ignore[arg-type]
+    assert "has vectors without class names; write the names to classes.txt" in message(tmp_path)
+    assert everything(found(tmp_path, classes=("dog", "cat"))) == {"a": ("dog",), "b": ("dog", "cat")}
+
+
+def class_folders(root: Path, prefix: str = "") -> None:
+    touch(root, *(f"{prefix}{tag}/{i}.png" for tag in CLASSES for i in range(10)))
+
+
+def test_folders_of_classes(tmp_path: Path) -> None:
+    class_folders(tmp_path)
+    touch(tmp_path, "dog/more/x.png", "loose.png")
+    write(tmp_path, "cat/notes.txt", "x")
+    layout = found(tmp_path)
+    assert layout.kind == "imagefolder"
+    assert layout.classes == CLASSES
+    assert tags_of(layout.training())["dog/more/x"] == ("dog",)
+    assert layout.untagged == ("loose",)
+    assert layout.describe() == (
+        f"{tmp_path}: folders of classes, 3 classes (bird, cat, dog); 25 images to train on, 6 for validation "
+        "(set aside here by tags, seed 0), 1 without tags left out, no masks"
+    )
+
+
+def test_folders_of_classes_below_images_or_the_stated_folder(tmp_path: Path) -> None:
+    class_folders(tmp_path / "one", "images/")
+    assert "cat/0" in everything(found(tmp_path / "one"))
+    class_folders(tmp_path / "two", "deep/er/")
+    touch(tmp_path / "two", "other/x.png")
+    assert "cat/0" in everything(found(tmp_path / "two", image_dir="deep/er"))
+
+
+def test_folders_of_splits(tmp_path: Path) -> None:
+    for side in ("train", "Valid", "test"):
+        class_folders(tmp_path, f"{side}/")
+    layout = found(tmp_path)
+    assert layout.classes == CLASSES
+    assert set(tags_of(layout.training())) == {f"train/{c}/{i}" for c in CLASSES for i in range(10)}
+    assert set(tags_of(layout.validation())) == {f"Valid/{c}/{i}" for c in CLASSES for i in range(10)}
+    assert "30 for validation (as the data says), 30 in a test split left out" in layout.describe()
+    shutil.rmtree(tmp_path / "Valid")
+    layout = found(tmp_path)
+    assert len(layout.training()), len(layout.validation()) == (24, 6)
+
+
+def test_a_class_may_be_named_train(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a.png", "bus/a.png")
+    assert found(tmp_path).classes == ("bus", "train")
+    shutil.rmtree(tmp_path / "bus")
+    assert found(tmp_path).classes == ("train",)
+
+
+def test_split_stated_by_files_columns_subsets_and_folders(tmp_path: Path) -> None:
+    for name in ("files", "column", "cvat", "folders"):
+        touch(tmp_path / name, *(f"images/{side}/{i}.jpg" for side in ("train", "val") for i in range(3)))
+    for side in ("train", "val"):
+        coco = {
+            "images": [{"id": i, "file_name": f"{side}/{i}.jpg"} for i in range(3)],
+            "annotations": [{"image_id": i, "category_id": 4} for i in range(3)],
+            "categories": [{"id": 4, "name": "cat"}, {"id": 9, "name": "dog"}],
+        }
+        write(tmp_path / "files", f"annotations/instances_{side}2014.json", coco)
+        write(tmp_path / "files", f"annotations/captions_{side}2014.json", {})
+    rows = [(f"{side}/{i}.jpg", side) for side in ("train", "val") for i in range(3)]
+    write(tmp_path / "column", "tags.csv", "file,tags,split\n" + "".join(f"{n},cat,{s}\n" for n, s in rows))
+    xml = "".join(f'<image name="{n}" subset="{s}"><tag label="cat"/></image>' for n, s in rows)
+    write(tmp_path / "cvat", "annotations.xml", f"<annotations>{xml}</annotations>")
+    write(tmp_path / "folders", "tags.csv", "file,tags\n" + "".join(f"{n},cat\n" for n, _ in rows))
+    for name in ("files", "column", "cvat", "folders"):
+        layout = found(tmp_path / name)
+        assert set(layout.training().names) == {"train/0", "train/1", "train/2"}, name
+        assert set(layout.validation().names) == {"val/0", "val/1", "val/2"}, name
+        assert "(as the data says)" in layout.describe()
+    assert found(tmp_path / "files").classes == ("cat", "dog")
+    write(tmp_path / "column", "tags.csv", "file,tags,split\ntrain/0.jpg,cat,later\n")
+    assert "line 2: the split is 'later'; write train, val or test" in message(tmp_path / "column")
+
+
+def test_metadata_in_split_folders(tmp_path: Path) -> None:
+    for side in ("train", "validation"):
+        touch(tmp_path, f"{side}/a.jpg", f"{side}/b.jpg")
+        write(
+            tmp_path, f"{side}/metadata.jsonl", '{"file_name":"a.jpg","label":"cat"}\n{"file_name":"b.jpg","tags":[]}'
+        )
+    layout = found(tmp_path)
+    assert layout.kind == "hf"
+    assert tags_of(layout.training()) == {"train/a": ("cat",)}
+    assert tags_of(layout.validation()) == {"validation/a": ("cat",)}
+    assert layout.untagged == ("train/b", "validation/b")
+
+
+def table(root: Path, num_images: int = 30) -> Path:
+    """Images in a folder and a table of their tags."""
+    touch(root, *(f"images/{i:02d}.png" for i in range(num_images)))
+    rows = [f"{i:02d}.png,{CLASSES[i % 3]}" for i in range(num_images)]
+    write(root, "tags.csv", "\n".join(["file,tags", *rows]))
+    return root
+
+
+def test_split_made_here(tmp_path: Path) -> None:
+    table(tmp_path)
+    layout, again = found(tmp_path), found(tmp_path)
+    train, val = layout.training().names, layout.validation().names
+    assert (len(train), len(val)) == (24, 6)
+    assert set(train) | set(val) == {f"{i:02d}" for i in range(30)}
+    assert again.validation().names == val
+    lines = (tmp_path / "tags.csv").read_text().splitlines()
+    write(tmp_path, "tags.csv", "\n".join([lines[0], *reversed(lines[1:])]))
+    assert set(found(tmp_path).validation().names) == set(val)
+    assert any(set(found(tmp_path, split_seed=seed).validation().names) != set(val) for seed in (1, 2))
+    assert len(found(tmp_path, split_fraction=0.5).validation()) == 15
+    for keys in ({"split_fraction": 0.0}, {"val_list": ""}):
+        assert not found(tmp_path, **keys).has_validation
+        assert len(found(tmp_path, **keys).training()) == 30
+    with pytest.raises(AfaError, match=r"no image with a tag for validation \(.*data\.split_fraction is 0\)"):
+        found(tmp_path, split_fraction=0.0).validation()
+
+
+def test_other_lists(tmp_path: Path) -> None:
+    table(tmp_path)
+    write(tmp_path, "some.txt", "03\n01.png\n")
+    data = DataConfig(root=str(tmp_path))
+    assert open_tagged(data, list_file="some.txt").names == ("03", "01")
+    write(tmp_path, "some.txt", "03\nx\n")
+    with pytest.raises(AfaError, match=r"some\.txt: .*tags\.csv has no image 'x' \(1 of 2 names missing\); correct"):
+        open_tagged(data, list_file="some.txt")
+
+
+def test_class_list_with_colors(tmp_path: Path) -> None:
+    table(tmp_path)
+    write(tmp_path, "classes.txt", "dog #ff8000\n\nbird,1,2,3\ncat\nzebra fish #0000ff\n")
+    layout = found(tmp_path)
+    assert layout.classes == ("dog", "bird", "cat", "zebra fish")
+    assert layout.colors == {"dog": (255, 128, 0), "bird": (1, 2, 3), "zebra fish": (0, 0, 255)}
+    assert found(tmp_path, classes=CLASSES).classes == CLASSES
+    write(tmp_path, "classes.txt", "dog\nbird\n")
+    assert "line 3, image '01': unknown tag 'cat'; allowed: dog, bird" in message(tmp_path)
+    write(tmp_path, "classes.txt", "dog,1,2,300\n")
+    assert "class 'dog' has the color 1,2,300; give values of 0 to 255" in message(tmp_path)
+
+
+def test_class_subset(tmp_path: Path) -> None:
+    table(tmp_path)
+    layout = found(tmp_path, class_subset=("dog", "bird"))
+    assert layout.classes == ("dog", "bird")
+    assert len(layout.training()) + len(layout.validation()) == 20
+    # A network may have been trained on more classes than these tags ever meet, unless the classes are stated.
+    assert everything(found(tmp_path, class_subset=("yak", "dog")))["02"] == ("dog",)
+    assert "unknown class 'yak'" in message(tmp_path, class_subset=("yak",), classes=CLASSES)
+
+
+def with_masks(root: Path, folder: str = "masks") -> Path:
+    table(root)
+    for i in range(30):
+        write_index_png(root / folder / f"{i:02d}.png", np.array([[0, 1, 2, 3, 255, 0]] * 4, dtype=np.uint8))
+    return root
+
+
+@pytest.mark.parametrize("folder", ["masks", "SegmentationClassAug", "SegmentationClass"])
+def test_masks_beside(tmp_path: Path, folder: str) -> None:
+    with_masks(tmp_path, folder)
+    layout = found(tmp_path)
+    assert layout.has_masks
+    assert f"masks in {folder}" in layout.describe()
+    images = open_scored(DataConfig(root=str(tmp_path)))
+    assert images.names == layout.validation().names
+    assert images.mask(0).tolist() == [[0, 1, 2, 3, 255, 0]] * 4
+    assert images.has_tags(0)
+    only_dog = found(tmp_path, class_subset=("dog",)).scored()
+    assert only_dog.mask(0).tolist() == [[0, 255, 255, 1, 255, 0]] * 4
+
+
+def test_masks_follow_the_folders_of_the_images(tmp_path: Path) -> None:
+    class_folders(tmp_path)
+    for path in ("masks/cat/1.png", "masks/dog/1.png", "masks/bird/1.png"):
+        write_index_png(tmp_path / path, np.zeros((4, 6), dtype=np.uint8))
+    layout = found(tmp_path)
+    assert layout.classes == CLASSES
+    write(tmp_path, "l.txt", "cat/1\ndog/1\n")
+    assert layout.scored(list_file="l.txt").mask(1).shape == (4, 6)
+    shutil.rmtree(tmp_path / "masks")
+    write_index_png(tmp_path / "masks" / "1.png", np.zeros((4, 6), dtype=np.uint8))
+    with pytest.raises(AfaError, match=r"1\.png: images 'cat/1' and 'dog/1' would share this mask"):
+        found(tmp_path).scored(list_file="l.txt")
+
+
+def test_scoring_without_masks(tmp_path: Path) -> None:
+    layout = found(table(tmp_path))
+    assert not layout.has_masks
+    assert layout.has_validation
+    with pytest.raises(AfaError, match=r"no folder of masks; put index PNGs into .*masks, named as the images"):
+        layout.scored()
+    (tmp_path / "masks").mkdir()
+    with pytest.raises(AfaError, match=r"masks: no \d\d\.png \(6 of 6 images for validation have no mask\); add"):
+        found(tmp_path).scored()
+    with_masks(tmp_path / "more")
+    with pytest.raises(AfaError, match="the tags never have class 'yak', so what the mask values mean is not known"):
+        found(tmp_path / "more", class_subset=("yak", "dog")).scored()
+
+
+def test_training_has_no_way_to_the_masks(tmp_path: Path) -> None:
+    layout = found(with_masks(tmp_path))
+    for images in (layout.training(), layout.validation()):
+        assert type(images) is TaggedImages
+        assert not any("masks" in str(images.image_path(i)) for i in range(len(images)))
+    assert isinstance(layout.scored(), ScoredImages)
+
+
+class Opened:
+    """Paths that this process opens or lists while `paths` is a list. An audit hook stays for good: there is one."""
+
+    paths: list[str] | None = None
+    installed = False
+
+    @classmethod
+    def hook(cls, event: str, arguments: tuple[Any, ...]) -> None:
+        if cls.paths is not None and event in ("open", "os.listdir", "os.scandir"):
+            cls.paths.append(os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes, Path)) else "")
+
+    @classmethod
+    @contextmanager
+    def recorded(cls) -> Iterator[list[str]]:
+        if not cls.installed:
+            sys.addaudithook(cls.hook)
+            cls.installed = True
+        cls.paths = []
+        try:
+            yield cls.paths
+        finally:
+            cls.paths = None
+
+
+@pytest.mark.parametrize("make", [with_masks, lambda root: (class_folders(root), with_masks(root))])
+def test_masks_are_not_even_listed_for_training(tmp_path: Path, make: Callable[[Path], Any]) -> None:
+    make(tmp_path)
+    with Opened.recorded() as paths:
+        found(tmp_path).training()
+    assert paths
+    assert not [path for path in paths if f"{path}/".startswith(f"{tmp_path}/masks/")]
+    with Opened.recorded() as paths:
+        found(tmp_path).scored()
+    assert [path for path in paths if f"{path}/".startswith(f"{tmp_path}/masks/")]
+
+
+def test_the_stated_mask_folder_is_no_class(tmp_path: Path) -> None:
+    class_folders(tmp_path)
+    write_index_png(tmp_path / "truth" / "cat" / "0.png", np.zeros((4, 6), dtype=np.uint8))
+    assert found(tmp_path).classes == (*CLASSES, "truth")
+    assert found(tmp_path, mask_dir="truth").classes == CLASSES
+
+
+def test_voc_lists_win(tmp_path: Path) -> None:
+    with_masks(tmp_path, "SegmentationClassAug")
+    (tmp_path / "images").rename(tmp_path / "JPEGImages")
+    write(tmp_path, "classes.txt", "\n".join(CLASSES))
+    write(tmp_path, "tags.csv", (tmp_path / "tags.csv").read_text().replace("file,", "image,"))
+    assert found(tmp_path).kind == "table"
+    write(tmp_path, "lists/train.txt", "00\n01\n02\n")
+    write(tmp_path, "lists/val.txt", "03\n")
+    layout = found(tmp_path)
+    assert layout.kind == "voc"
+    assert layout.describe() == (
+        f"{tmp_path}: VOC layout, 3 classes (bird, cat, dog); 3 images to train on (lists/train.txt), 1 image for "
+        "validation (lists/val.txt), tags from tags.csv, masks in SegmentationClassAug"
+    )
+    assert layout.training().names == ("00", "01", "02")
+    assert layout.validation().names == layout.scored().names == ("03",)
+    assert layout.has_masks
+    assert layout.has_validation
+    assert found(tmp_path, layout="table").kind == "table"
+    assert found(table(tmp_path / "other"), layout="voc").kind == "voc"
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"layout": "coco"}, "no COCO instances here; set data.tags to the file, or data.layout to what it is"),
+        ({"layout": "hf"}, "no metadata.jsonl or metadata.csv here"),
+        ({"layout": "cvat", "tags": "tags.csv"}, "tags.csv: is a table of tags, not CVAT export; correct data.layout"),
+        ({"tags": "none.csv"}, "none.csv: no such tags file or folder; set data.tags"),
+        ({"image_dir": "none"}, "none: no such folder; set data.image_dir"),
+        ({"root": "none"}, "none: no such folder; set data.root"),
+    ],
+)
+def test_wrong_settings(tmp_path: Path, keys: dict[str, Any], expected: str) -> None:
+    data = replace(DataConfig(root=str(table(tmp_path))), **keys)
+    with pytest.raises(AfaError) as caught:
+        find_layout(data)
+    assert expected in str(caught.value)
+
+
+def test_nothing_is_found(tmp_path: Path) -> None:
+    assert "no tags found; put a tags.csv with the header file,tags there, sort the images into" in message(tmp_path)
+    touch(tmp_path, "images/a.jpg")
+    assert "no tags found" in message(tmp_path)
+    assert "no images found" in message(tmp_path, layout="imagefolder")
+    touch(tmp_path, "JPEGImages/a.jpg")
+    shutil.rmtree(tmp_path / "images")
+    with pytest.raises(AfaError, match=r"lists/train\.txt: no such list; set data\.train_list"):
+        found(tmp_path).training()
+
+
+def test_two_files_of_tags(tmp_path: Path) -> None:
+    table(tmp_path)
+    shutil.copy(tmp_path / "tags.csv", tmp_path / "tags.tsv")
+    assert "tags.csv and tags.tsv may both be the tags; set data.tags to one of them" in message(tmp_path)
+    assert found(tmp_path, tags="tags.csv").kind == "table"
+
+
+def entry_message(root: Path, image: str) -> str:
+    write(root, "tags.json", {image: ["cat"]})
+    return message(root, tags="tags.json")
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "../../x.jpg",
+        "/etc/passwd.jpg",
+        "a/../../00.png",
+        "..\\..\\x.jpg",
+        "C:\\x.jpg",
+        "..",
+        "/../tags.csv",
+        "//x/00.png",
+    ],
+)
+def test_paths_that_lead_out_are_refused(tmp_path: Path, image: str) -> None:
+    table(tmp_path)
+    text = entry_message(tmp_path, image)
+    assert repr(image) in text
+    assert f"leads out of {tmp_path / 'images'}; refused: write paths below that folder" in text
+
+
+@pytest.mark.parametrize(
+    "image",
+    ["00.png", "00", "./00.png", "images/00.png", "00.PNG", "00.jpg", "{folder}/00.png", "{root}/images/00.png"],
+)
+def test_what_may_be_written_for_an_image(tmp_path: Path, image: str) -> None:
+    table(tmp_path)
+    write(tmp_path, "tags.json", {image.format(folder=tmp_path / "images", root=tmp_path): ["cat"]})
+    assert everything(found(tmp_path, tags="tags.json")) == {"00": ("cat",)}
+
+
+def test_folders_may_be_left_out_where_that_is_clear(tmp_path: Path) -> None:
+    touch(tmp_path, "images/x/a.jpg", "images/y/a.jpg", "images/y/z/b.jpg", "images/c.jpg", "images/C.png")
+    write(tmp_path, "tags.json", {"b.jpg": ["cat"], "x\\a.jpg": ["cat"]})
+    assert set(everything(found(tmp_path))) == {"y/z/b", "x/a"}
+    assert "image 'a.jpg' may be 'x/a.jpg' or 'y/a.jpg' of" in entry_message(tmp_path, "a.jpg")
+    assert "images has no image 'x/b.jpg' (1 of 1 images missing); add" in entry_message(tmp_path, "x/b.jpg")
+    assert "'https://a.b/c.jpg' is an address" in entry_message(tmp_path, "https://a.b/c.jpg")
+
+
+def test_missing_images_are_counted(tmp_path: Path) -> None:
+    table(tmp_path)
+    write(tmp_path, "tags.csv", "file,tags\n00.png,cat\nx.png,cat\n01.png,dog\ny.png,cat\n")
+    assert message(tmp_path) == (
+        f"{tmp_path / 'tags.csv'}, line 3: {tmp_path / 'images'} has no image 'x.png' (2 of 4 images missing); add "
+        "them, set data.image_dir, or take them out of the tags"
+    )
+
+
+def test_unicode_forms_meet(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "größe é.jpg") for form in ("NFC", "NFD"))
+    assert composed != decomposed
+    for on_disk, written in ((composed, decomposed), (decomposed, composed)):
+        root = tmp_path / str(len(on_disk))
+        touch(root, f"images/{on_disk}")
+        write(root, "tags.json", {written: ["cat"]})
+        assert list(everything(found(root))) == [on_disk.removesuffix(".jpg")]
+
+
+def test_names_that_would_meet_on_another_system(tmp_path: Path) -> None:
+    touch(tmp_path, "images/a.jpg", "images/A.jpg", "images/b.jpg", "images/b.png")
+    write(tmp_path, "tags.csv", "file,tags\na.jpg,cat\nA.jpg,dog\n")
+    assert "'a.jpg' and 'A.jpg' differ in case or accents only; keep or rename one of them" in message(tmp_path)
+    write(tmp_path, "tags.csv", "file,tags\na.jpg,cat\nb.png,dog\n")
+    assert set(everything(found(tmp_path))) == {"a", "b"}
+    assert found(tmp_path).training().image_path(1).name in ("a.jpg", "b.png")
+    write(tmp_path, "tags.csv", "file,tags\nb,dog\n")
+    assert "image 'b' may be 'b.jpg' or 'b.png'" in message(tmp_path)
+    (tmp_path / "images").rename(tmp_path / "dog")
+    (tmp_path / "dog" / "A.jpg").unlink()
+    assert "'dog/b.jpg' and 'dog/b.png' have the same name" in message(tmp_path, layout="imagefolder")
+
+
+def test_two_ways_to_write_one_image(tmp_path: Path) -> None:
+    table(tmp_path)
+    write(tmp_path, "tags.csv", "file,tags\n00.png,cat\nimages/00.png,dog\n")
+    text = message(tmp_path)
+    assert "line 3: image 'images/00.png' is '00.png', which" in text
+    assert text.endswith("line 2 has too; keep one entry of it")
+
+
+def test_names_with_line_breaks(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/a\nb.png", "dog/c.png")
+    text = message(tmp_path)
+    assert "the file name 'cat/a\\nb.png' has control characters; rename the file" in text
+
+
+def test_links_in_a_circle_end_and_links_to_folders_are_followed(tmp_path: Path) -> None:
+    touch(tmp_path / "elsewhere", "a.png", "deep/b.png")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "cat").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere" / "deep" / "again").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (root / "me").symlink_to(root, target_is_directory=True)
+    (root / "cat" / "broken.png").symlink_to(tmp_path / "nowhere")
+    assert set(everything(found(root))) == {"cat/a", "cat/deep/b"}
+
+
+def test_one_walk_and_no_look_at_single_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20,000 listed images: as many folders are listed as there are, and nothing is asked of single files."""
+    folders, each = 20, 1000
+    for d in range(folders):
+        (tmp_path / "images" / f"{d:02d}").mkdir(parents=True)
+        for i in range(each):
+            os.close(os.open(tmp_path / "images" / f"{d:02d}" / f"{i:04d}.jpg", os.O_CREAT))
+    rows = (
+        f'{{"file_name": "{d:02d}/{i:04d}.jpg", "tags": ["c{(d * i) % 7}"]}}'
+        for d in range(folders)
+        for i in range(each)
+    )
+    write(tmp_path, "tags.jsonl", "\n".join(rows))
+    calls: list[str] = []
+    for name in ("stat", "lstat", "scandir", "open"):
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, f=original, n=name, **k: (calls.append(n), f(*a, **k))[1])
+    layout = found(tmp_path)
+    assert len(layout.training()) + len(layout.validation()) == folders * each
+    assert calls.count("scandir") < folders + 20
+    assert len(calls) < 5 * folders
+
+
+ODD_TEXT = st.text(
+    st.sampled_from(list("a0.,;|/\\\"'[]{}<>:=#\n\r\t\0\ufeffé\u0301🦄 ")) | st.characters(codec="utf-8"), max_size=30
+)
+WORD_LIST = (
+    'file tags image label , ; \n 00.png cat dog 1 0 -1 1e999 NaN null ../x / " [ ] { } : split val '
+    '"images" "annotations" "categories" "id" "file_name" "data" <annotations> </annotations> </image> '
+    '{"id":1,"name":"cat"} {"id":1,"file_name":"00.png"} {"image_id":1,"category_id":1}'
+)
+WORDS = WORD_LIST.split(" ")
+XML = ['<image name="00.png">', '<tag label="cat"/>']
+KEY_LIST = (
+    "file tags images annotations categories id name file_name image_id category_id data result value choices label "
+    "image annotator split 00.png"
+)
+KEYS = KEY_LIST.split()
+PIECES = st.lists(st.sampled_from(WORDS + XML) | ODD_TEXT, max_size=24).map("".join)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | ODD_TEXT | st.sampled_from(["00.png", "cat", "../x"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS) | ODD_TEXT, inner, max_size=5),
+    max_leaves=25,
+).map(lambda value: json.dumps(value, ensure_ascii=False))
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return table(tmp_path_factory.mktemp("fuzzed"), 2)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.json", "t.jsonl", "t.xml", "t.npy", "classes.txt"])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=PIECES | JSON | ODD_TEXT | st.binary(max_size=60))
+def test_no_file_of_tags_gives_a_traceback(fuzzed: Path, name: str, content: str | bytes) -> None:
+    raw = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+    (fuzzed / name).write_bytes(raw)
+    assert_no_traceback(fuzzed, "tags.csv" if name == "classes.txt" else name)
+    (fuzzed / name).unlink()
+
+
+GOOD = {
+    "t.csv": 'file,tags,split\r\n"00.png",cat;dog,train\r\n01.png,cat,val\r\n',
+    "t.tsv": "file_name\tcat\tdog\n00\t1\t0\n01\t1\t1\n",
+    "t.json": json.dumps(
+        {
+            "images": [{"id": 1, "file_name": "00.png"}, {"id": 2, "file_name": "01.png"}],
+            "annotations": [{"image_id": 1, "category_id": 9, "segmentation": [[1, 2, 3, 4, 5, 6]]}],
+            "categories": [{"id": 9, "name": "cat"}, {"id": 3, "name": "dog"}],
+        }
+    ),
+    "l.json": '[{"data": {"image": "/data/local-files/?d=x/00.png"}, "annotations": [{"result": [{"value": {"choices":'
+    ' ["cat"]}}]}]}, {"data": {"image": "01.png"}, "annotations": []}]',
+    "d.json": '{"00.png": ["cat", "dog"], "01.png": {"cat": 1}}',
+    "t.jsonl": '{"file": "00.png", "tags": ["cat"]}\n{"file": "01.png", "label": "dog"}\n',
+    "t.xml": '<?xml version="1.0"?><annotations><meta><labels><label><name>cat</name></label></labels></meta>'
+    '<image name="00.png" subset="val"><tag label="cat"/></image><image name="01.png"/></annotations>',
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    place=st.integers(0, 400),
+    length=st.integers(0, 12),
+    put=st.sampled_from(WORDS).map(str.encode) | st.binary(max_size=6),
+)
+def test_no_spoiled_file_gives_a_traceback(fuzzed: Path, name: str, place: int, length: int, put: bytes) -> None:
+    good = GOOD[name].encode()
+    (fuzzed / name).write_bytes(good[:place] + put + good[place + length :])
+    assert_no_traceback(fuzzed, name)
+    (fuzzed / name).unlink()
+
+
+def assert_no_traceback(root: Path, tags: str) -> None:
+    """Opening succeeds, or fails with one line that can be printed."""
+    said = ""
+    try:
+        layout = find_layout(DataConfig(root=str(root), tags=tags))
+        layout.training()
+        said = layout.describe()
+    except AfaError as error:
+        said = str(error)
+    assert len(said.splitlines()) == 1, said
+    assert len(said) < 2000
+    said.encode("utf-8")
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_what_is_spoiled_was_good(fuzzed: Path, name: str) -> None:
+    write(fuzzed, name, GOOD[name])
+    assert "cat" in found(fuzzed, tags=name).classes
+    (fuzzed / name).unlink()
+
+
+def test_every_layout_of_the_configuration_is_known() -> None:
+    kinds = {"voc", "table", "imagefolder", "hf", "coco", "labelstudio", "cvat"}
+    assert all(layout_module._words(kind) for kind in kinds)

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from afa.data import pixel_cache
+from afa.data.pixel_cache import PixelCache, free_memory, resolve_cache
+from afa.errors import AfaError
+
+
+def picture(index: int) -> np.ndarray:
+    return np.random.default_rng(index).integers(0, 256, (10 + index, 20, 3), dtype=np.uint8)
+
+
+def unreadable(index: int) -> np.ndarray:
+    raise AfaError(f"{index}: broken")
+
+
+def test_every_image_is_what_was_read_and_read_once() -> None:
+    cache = PixelCache(5, 2**20)
+    for _ in range(2):
+        for index in range(5):
+            np.testing.assert_array_equal(cache.image(index, picture), picture(index))
+    for index in range(5):
+        np.testing.assert_array_equal(cache.image(index, unreadable), picture(index))
+    assert cache.used_bytes == sum(picture(index).nbytes for index in range(5))
+
+
+def test_images_that_do_not_fit_are_read_each_time() -> None:
+    cache = PixelCache(5, picture(0).nbytes + picture(1).nbytes)
+    for index in (0, 1, 2):
+        cache.image(index, picture)
+    assert cache.used_bytes == picture(0).nbytes + picture(1).nbytes
+    cache.image(1, unreadable)
+    np.testing.assert_array_equal(cache.image(2, picture), picture(2))
+    with pytest.raises(AfaError, match="2: broken"):
+        cache.image(2, unreadable)
+
+
+def test_no_memory_no_cache() -> None:
+    cache = PixelCache(1, 0)
+    np.testing.assert_array_equal(cache.image(0, picture), picture(0))
+    assert cache.used_bytes == 0
+
+
+def test_a_failed_read_leaves_no_trace() -> None:
+    cache = PixelCache(1, 2**20)
+    with pytest.raises(AfaError):
+        cache.image(0, unreadable)
+    assert cache.used_bytes == 0
+    np.testing.assert_array_equal(cache.image(0, picture), picture(0))
+    assert cache.used_bytes == picture(0).nbytes
+
+
+def test_cached_images_cannot_be_written_to() -> None:
+    cache = PixelCache(1, 2**20)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="read-only"):
+            cache.image(0, picture)[:] = 0
+
+
+def test_threads_share_it() -> None:
+    cache = PixelCache(8, 2**20)
+    indices = [index for _ in range(40) for index in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda index: cache.image(index, picture), indices))
+    for index, pixels in zip(indices, found, strict=True):
+        np.testing.assert_array_equal(pixels, picture(index))
+    assert cache.used_bytes == sum(picture(index).nbytes for index in range(8))
+
+
+def test_more_than_the_system_has_is_one_line() -> None:
+    with pytest.raises(AfaError, match=r"^data\.cache_gib: no 4194304\.0 GiB of memory; set it lower, or to 0$"):
+        PixelCache(1, 2**52)
+
+
+def test_resolve_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_cache(0) == 0
+    assert resolve_cache(1.5) == 3 * 2**29
+    assert resolve_cache(4, processes=4) == 2**30
+    monkeypatch.setattr(pixel_cache, "free_memory", lambda: 16 * 2**30)
+    assert resolve_cache(-1) == 4 * 2**30
+    assert resolve_cache(-1, processes=2) == 2 * 2**30
+
+
+def test_free_memory_keeps_a_containers_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def free(limit: str, used: str) -> int:
+        (tmp_path / "limit").write_text(limit)
+        (tmp_path / "used").write_text(used)
+        monkeypatch.setattr(pixel_cache, "_CGROUP_FILES", ((tmp_path / "limit", tmp_path / "used"),))
+        return free_memory()
+
+    unlimited = free("max\n", "1000\n")
+    if not Path("/proc/meminfo").exists():
+        assert unlimited == 0
+        return
+    assert unlimited > 2**20
+    assert free("5000\n", "2000\n") == 3000
+    assert free("5000\n", "6000\n") == 0

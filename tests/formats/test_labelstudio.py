@@ -1,0 +1,52 @@
+"""Label Studio's tasks and interface, read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+from xml.etree import ElementTree
+
+import numpy as np
+from made_masks import labels, read_label_studio, write_items
+
+from afa.formats.write import write_format
+
+CLASSES = ('the "cat"', "<&>", "Straße")
+
+
+def test_tasks_hold_the_masks(tmp_path: Path) -> None:
+    items = write_items(tmp_path)
+    result = write_format("labelstudio", items, CLASSES, tmp_path / "out", progress=False)
+    tasks = json.loads((result.path / "tasks.json").read_text())
+    for task, item, label in zip(tasks, items, labels(), strict=True):
+        (prediction,) = task["predictions"]
+        painted = np.where(label == 255, 255, 0).astype(np.uint8)
+        for region in prediction["result"]:
+            assert (region["original_height"], region["original_width"]) == label.shape
+            assert region["type"] == "brushlabels"
+            (name,) = region["value"]["brushlabels"]
+            alpha = read_label_studio(region["value"]["rle"]).reshape(*label.shape, 4)[:, :, 3]
+            assert not painted[alpha > 0].any()
+            painted[alpha > 0] = CLASSES.index(name) + 1
+        np.testing.assert_array_equal(painted, label)
+        ids = [region["id"] for region in prediction["result"]]
+        assert len(set(ids)) == len(ids)
+        # Local storage serves paths below its root, here the folder above that of the images.
+        url = urlsplit(task["data"]["image"])
+        assert url.path == "/data/local-files/"
+        assert (tmp_path / parse_qs(url.query)["d"][0]).samefile(item.image_path)
+
+
+def test_interface_fits_the_tasks(tmp_path: Path) -> None:
+    path = write_format("labelstudio", write_items(tmp_path), CLASSES, tmp_path / "out", progress=False).path
+    view = ElementTree.fromstring((path / "config.xml").read_text(encoding="utf-8"))
+    brush, image = view.find("BrushLabels"), view.find("Image")
+    assert brush is not None
+    assert image is not None
+    assert [label.attrib["value"] for label in brush] == list(CLASSES)
+    assert [label.attrib["background"] for label in brush] == ["#800000", "#008000", "#808000"]
+    assert image.attrib["value"] == "$image"
+    task = json.loads((path / "tasks.json").read_text())[0]
+    for region in task["predictions"][0]["result"]:
+        assert (region["from_name"], region["to_name"]) == (brush.attrib["name"], image.attrib["name"])

@@ -1,0 +1,254 @@
+"""Loading weights of plain vision transformers: every layout they come in, every line for a user's mistake.
+
+tests/model/test_mit.py does the same for MiT.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    CLIPConfig,
+    CLIPForImageClassification,
+    CLIPModel,
+    DeiTForImageClassificationWithTeacher,
+    Dinov2ForImageClassification,
+    Dinov2WithRegistersForImageClassification,
+    PreTrainedModel,
+    SiglipConfig,
+    SiglipForImageClassification,
+    SiglipModel,
+    SiglipVisionModel,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+from afa.errors import AfaError
+from afa.model.backbones import BACKBONES, build_backbone
+from afa.model.vit import TOKEN_FAMILIES, TokenBackbone
+from afa.model.weights import init_from_scratch
+
+SMALL = ("dinov2_tiny", "dinov2_tiny_reg", "vit_mini", "deit_mini", "clip_mini", "siglip_mini")
+TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+TEXT |= {"vocab_size": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+
+
+def reference(size: str) -> TokenBackbone:
+    """Weights to be saved; CLIP's and SigLIP's own initialization would do as well."""
+    torch.manual_seed(0)
+    return TokenBackbone(size).eval()
+
+
+def plain_config(size: str) -> Any:
+    config = reference(size).encoder.config
+    config._attn_implementation = "eager"
+    return config
+
+
+def fill(model: PreTrainedModel, encoder: nn.Module, part: str = "") -> PreTrainedModel:
+    """Copy an encoder's weights into a model, or into the part of it that is such an encoder."""
+    target = model.get_submodule(part)
+    missing, unexpected = target.load_state_dict(encoder.state_dict(), strict=False)
+    assert unexpected == []
+    assert all(key.startswith(("embeddings.mask_token", "pooler.", "head.")) for key in missing)
+    return model
+
+
+def save_encoder(size: str, folder: Path) -> TokenBackbone:
+    backbone = reference(size)
+    family = TOKEN_FAMILIES[BACKBONES[size].kind]
+    fill(family.model(plain_config(size)), backbone.encoder).save_pretrained(folder)
+    return backbone
+
+
+def assert_same(size: str, folder: Path, expected: TokenBackbone) -> None:
+    loaded = build_backbone(size, str(folder)).state_dict()
+    wanted = expected.state_dict()
+    assert loaded.keys() == wanted.keys()
+    for key, tensor in loaded.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, wanted[key]), key
+
+
+def assert_message(message: str, size: str, weights: object) -> None:
+    with pytest.raises(AfaError) as caught:
+        build_backbone(size, str(weights))
+    assert str(caught.value) == message
+
+
+# --- Layouts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SMALL)
+def test_folder_of_an_encoder(size: str, tmp_path: Path) -> None:
+    # With what transformers adds by default: a pooler, a pooling head, a mask token.
+    assert_same(size, tmp_path, save_encoder(size, tmp_path))
+
+
+def test_folder_without_a_pooler_or_head(tmp_path: Path) -> None:
+    backbone = reference("vit_mini")
+    fill(ViTModel(plain_config("vit_mini"), add_pooling_layer=False), backbone.encoder).save_pretrained(tmp_path / "v")
+    assert_same("vit_mini", tmp_path / "v", backbone)
+    backbone = reference("siglip_mini")
+    fill(SiglipVisionModel(backbone.encoder.config), backbone.encoder).save_pretrained(tmp_path / "s")
+    assert_same("siglip_mini", tmp_path / "s", backbone)
+
+
+@pytest.mark.parametrize(
+    ("size", "model", "part"),
+    [
+        ("dinov2_tiny", Dinov2ForImageClassification, "dinov2"),
+        ("dinov2_tiny_reg", Dinov2WithRegistersForImageClassification, "dinov2_with_registers"),
+        ("vit_mini", ViTForImageClassification, "vit"),
+        ("deit_mini", DeiTForImageClassificationWithTeacher, "deit"),
+    ],
+)
+def test_folder_of_a_classifier(size: str, model: Any, part: str, tmp_path: Path) -> None:
+    backbone = reference(size)
+    fill(model(plain_config(size)), backbone.encoder, part).save_pretrained(tmp_path)
+    assert_same(size, tmp_path, backbone)
+
+
+@pytest.mark.parametrize(
+    ("size", "model", "config"),
+    [
+        ("clip_mini", CLIPModel, CLIPConfig),
+        ("clip_mini", CLIPForImageClassification, CLIPConfig),
+        ("siglip_mini", SiglipModel, SiglipConfig),
+        ("siglip_mini", SiglipForImageClassification, SiglipConfig),
+    ],
+)
+def test_folder_of_an_image_text_model(size: str, model: Any, config: Any, tmp_path: Path) -> None:
+    backbone = reference(size)
+    vision = {key: value for key, value in backbone.encoder.config.to_dict().items() if value is not None}
+    full = model(config(text_config=TEXT, vision_config=vision))
+    fill(full, backbone.encoder, "vision_model").save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == size.split("_")[0]
+    assert_same(size, tmp_path, backbone)
+
+
+def test_half_precision_is_loaded_as_float32(tmp_path: Path) -> None:
+    backbone = reference("dinov2_tiny").half()
+    fill(TOKEN_FAMILIES["dinov2"].model(plain_config("dinov2_tiny")).half(), backbone.encoder).save_pretrained(tmp_path)
+    assert_same("dinov2_tiny", tmp_path, backbone.float())
+
+
+@pytest.mark.parametrize("size", SMALL)
+def test_loading_is_silent(size: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_encoder(size, tmp_path)
+    capfd.readouterr()
+    build_backbone(size, str(tmp_path))
+    assert capfd.readouterr() == ("", "")
+
+
+# --- Mistakes ------------------------------------------------------------------------------------------------------
+
+
+def test_another_architecture(tmp_path: Path) -> None:
+    save_encoder("vit_mini", tmp_path / "v")
+    message = "holds a 'vit' model; model.weights needs a DINOv2 with registers encoder"
+    assert_message(f"{tmp_path / 'v'}: {message}", "dinov2_tiny_reg", tmp_path / "v")
+    message = "holds a 'vit' model; model.weights needs a SegFormer (MiT) encoder"
+    assert_message(f"{tmp_path / 'v'}: {message}", "mit_tiny", tmp_path / "v")
+    save_encoder("clip_mini", tmp_path / "c")
+    message = "holds a 'clip_vision_model' model; model.weights needs a SigLIP vision encoder"
+    assert_message(f"{tmp_path / 'c'}: {message}", "siglip_mini", tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("field", "found", "needed"),
+    [("hidden_size", 64, 768), ("num_hidden_layers", 4, 12), ("patch_size", 8, 16), ("image_size", 64, 224)],
+)
+def test_another_size_is_named(field: str, found: int, needed: int, tmp_path: Path) -> None:
+    save_encoder("clip_mini", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16}
+    config |= {"image_size": 224, field: found} | ({"num_attention_heads": 4} if field == "hidden_size" else {})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_message(
+        f"{tmp_path}: {field} is {found}, but clip_b16 has {needed}; "
+        "set model.backbone to the architecture of the weights",
+        "clip_b16",
+        tmp_path,
+    )
+
+
+def test_sizes_of_an_image_text_model_are_those_of_its_image_encoder(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"model_type": "clip", "text_config": {"hidden_size": 768}}
+    config |= {"vision_config": {"hidden_size": 1024, "num_attention_heads": 16}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = "hidden_size is 1024, but clip_b16 has 768; set model.backbone to the architecture of the weights"
+    assert_message(f"{tmp_path}: {message}", "clip_b16", tmp_path)
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
+    state = load_file(folder / "model.safetensors")
+    edit(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_keys_that_do_not_match_are_named(tmp_path: Path) -> None:
+    save_encoder("dinov2_tiny", tmp_path)
+    edit_weights(tmp_path, lambda state: state.update(odd=torch.zeros(1)))
+    assert_message(f"{tmp_path}: has unmatched key 'odd' (1 in all); check model.backbone", "dinov2_tiny", tmp_path)
+    edit_weights(tmp_path, lambda state: (state.pop("odd"), state.update({"layernorm.bias": torch.zeros(5)})))
+    message = "'layernorm.bias' has shape (5,), the backbone needs (64,); check model.backbone"
+    assert_message(f"{tmp_path}: {message}", "dinov2_tiny", tmp_path)
+    edit_weights(tmp_path, lambda state: state.pop("layernorm.bias"))
+    message = "lacks key 'layernorm.bias' (1 in all); check model.backbone"
+    assert_message(f"{tmp_path}: {message}", "dinov2_tiny", tmp_path)
+
+
+def test_broken_weights(tmp_path: Path) -> None:
+    save_encoder("vit_mini", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"garbage")
+    with pytest.raises(AfaError, match=r"^\S+: cannot be loaded as ViT encoder weights \(.+\)$"):
+        build_backbone("vit_mini", str(tmp_path))
+
+
+def test_folder_without_config(tmp_path: Path) -> None:
+    message = f"{tmp_path}: has no config.json; model.weights needs a transformers model folder"
+    assert_message(message, "vit_mini", tmp_path)
+
+
+@pytest.mark.parametrize("weights", ["weights", "./missing/folder", "mit_b1.pth"])
+def test_missing_folder(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = f"{weights}: no such weights folder; pass a folder or a hub id as model.weights"
+    assert_message(message, "vit_mini", weights)
+
+
+def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("no network in tests")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(AfaError) as caught:
+        build_backbone("dinov2_small", "nobody/no-such-model")
+    message = str(caught.value)
+    assert message.startswith("nobody/no-such-model: cannot be fetched from the Hugging Face hub (")
+    assert message.endswith("); download it elsewhere and pass its folder as model.weights")
+    assert "\n" not in message
+
+
+# --- Random weights ------------------------------------------------------------------------------------------------
+
+
+def test_random_weights_keep_the_scale_of_their_input() -> None:
+    torch.manual_seed(0)
+    layers = nn.ModuleList([nn.Linear(400, 300), nn.Conv2d(16, 64, 5), nn.Conv2d(64, 64, 3, groups=64, bias=False)])
+    init_from_scratch(layers)
+    for layer, gain in zip(layers, (0.25, 2.0, 2.0), strict=True):
+        weight: Any = layer.weight
+        assert weight[0].numel() * weight.var().item() == pytest.approx(gain, rel=0.15)
+    assert not layers[0].bias.any()  # type: ignore[union-attr, operator]

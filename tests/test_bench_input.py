@@ -1,0 +1,66 @@
+"""The input benchmark runs, and its memory watch notices growth."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench" / "input.py"
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_input", BENCH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["input.py", *arguments])
+    bench.main()
+
+
+def test_table_and_ratio(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--images", "8", "--crop", "32", "--batch", "4", "--device", "cpu", "--step-images-per-second", "10"]
+    run(bench, monkeypatch, *flags)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("8 images (generated), crops of 32 px, batches of 4")
+    rates = {line.split()[0]: [float(rate) for rate in line.split()[1:]] for line in lines[2:4]}
+    assert rates.keys() == {"workers", "cpu"}
+    assert min(min(pair) for pair in rates.values()) > 0
+    words = lines[-1].replace(",", "").split()
+    assert words[::2] == ["decoded", "cached"]
+    assert [float(word.rstrip("x")) for word in words[1::2]] == pytest.approx([r / 10 for r in rates["cpu"]], abs=0.2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read the way Linux tells it")
+def test_memory_does_not_grow_with_steps_and_images(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "RSS_FILES", 20)
+    run(bench, monkeypatch, "--rss", "--crop", "32", "--batch", "2", "--workers", "1")
+    assert "to step 500, list of 20,000 images" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read the way Linux tells it")
+def test_growing_memory_is_noticed(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, kept = bench.make_batches, []
+
+    def leaking(*arguments: object, **options: object) -> object:
+        for batch in make(*arguments, **options):
+            kept.append(b"x" * 200_000)
+            yield batch
+
+    monkeypatch.setattr(bench, "make_batches", leaking)
+    monkeypatch.setattr(bench, "RSS_FILES", 20)
+    with pytest.raises(SystemExit, match="memory grew by more than 16 MiB"):
+        run(bench, monkeypatch, "--rss", "--crop", "32", "--batch", "2", "--workers", "0")

@@ -1,0 +1,116 @@
+"""Training steps as a whole: nothing waits for the device, and recorded steps are the steps they recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from afa.build import build_network
+from afa.config import Config
+from afa.pseudo import par as par_module
+from afa.training.engine import TrainingEngine
+from afa.training.schedule import phase
+from afa.training.step import compute_losses, gradients_are_finite
+from afa.types import Batch, NetworkOutput
+from tiny import tiny_config
+
+NUM_CLASSES = 4
+STEPS = 14
+
+
+def config(tmp_path: Path, **keys: Any) -> Config:
+    return tiny_config(
+        tmp_path, {"schedule.max_steps": STEPS, "schedule.cls_steps": 4, "schedule.refined_steps": 9} | keys
+    )
+
+
+def make_batch(seed: int, size: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, 256, (4, 3, size, size), generator=generator, dtype=torch.uint8)
+    tags = torch.zeros(4, NUM_CLASSES)
+    tags[:, [seed % NUM_CLASSES, (seed + 1) % NUM_CLASSES]] = 1
+    box = torch.tensor([[0, size, 0, size], [3, size, 0, size - 5], [0, size // 2, 4, size], [0, size, 0, size]])
+    return Batch(image, tags, box, ("a", "b", "c", "d"))
+
+
+def make_network(settings: Config) -> Any:
+    torch.manual_seed(0)
+    return build_network(settings.model, NUM_CLASSES)
+
+
+@pytest.mark.parametrize("step", [0, 5, 12])
+def test_losses_never_ask_for_a_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """On tensors that have no values: to read one, or to make a shape that depends on one, raises."""
+    settings = config(tmp_path)
+    monkeypatch.setattr(par_module, "_HAS_TRITON", False)
+    network = make_network(settings).train().to("meta")
+    batch = make_batch(0, settings.augment.crop_size).to(torch.device("meta"))
+    kind = phase(step, settings.schedule, settings.loss)
+
+    def forward(image: Tensor, segmentation: bool, affinity: bool) -> NetworkOutput:
+        output: NetworkOutput = network(image, segmentation=segmentation, affinity=affinity)
+        return output
+
+    losses = compute_losses(forward, network.score, batch, config=settings, phase=kind, num_slots=4)
+    losses.total.backward()
+    assert gradients_are_finite(list(network.parameters())).device.type == "meta"
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        compute_losses(
+            forward, network.score, batch, config=settings, phase=phase(12, settings.schedule, settings.loss)
+        )
+
+
+def run(settings: Config, device: str, *, record: bool) -> tuple[TrainingEngine, list[Tensor]]:
+    settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, cuda_graphs=record))
+    engine = TrainingEngine(make_network(settings).to(device).train(), settings, device=torch.device(device))
+    totals = []
+    for step in range(STEPS):
+        batch = make_batch(step, settings.augment.crop_size)
+        totals.append(engine.take_step(step, batch).total.clone())
+    return engine, totals
+
+
+@pytest.mark.gpu
+def test_recorded_steps_equal_plain_ones(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    settings = config(tmp_path, **{"model.drop_path": 0.1})
+    plain, expected = run(settings, "cuda", record=False)
+    recorded, found = run(settings, "cuda", record=True)
+    assert not plain.records
+    assert len(recorded._recordings) >= 3
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-3, atol=1e-4)
+    _, on_cpu = run(dataclasses.replace(settings), "cpu", record=False)
+    torch.testing.assert_close(torch.stack(expected)[:2].cpu(), torch.stack(on_cpu)[:2], rtol=5e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("record", [False, True])
+def test_steps_never_wait_for_the_gpu(tmp_path: Path, record: bool) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    settings = config(tmp_path)
+    engine, _ = run(settings, "cuda", record=record)
+    batch = make_batch(0, settings.augment.crop_size).pin_memory()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in (0, 5, 12):
+            engine.take_step(step, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_steps_share_round_numbers_of_slots_only_where_they_are_recorded(tmp_path: Path) -> None:
+    engine = TrainingEngine(make_network(config(tmp_path)), config(tmp_path), device=torch.device("cpu"))
+    tags = torch.tensor([[1.0, 1, 0, 0], [1, 0, 0, 0]])
+    assert engine._num_slots(tags) == 3
+    assert engine._num_slots(torch.zeros(1, 4)) == 2
+    engine.records = True
+    assert [engine._num_slots(torch.ones(1, n)) for n in (1, 2, 3, 4, 7, 8)] == [2, 3, 4, 5, 8, 9]
+    assert engine._num_slots(tags) == 4
