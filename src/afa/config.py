@@ -75,7 +75,7 @@ class AugmentConfig:
     """Training augmentation. Source: paper section 4.1 and method.md section 7."""
 
     crop_size: int = _knob(512, low=32, high=4096)
-    """Side of the square crop, pixels; a multiple of 32."""
+    """Side of the square crop, pixels; best a multiple of the encoder's stride: 32 for MiT, its patch for others."""
     scale_min: float = _knob(0.5, low=0.05, high=10.0)
     """Smallest random rescaling factor."""
     scale_max: float = _knob(2.0, low=0.05, high=10.0)
@@ -444,7 +444,7 @@ def check_config(config: Config) -> None:
         raise AfaError(
             f"augment.scale_min is {augment.scale_min}, above augment.scale_max ({augment.scale_max}); swap them"
         )
-    if augment.crop_size % 32:
+    if config.model.backbone.startswith("mit_") and augment.crop_size % 32:
         raise AfaError(f"augment.crop_size is {augment.crop_size}; use a multiple of 32")
     if schedule.refined_steps < schedule.cls_steps:
         raise AfaError(

@@ -147,8 +147,10 @@ def measure_cost(config: Config, tags: NDArray[np.bool_], *, device: torch.devic
         else:
             seconds = run(batch_size)
             memory = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        # A step that is being recorded may fail in another way once memory has run out.
+        is_memory = any(isinstance(e, torch.OutOfMemoryError | MemoryError) for e in (error, error.__context__))
+        if not is_memory and "allocate memory" not in str(error):  # the words of PyTorch's allocator on a CPU
             raise
         raise AfaError(
             f"training does not fit into the memory of {_device_name(device)} with schedule.batch_size {batch_size} "

@@ -231,11 +231,8 @@ def _check_counts(classes: Sequence[str], tags: NDArray[np.bool_]) -> list[Probl
         )
     full = int(tags.all(axis=1).sum())
     if full and len(classes) > 2:
-        problems.append(
-            Problem(
-                "note", f"{full} training image{_s(full)} with all {len(classes)} classes tells little: check the tags"
-            )
-        )
+        message = f"training images with all {len(classes)} classes: {full:,}; these tell little, check their tags"
+        problems.append(Problem("note", message))
     return problems
 
 
