@@ -3,6 +3,7 @@
 # make parity     compare with reference vectors: make parity VECTORS=reference_vectors.npz
 # make lint       ruff and mypy
 # make bench-par  time the refinement against a plain version
+# make bench-step time a training step against one organized the published way
 # make setup      only set up: .venv with the versions of constraints.txt
 # make clean      remove .venv, runs/ and caches
 #
@@ -12,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test parity lint bench-par clean
+.PHONY: setup demo test parity lint bench-par bench-step clean
 
 setup: $(STAMP)
 
@@ -21,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "afa needs Python 3.11 to 3.13: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "setuptools>=77"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev,tensorboard]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev,tensorboard,onnx]"
 	touch $@
 
 demo: $(STAMP)
@@ -41,6 +42,9 @@ lint: $(STAMP)
 
 bench-par: $(STAMP)
 	$(BIN)/python bench/par.py
+
+bench-step: $(STAMP)
+	$(BIN)/python bench/step.py
 
 clean:
 	rm -rf .venv runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

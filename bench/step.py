@@ -199,6 +199,7 @@ def step_config(
             "model.weights": "",
             "model.drop_path": 0.0,
             "model.decoder_dropout": 0.0,
+            "loss.energy_weight": 0.0,  # the published side has none
             # The CAMs of an untrained network are faint after the walk. With these all kinds of label are in both.
             "pseudo.background_low": 0.3,
             "pseudo.background_high": 0.4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,15 @@ def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("tiny") / "run"
     train_and_report(tiny_config(tiny_data), run, progress=False)
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_table(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images of `tiny_data` in the layout of a table of tags, without masks. Not to be written to."""
+    root = tmp_path_factory.mktemp("table") / "pets"
+    shutil.copytree(tiny_data / "JPEGImages", root / "images")
+    shutil.copy(tiny_data / "lists" / "tags.csv", root)
+    return root
 
 
 @pytest.fixture(scope="session")

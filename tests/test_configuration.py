@@ -21,6 +21,7 @@ from afa.config import (
     load_config,
 )
 from afa.errors import AfaError
+from afa.report.paper_tables import PAPER_TABLES, find_table
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.toml"))
 
@@ -47,6 +48,9 @@ def test_defaults_are_the_paper_preset() -> None:
         512,
     )
     assert (config.pseudo.background_low, config.pseudo.background_high) == (0.35, 0.55)
+    weights = (config.loss.segmentation_weight, config.loss.affinity_weight, config.loss.energy_weight)
+    assert weights == (0.1, 0.1, 0.01)
+    assert config.train.supervision == "tags"
 
 
 def test_flags_win_over_file_wins_over_preset(tmp_path: Path) -> None:
@@ -107,6 +111,9 @@ def test_flag_text_becomes_the_type_of_the_field(key: str, text: str, value: obj
         ({"pseudo.scales": "1,9"}, "pseudo.scales is 9.0; use 0.1 to 4.0"),
         ({"pseudo.scales": ""}, "pseudo.scales is empty"),
         ({"pseudo.dilations": ""}, "pseudo.dilations is empty"),
+        ({"train.supervision": "mask"}, "train.supervision is 'mask'; use one of tags, masks"),
+        ({"pseudo.refinement": "crf", "pseudo.label_rule": "threshold"}, "label_rule is threshold, which has no"),
+        ({"train.supervision": "masks", "train.feature_cache": True}, "train.feature_cache is true, and train.superv"),
         ({"evaluation.scales": ""}, "evaluation.scales is empty"),
         ({"data.root": 3}, "data.root is 3; give a text"),
         ({"pseudo.background_low": 0.6}, "pseudo.background_low is 0.6, above pseudo.background_high (0.55)"),
@@ -220,6 +227,59 @@ def test_every_config_loads_and_says_how_to_run_it(path: Path) -> None:
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# afa ")
     assert path.stem in first
+
+
+TABLE_CONFIGS = [path for path in CONFIGS if path.parent.name.startswith("table")]
+
+
+@pytest.mark.parametrize("path", TABLE_CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_row_of_a_table_names_its_command_its_label_and_the_paper(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    place = f"{path.parent.name}/{path.stem}"
+    assert text.startswith(f"# afa train --config configs/{place}.toml --data.root VOC2012 --out runs/{place}\n")
+    config = load_config(path)
+    found = find_table(config.train.label)
+    assert found is not None
+    table, name = found
+    row = table.row(name)
+    if row is None or table.number != int(path.parent.name[-1]):
+        assert "The paper has no such row." in text
+        return
+    figures = [figure for figure in (row.train, row.val) if figure is not None]
+    assert all(str(figure) in text.split('preset = "')[0] for figure in figures)
+    # What is trained on masks is no row of weak supervision.
+    assert (config.train.supervision == "masks") == (name == "full supervision")
+
+
+def test_the_tables_have_all_the_rows_that_need_a_run() -> None:
+    labels = [load_config(path).train.label for path in TABLE_CONFIGS]
+    assert len(set(labels)) == len(labels)
+    runs = {f"table{table.number}: {row.name}" for table in PAPER_TABLES for row in table.rows if not row.run_of}
+    # The paper's own row of Table 5 is that of Table 2; Table 6 is the preset `paper_coco`.
+    assert runs - set(labels) == {"table5: AFA", "table6: AFA CRF"}
+
+
+def test_rows_differ_from_the_paper_preset_as_their_tables_say() -> None:
+    def loaded(place: str) -> Config:
+        return load_config(CONFIGS[0].parent / f"{place}.toml")
+
+    assert loaded("table2/par_afa_reg").loss == loaded("table3/afa").loss == Config().loss
+    baseline = loaded("table2/baseline")
+    assert (baseline.pseudo.refinement, baseline.pseudo.propagation) == ("none", "none")
+    assert baseline.loss.affinity_weight == baseline.loss.energy_weight == 0
+    for place in ("table1/gmp", "table4/cam"):
+        assert (loaded(place).model, loaded(place).pseudo, loaded(place).loss) == (
+            baseline.model,
+            baseline.pseudo,
+            baseline.loss,
+        )
+    assert loaded("table2/par").pseudo.refinement == "par"
+    assert loaded("table2/par").loss == baseline.loss
+    assert loaded("table2/par_afa").loss.energy_weight == 0
+    assert loaded("table3/prop_with_mhsa").pseudo.propagation == "attention"
+    rrm = loaded("table5/rrm")
+    assert (rrm.preset, rrm.pseudo.refinement, rrm.pseudo.propagation) == ("rrm", "crf", "none")
+    assert (rrm.loss.affinity_weight, rrm.loss.energy_weight) == (0, 0.01)
 
 
 def test_the_voc_recipe_is_the_paper_preset() -> None:

@@ -21,7 +21,8 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"build", "formats"}),
     frozenset({"training", "evaluation", "inference"}),
     frozenset({"report"}),
-    frozenset({"recipe"}),
+    frozenset({"recipe", "check", "defaults"}),
+    frozenset({"api"}),
     frozenset({"cli", "parity"}),
     frozenset({"__main__", "__init__"}),
 )
@@ -30,6 +31,7 @@ WITHIN_LEVEL = {
     ("inference", "evaluation"),
     ("pseudo", "filtering"),
     ("losses", "filtering"),
+    ("recipe", "check"),
 }
 HEAVY = {"torch", "transformers", "numpy", "PIL", "tensorboard"}
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from afa import defaults
 from afa.cli import build_parser
 from afa.config import field_docs, load_config
 
@@ -75,7 +76,9 @@ def test_make_targets_exist(words: list[str]) -> None:
 def test_the_pages_show_commands_at_all() -> None:
     """Guards the two tests above against a change of fence that would leave them nothing to check."""
     assert {arguments[0] for arguments in AFA_COMMANDS} >= {
+        "check",
         "demo",
+        "export",
         "train",
         "evaluate",
         "predict",
@@ -85,12 +88,14 @@ def test_the_pages_show_commands_at_all() -> None:
     assert {words[1] for words in MAKE_COMMANDS} >= {"demo", "test", "parity"}
 
 
-def test_the_python_lines_run(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "demo").symlink_to(tiny_run, target_is_directory=True)
+def test_the_python_lines_run(tiny_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand, but for an encoder without weights to fetch, and few steps."""
+    (tmp_path / "pets").symlink_to(tiny_table, target_is_directory=True)
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(defaults, "BACKBONE", "mit_tiny")
+    monkeypatch.setattr(defaults, "_SCRATCH_STEPS", 2)
     (code,) = fences(ROOT / "README.md", "python")
     names: dict[str, object] = {}
     exec(code, names)
@@ -100,3 +105,5 @@ def test_the_python_lines_run(tiny_run: Path, tmp_path: Path, monkeypatch: pytes
     assert (label.shape, label.dtype) == ((48, 64), np.uint8)
     assert scores.shape[1:] == (48, 64)
     assert scores.dtype == np.float32
+    assert np.array_equal(np.asarray(Image.open("photo.png")), label)
+    assert (tmp_path / "runs" / "pets" / "report.html").is_file()

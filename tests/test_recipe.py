@@ -68,20 +68,48 @@ def test_without_validation_list_nothing_is_scored(
     assert not (tmp_path / "examples").exists()
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["miou"], report["steps"]) == (None, 1)
-    assert capsys.readouterr().err == f"run folder {tmp_path}; open {tmp_path / 'report.html'}\n"
+    *warnings, last = capsys.readouterr().err.splitlines()
+    assert last == f"run folder {tmp_path}; open {tmp_path / 'report.html'}"
+    assert {line.partition(":")[0] for line in warnings} == {"warning"}
 
 
-@pytest.mark.parametrize("gone", ["SegmentationClassAug", "lists/val.txt"])
-def test_a_folder_without_masks_or_validation_list_trains_and_says_so(
-    gone: str, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_without_masks_the_tags_are_scored(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(tiny_data, root)
+    (root / "SegmentationClassAug").rename(tmp_path / "gone")
+    train_and_report(tiny_config(root, {"schedule.max_steps": 1}), run, progress=False)
+    assert (run / "model.safetensors").is_file()
+    assert [path.name for path in (run / "evaluation").iterdir()] == ["tags.json"]
+    figures = json.loads((run / "evaluation" / "tags.json").read_text())
+    assert figures.keys() >= SCORE_KEYS
+    assert (figures["miou"], figures["labels"], figures["num_images"]) == (None, "tags", 6)
+    report = json.loads((run / "report.json").read_text())
+    assert (report["miou"], report["tag_f1"]) == (None, figures["tag_f1"])
+    assert f"no masks in {root}: only tags will be scored\n" in capsys.readouterr().err
+
+
+def test_a_folder_without_validation_list_trains_and_says_so(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "data"
     shutil.copytree(tiny_data, root)
-    (root / gone).rename(tmp_path / "gone")
+    (root / "lists" / "val.txt").unlink()
     train_and_report(tiny_config(root, {"schedule.max_steps": 1}), tmp_path / "run", progress=False)
     assert (tmp_path / "run" / "model.safetensors").is_file()
     assert not (tmp_path / "run" / "evaluation").exists()
-    assert f"no {root / gone}: the run will not be scored\n" in capsys.readouterr().err
+    assert f"no {root / 'lists/val.txt'}: nothing will be scored\n" in capsys.readouterr().err
+
+
+def test_errors_of_the_check_are_one_line(tiny_data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(tiny_data, root)
+    for name in ("train", "val"):
+        with (root / "lists" / f"{name}.txt").open("a") as file:
+            file.write("nothing\n")
+    config = tiny_config(root, {"data.val_list": "lists/../lists/val.txt"})
+    with pytest.raises(AfaError, match=rf"^[^\n]*'nothing'[^\n]*\(and 1 more; afa check {root} lists them\)$"):
+        train_and_report(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_validation_images_without_tags_are_scored_by_their_segmentation_alone(

@@ -13,7 +13,16 @@ from torch import distributed, multiprocessing, nn
 
 from afa import runtime
 from afa.errors import AfaError
-from afa.runtime import Processes, autocast, pick_device, process_group, progress_bar, say, seed_step
+from afa.runtime import (
+    Processes,
+    autocast,
+    pick_device,
+    process_group,
+    progress_bar,
+    resolve_precision,
+    say,
+    seed_step,
+)
 
 CPU = torch.device("cpu")
 
@@ -180,3 +189,14 @@ def test_a_bar_on_a_terminal_shows_count_rate_and_extra(
     with progress_bar(enabled=False) as progress:
         progress.add_task("train", total=4, rate="")
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_is_bf16_where_the_cpu_is_fast_at_it(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    assert resolve_precision(cpu, "auto") == ("bf16" if fast else "fp32")
+    assert resolve_precision(cpu, "fp16") == "fp16"
+    with autocast(cpu, "auto"):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if fast else torch.float32)

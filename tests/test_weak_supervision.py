@@ -16,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+from afa.config import config_to_toml
 from afa.training.loop import train
-from tiny import assert_same_weights, tiny_config
+from tiny import assert_same_weights, start_python, tiny_config
 
 PACKAGE = Path(__file__).parents[1] / "src" / "afa"
 MASKS = "SegmentationClassAug"
@@ -116,8 +117,44 @@ def test_scoring_is_what_opens_masks(tiny_data: Path, tmp_path: Path) -> None:
     assert opened == set((tiny_data / "lists" / "val.txt").read_text().split())
 
 
+def test_learning_from_tags_never_loads_what_reads_masks_to_learn(tiny_data: Path, tmp_path: Path) -> None:
+    """In a process of its own, where no other test has loaded it."""
+    config = config_to_toml(tiny_config(tiny_data, {"data.val_list": "", "schedule.max_steps": 4}))
+    (tmp_path / "tiny.toml").write_text(config)
+    script = (
+        "import sys, torch; from pathlib import Path; from afa.config import load_config; "
+        "from afa.training.loop import train; "
+        "train(load_config('tiny.toml'), Path('run'), device=torch.device('cpu'), progress=False); "
+        "print('LOADED', 'afa.training.supervised' in sys.modules)"
+    )
+    process = start_python(["-c", script], cwd=tmp_path)
+    out, errors = process.communicate(timeout=120)
+    assert "LOADED False" in out, errors
+
+
+def test_only_full_supervision_opens_training_masks(tiny_data: Path, tmp_path: Path) -> None:
+    with Opened.recorded() as paths:
+        run_training(tiny_data, tmp_path / "run", **{"train.supervision": "masks"})
+    opened = {Path(path).stem for path in paths if MASKS in path and Path(path).suffix}
+    assert opened == set((tiny_data / "lists" / "train.txt").read_text().split())
+
+
+def test_supervised_is_imported_in_two_places_both_guarded() -> None:
+    """Only the loop, inside functions, behind a look at `train.supervision`."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        plain = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        assert "afa.training.supervised" not in plain
+        assert names.count("afa.training.supervised") == (2 if path.name == "loop.py" else 0), path
+        assert "afa.training.supervised" not in [
+            node.module for node in tree.body if isinstance(node, ast.ImportFrom)
+        ], path
+
+
 TRAINING_SIDE = [
     PACKAGE / "training" / "step.py",
+    PACKAGE / "training" / "engine.py",
     PACKAGE / "training" / "schedule.py",
     PACKAGE / "training" / "optimizer.py",
     PACKAGE / "losses.py",

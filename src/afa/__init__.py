@@ -9,20 +9,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from afa.api import check_data, evaluate, predict, pseudo_labels, train
     from afa.config import Config, load_config
     from afa.errors import AfaError
     from afa.inference.predictor import Prediction, Predictor
 
 __version__ = "0.1.0"
 
-__all__ = ["AfaError", "Config", "Prediction", "Predictor", "__version__", "load_config"]
+__all__ = [
+    "AfaError",
+    "Config",
+    "Prediction",
+    "Predictor",
+    "__version__",
+    "check_data",
+    "evaluate",
+    "load_config",
+    "predict",
+    "pseudo_labels",
+    "train",
+]
 
 _HOMES = {
     "AfaError": "afa.errors",
     "Config": "afa.config",
     "Prediction": "afa.inference.predictor",
     "Predictor": "afa.inference.predictor",
+    "check_data": "afa.api",
+    "evaluate": "afa.api",
     "load_config": "afa.config",
+    "predict": "afa.api",
+    "pseudo_labels": "afa.api",
+    "train": "afa.api",
 }
 
 
@@ -30,3 +48,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'afa' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,23 +9,16 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from afa import __version__
 from afa.errors import AfaError
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from afa.config import Config
-
-_RESERVED = {
-    "check": "afa check is not available yet; afa train checks lists, tags and images before it starts",
-}
 _FORMAT_HELP = (
     "also write the masks for other tools, names separated by commas: "
-    "coco, cvat, hf, labelme, labelstudio, mmseg, panoptic, voc, yolo"
+    "coco, cvat, hf, labelme, labelstudio, mmseg, panoptic, voc, voc_test, yolo"
 )
+_MIOU = ("mIoU", "miou", "no labeled pixel")
 _SHORTHANDS = ("device", "seed", "precision")
 
 
@@ -41,12 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         words, overrides = _take_keys(sys.argv[1:] if argv is None else argv)
         arguments, rest = build_parser().parse_known_args(words)
-        if rest and arguments.run is not _refuse:
+        if rest:
             raise AfaError(f"unknown argument {rest[0]!r}; afa COMMAND --help lists them, keys are --SECTION.KEY VALUE")
         for name in _SHORTHANDS:
             if getattr(arguments, name, None) is not None:
                 overrides[f"train.{name}"] = getattr(arguments, name)
-        run: Callable[[argparse.Namespace, dict[str, str]], int] = arguments.run
+        run: Callable[[argparse.Namespace, dict[str, Any]], int] = arguments.run
         return run(arguments, overrides)
     except AfaError as error:
         print(f"afa: error: {error}", file=sys.stderr)
@@ -85,7 +78,19 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
     demo.add_argument("--resume", action="store_true", help="go on with the run in RUN")
 
+    check = _add(commands, "check", _check, "look a data set over: tags, every image, what training would cost here")
+    check.add_argument("data", metavar="DIR", help="folder of the data set, in any layout of docs/data.md")
+    check.add_argument("--config", metavar="FILE", help="TOML configuration of the training to come")
+    check.add_argument("--preset", metavar="NAME", help="starting values: paper, paper_coco or demo")
+    check.add_argument("--out", metavar="OUT", help="also write check.html and check.json there")
+    check.add_argument("--json", metavar="FILE", help="also write the figures here; - is standard output")
+    check.add_argument("--fast", action="store_true", help="tags and counts only: read no image, try no training step")
+    check.add_argument("--limit", type=_positive, metavar="N", help="read only N images, evenly spread")
+
     train = _add(commands, "train", _train, "train from tags, evaluate, report")
+    train.add_argument(
+        "folder", nargs="?", metavar="DIR", help="folder of the data set; alone, it decides all settings"
+    )
     train.add_argument("--config", metavar="FILE", help="TOML configuration")
     train.add_argument("--preset", metavar="NAME", help="starting values: paper, paper_coco or demo")
     train.add_argument("--out", required=True, metavar="RUN", help="run folder")
@@ -93,9 +98,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = _add(commands, "evaluate", _evaluate, "score a run against masks")
     evaluate.add_argument("folder", metavar="RUN", help="run folder")
-    evaluate.add_argument("--data", required=True, metavar="DIR", help="VOC-style folder with masks")
-    evaluate.add_argument("--list", metavar="FILE", help="image names, one a line (default: data.val_list of the run)")
-    evaluate.add_argument("--protocol", choices=("single", "multiscale"), help="default: that of the run")
+    evaluate.add_argument("--data", required=True, metavar="DIR", help="folder of the data set")
+    evaluate.add_argument("--list", metavar="FILE", help="image names, one a line (default: those for validation)")
+    protocols = ("single", "multiscale", "single+crf", "multiscale+crf")
+    evaluate.add_argument("--protocol", choices=protocols, help="default: that of the run")
     evaluate.add_argument(
         "--labels",
         choices=("seg", "cam", "propagated", "initial", "refined"),
@@ -103,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="what is scored; all but seg use the images' true tags (default: %(default)s)",
     )
     evaluate.add_argument("--refine", action="store_true", help="refine cam or propagated scores by the image first")
+    evaluate.add_argument("--boundary", action="store_true", help="also score the boundary IoU")
     evaluate.add_argument("--limit", type=_positive, metavar="N", help="only the first N images")
     evaluate.add_argument("--json", metavar="FILE", help="also write the figures here; - is standard output")
 
@@ -112,18 +119,23 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
     predict.add_argument("--tags", metavar="FILE", help="tags of the images: only tagged classes are predicted")
     predict.add_argument("--scores", action="store_true", help="also write class scores")
+    predict.add_argument("--crf", action="store_true", help="refine the masks by the dense CRF")
     predict.add_argument("--resume", action="store_true", help="go on with the masks that are in --out already")
     predict.add_argument("--no-overlay", action="store_true", help="write no color overlays")
     predict.add_argument("--format", metavar="NAMES", help=_FORMAT_HELP)
 
     pseudo = _add(commands, "pseudo", _pseudo, "write pseudo labels of tagged images")
     pseudo.add_argument("folder", metavar="RUN", help="run folder")
-    pseudo.add_argument("--data", required=True, metavar="DIR", help="VOC-style folder with tags")
+    pseudo.add_argument("--data", required=True, metavar="DIR", help="folder of the data set")
     pseudo.add_argument("--out", required=True, metavar="DIR", help="folder of the labels")
-    pseudo.add_argument("--list", metavar="FILE", help="image names, one a line (default: data.train_list of the run)")
+    pseudo.add_argument("--list", metavar="FILE", help="image names, one a line (default: those to train on)")
     pseudo.add_argument("--kind", choices=("refined", "initial", "propagated", "cam"), default="refined")
-
     pseudo.add_argument("--format", metavar="NAMES", help=_FORMAT_HELP)
+
+    check_voc = _add(commands, "check-voc", _check_voc, "check an archive for PASCAL VOC's test server", network=False)
+    check_voc.add_argument("archive", metavar="ARCHIVE", help="what --format voc_test wrote, or any other")
+    check_voc.add_argument("--list", metavar="FILE", help="names of the test images, one a line")
+    check_voc.add_argument("--images", metavar="DIR", help="folder of the test images, for their sizes")
 
     export = _add(commands, "export", _export, "write the network as a file for other programs", network=False)
     export.add_argument("folder", metavar="RUN", help="run folder, or a folder or hub id of save_pretrained")
@@ -133,11 +145,11 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--opset", type=_positive, metavar="N", help="version of ONNX's operators, 18 or newer")
 
     report = _add(commands, "report", _report, "write report.html and report.json anew", network=False)
-    report.add_argument("folder", metavar="RUN", help="run folder")
-
-    for name, message in _RESERVED.items():
-        reserved = commands.add_parser(name, help="(not available yet)", add_help=False)
-        reserved.set_defaults(run=_refuse, message=message)
+    report.add_argument("folders", nargs="+", metavar="RUN", help="run folder; several with --compare")
+    report.add_argument("--compare", action="store_true", help="tables of the runs' figures beside the paper's")
+    report.add_argument("--out", metavar="DIR", help="--compare: also write compare.html and compare.json there")
+    report.add_argument("--figures", action="store_true", help="also draw the paper's figures, as RUN/figures/*.png")
+    report.add_argument("--data", metavar="DIR", help="--figures: folder of the data set (default: that of the run)")
     return parser
 
 
@@ -147,17 +159,17 @@ def _add(commands: Any, name: str, run: Any, text: str, *, network: bool = True)
     if network:
         parser.add_argument("--device", metavar="auto|cpu|cuda|mps", help="where to compute (default: auto)")
         parser.add_argument("--seed", metavar="N", help="seed of everything random")
-        parser.add_argument("--precision", metavar="fp32|bf16|fp16", help="arithmetic of the network")
+        parser.add_argument("--precision", metavar="auto|fp32|bf16|fp16", help="arithmetic of the network")
     return parser
 
 
-def _take_keys(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def _take_keys(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Take `--section.key value` out of the arguments: what is left, and the values by dotted key.
 
     First of all, because argparse, which does not know these flags, would take their values for its own arguments.
     """
     left: list[str] = []
-    overrides: dict[str, str] = {}
+    overrides: dict[str, Any] = {}
     words = iter(argv)
     for word in words:
         key, has_value, value = word.removeprefix("--").partition("=")
@@ -178,7 +190,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _demo(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
+def _demo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from pathlib import Path
 
     from afa.recipe import run_demo
@@ -187,141 +199,145 @@ def _demo(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     return 0
 
 
-def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
+def _check(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from pathlib import Path
 
-    from afa.config import config_to_toml, load_config
+    from afa.api import check_data
+    from afa.check.page import write_check
+    from afa.check.text import render_text
 
-    config = load_config(arguments.config, overrides, preset=arguments.preset)
-    if not config.data.root:
-        raise AfaError("data.root is not set; pass --data.root DIR, the folder of the data set")
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(config_to_toml(config))
+    report = check_data(
+        arguments.data,
+        file=arguments.config,
+        preset=arguments.preset,
+        fast=arguments.fast,
+        limit=arguments.limit,
+        **overrides,
+    )
+    if not _write_json(report, arguments.json):
+        sys.stdout.write(render_text(report))
+    if arguments.out:
+        print(write_check(report, Path(arguments.out)), file=sys.stderr)
+    return 1 if report["errors"] else 0
+
+
+def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from pathlib import Path
+
+    from afa.api import training_config
+    from afa.config import config_to_toml
     from afa.recipe import train_and_report
 
-    train_and_report(config, Path(arguments.out), resume=arguments.resume)
+    run = Path(arguments.out)
+    config, choices = training_config(
+        arguments.folder,
+        file=arguments.config,
+        preset=arguments.preset,
+        overrides=overrides,
+        run=run if arguments.resume else None,
+    )
+    if _is_main():
+        for line in choices:
+            print(line, file=sys.stderr)
+        print(config_to_toml(config), flush=True)
+    train_and_report(config, run, resume=arguments.resume)
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
-    import json
-    from pathlib import Path
+def _evaluate(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from afa.api import evaluate
 
-    from afa.build import load_run
-    from afa.data.layout import open_scored
-    from afa.evaluation.evaluate import evaluate
-    from afa.runtime import pick_device, process_group
-    from afa.training.checkpoint import write_atomically
-
-    config = _run_config(Path(arguments.folder), overrides, root=arguments.data)
-    device = pick_device(config.train.device)
-    with process_group(device) as processes:
-        loaded = load_run(Path(arguments.folder), device)
-        images = open_scored(config.data, list_file=arguments.list)
-        result = evaluate(
-            loaded.network,
-            images,
-            config=config,
-            labels=arguments.labels,
-            protocol=arguments.protocol,
-            device=device,
-            limit=arguments.limit,
-            progress=processes.is_main,
-            batch_size=config.evaluation.batch_size,
-            refine=arguments.refine,
-            precision=config.train.precision,
-        )
-        if not processes.is_main:
-            return 0
-    figures = result.to_json()
-    text = json.dumps(figures, indent=2) + "\n"
-    if arguments.json == "-":
-        sys.stdout.write(text)
+    result = evaluate(
+        arguments.folder,
+        arguments.data,
+        labels=arguments.labels,
+        protocol=arguments.protocol,
+        refine=arguments.refine,
+        boundary=arguments.boundary,
+        list_file=arguments.list,
+        limit=arguments.limit,
+        **overrides,
+    )
+    if not _is_main():
         return 0
-    if arguments.json:
-        path = Path(arguments.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
+    figures = result.to_json()
+    if arguments.list:
+        figures["list"] = arguments.list
+    if _write_json(figures, arguments.json):
+        return 0
     width = max(len(name) for name in figures["per_class"])
-    for name, iou in figures["per_class"].items():
-        print(f"{name:{width}}  {'  -  ' if iou is None else f'{iou:5.1f}'}")
-    miou = "no labeled pixel" if figures["miou"] is None else f"{figures['miou']:5.2f}"
-    print(f"{'mIoU':{width}}  {miou}  ({arguments.labels}, {figures['protocol']}, "
+    outlines = figures.get("boundary_per_class", {})
+    if outlines:
+        print(f"{'':{width}}    IoU  boundary IoU")
+    for name, score in figures["per_class"].items():
+        columns = [score, outlines[name]] if outlines else [score]
+        print("  ".join([f"{name:{width}}", *("  -  " if each is None else f"{each:5.1f}" for each in columns)]))
+    name, key, nothing = ("tag F1", "tag_f1", "no tag") if figures["labels"] == "tags" else _MIOU
+    score = nothing if figures[key] is None else f"{figures[key]:5.2f}"
+    print(f"{name:{width}}  {score}  ({figures['labels']}, {figures['protocol']}, "
           f"{figures['num_images']} images, {figures['seconds']:.0f} s)")  # fmt: skip
+    if "fully" in figures.get("supervision", ""):
+        print(f"{'':{width}}  {figures['supervision']}")
+    if figures.get("boundary_iou") is not None:
+        print(f"{'boundary IoU':{width}}  {figures['boundary_iou']:5.2f}")
     return 0
 
 
-def _predict(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from pathlib import Path
+def _predict(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from afa.api import predict
 
-    from afa.build import load_run
-    from afa.data.tags import read_tags
-    from afa.formats.write import mask_items, parse_formats, write_format
-    from afa.inference.predict import output_names, predict_files
-    from afa.inference.predictor import Predictor
-    from afa.runtime import pick_device
-
-    formats = parse_formats(arguments.format) if arguments.format else ()
-    paths, out = [Path(path) for path in arguments.images], Path(arguments.out)
-    config = _run_config(Path(arguments.folder), overrides)
-    loaded = load_run(Path(arguments.folder), pick_device(config.train.device))
-    predictor = Predictor(
-        loaded.network,
-        loaded.classes,
-        config=config.evaluation,
-        precision=config.train.precision,
-        batch_size=config.evaluation.batch_size,
-    )
-    tags = read_tags(Path(arguments.tags), predictor.classes) if arguments.tags else None
-    summary = predict_files(
-        predictor,
-        paths,
-        out,
-        tags=tags,
+    summary = predict(
+        arguments.folder,
+        arguments.images,
+        arguments.out,
+        tags=arguments.tags,
         scores=arguments.scores,
+        crf=arguments.crf,
         overlay=not arguments.no_overlay,
+        formats=arguments.format or "",
         resume=arguments.resume,
+        **overrides,
     )
-    print(summary)
-    items = mask_items(output_names(paths, out).items(), out) if formats else []
-    for name in formats:
-        print(write_format(name, items, predictor.classes, out))
+    for line in (summary, *summary.formats):
+        print(line)
     return 1 if summary.failed else 0
 
 
-def _pseudo(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
+def _pseudo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from afa.api import pseudo_labels
+
+    summary = pseudo_labels(
+        arguments.folder,
+        arguments.data,
+        arguments.out,
+        kind=arguments.kind,
+        list_file=arguments.list,
+        formats=arguments.format or "",
+        **overrides,
+    )
+    for line in (summary, *summary.formats):
+        print(line)
+    return 1 if summary.failed else 0
+
+
+def _check_voc(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from pathlib import Path
 
-    from afa.build import load_run
-    from afa.data.layout import open_tagged
-    from afa.formats.write import mask_items, parse_formats, write_format
-    from afa.inference.predict import pseudo_files
-    from afa.runtime import pick_device
+    from afa.data.classes import read_lines
+    from afa.formats.voc_test import check_voc_test
 
-    formats = parse_formats(arguments.format) if arguments.format else ()
-    out = Path(arguments.out)
-    config = _run_config(Path(arguments.folder), overrides, root=arguments.data)
-    device = pick_device(config.train.device)
-    loaded = load_run(Path(arguments.folder), device)
-    images = open_tagged(config.data, list_file=arguments.list)
-    summary = pseudo_files(
-        loaded.network,
-        images,
-        out,
-        config=config,
-        kind=arguments.kind,
-        device=device,
-        precision=config.train.precision,
-        batch_size=config.evaluation.batch_size,
+    if overrides:
+        raise AfaError(f"--{next(iter(overrides))}: afa check-voc takes no configuration keys")
+    found = check_voc_test(
+        Path(arguments.archive),
+        names=read_lines(Path(arguments.list)) if arguments.list else None,
+        images=Path(arguments.images) if arguments.images else None,
     )
-    print(summary)
-    items = mask_items(((name, images.image_path(index)) for index, name in enumerate(images.names)), out)
-    for name in formats:
-        print(write_format(name, items, images.classes, out))
-    return 1 if summary.failed else 0
+    print(found)
+    return 1 if found.problems else 0
 
 
-def _export(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
+def _export(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from pathlib import Path
 
     if overrides:
@@ -353,27 +369,54 @@ def _export(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     return 0
 
 
-def _report(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
+def _report(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from pathlib import Path
-
-    from afa.report.html import write_report
 
     if overrides:
         raise AfaError(f"--{next(iter(overrides))}: afa report takes no configuration keys")
-    print(write_report(Path(arguments.folder)))
+    runs = [Path(folder) for folder in arguments.folders]
+    if arguments.compare:
+        from afa.report.compare import compare_runs, render_text, write_comparison
+
+        if arguments.figures or arguments.data:
+            raise AfaError("--figures and --data are for a single run; leave them out with --compare")
+        groups = compare_runs(runs)
+        sys.stdout.write(render_text(groups))
+        if arguments.out:
+            print(write_comparison(groups, Path(arguments.out)), file=sys.stderr)
+        return 0
+    if len(runs) > 1 or arguments.out:
+        raise AfaError(f"{'several runs are' if len(runs) > 1 else '--out is'} for --compare; add it")
+    if arguments.figures:
+        from afa.report.figures import write_figures
+
+        for path in write_figures(runs[0], data=arguments.data):
+            print(path)
+    elif arguments.data:
+        raise AfaError("--data is for --figures; add it")
+    from afa.report.html import write_report
+
+    print(write_report(runs[0]))
     return 0
 
 
-def _refuse(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
-    raise AfaError(arguments.message)
+def _is_main() -> bool:
+    """Whether this process talks, of those that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
-def _run_config(run: Path, overrides: dict[str, str], *, root: str | None = None) -> Config:
-    """The configuration of a run under the given keys; data is read from `root`, in the run's classes."""
-    from afa.build import read_classes
-    from afa.config import load_config
+def _write_json(figures: dict[str, Any], place: str | None) -> bool:
+    """Write figures where `--json` says; tells whether that is standard output."""
+    import json
+    from pathlib import Path
 
-    keys: dict[str, Any] = {"data.class_subset": read_classes(run)}
-    if root is not None:
-        keys["data.root"] = root
-    return load_config(run / "config.toml", keys | overrides)
+    from afa.training.checkpoint import write_atomically
+
+    text = json.dumps(figures, indent=2) + "\n"
+    if place == "-":
+        sys.stdout.write(text)
+    elif place:
+        path = Path(place)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+    return place == "-"

@@ -18,14 +18,20 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from afa.errors import AfaError
 
 Pooling = Literal["gmp", "gap", "topk"]
-Refinement = Literal["par", "par_color", "pamr", "none"]
+Refinement = Literal["par", "par_color", "pamr", "crf", "none"]
 Propagation = Literal["affinity", "attention", "none"]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Supervision = Literal["tags", "masks"]
+SUPERVISION_NAMES: Final[dict[Supervision, str]] = {
+    "tags": "weakly supervised (image tags)",
+    "masks": "fully supervised (masks)",
+}
+"""What everything that shows a run's results calls its supervision."""
 LayoutName = Literal["auto", "voc", "table", "imagefolder", "hf", "coco", "labelstudio", "cvat"]
 
 
@@ -69,6 +75,9 @@ class DataConfig:
     """Memory for decoded images, GiB over all processes of a machine: those that fit are decoded once. -1 takes up to
     a quarter of what is free at the start (Linux; elsewhere none), 0 decodes each time. Results are the same."""
 
+    feature_dir: str = ""
+    """Folder of the feature cache, on a fast disk; runs may share it. Empty: the folder `features` of the run."""
+
 
 @dataclass(frozen=True)
 class AugmentConfig:
@@ -85,6 +94,9 @@ class AugmentConfig:
     short_side: int = _knob(0, low=0, high=4096)
     """Images are first scaled so that their shorter side has this many pixels; 0 keeps the native size
     (the reference)."""
+    whole_images: bool = False
+    """No random scale and place: each image as a whole, as large as fits into the crop, in its middle. It is still
+    flipped at random."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,8 @@ class PseudoConfig:
     """How two background scores become one label: two_pass = softmax, refine and argmax once for each, then
     merge (reference); threshold = refine the CAM, then Eq. 4 as printed (paper)."""
     refinement: Refinement = "par"
-    """Low-level refinement: par, par_color (no position term), pamr, or none (Table 4)."""
+    """Low-level refinement: par, par_color (no position term), pamr, none (Table 4), or crf: the dense CRF with the
+    published settings, many times slower."""
     refinement_region: Literal["reference", "canvas"] = "reference"
     """Where refinement looks: reference = the initial label on the whole canvas, the refined label inside
     the valid box; canvas = both on the whole canvas, so that one kernel serves every crop."""
@@ -166,6 +179,9 @@ class PseudoConfig:
     softmax_scores: bool = True
     """Softmax over background and present classes before refinement and walk (reference); off: the
     scores as they are (paper)."""
+    crf: bool = False
+    """Pseudo labels that are written or scored also go through the dense CRF of `evaluation.crf_*`, after the
+    refinement. Training never does."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +192,8 @@ class LossConfig:
     """lambda_1 of Eq. 12."""
     affinity_weight: float = _knob(0.1, low=0.0, high=1e3)
     """lambda_2 of Eq. 12. 0 switches the affinity learning off (Tables 2 and 3, w/o AFA)."""
+    energy_weight: float = _knob(0.01, low=0.0, high=1e3)
+    """lambda_3 of Eq. 12: weight of the dense energy loss. 0 leaves it out, as the released code does."""
     segmentation_form: Literal["balanced", "plain"] = "balanced"
     """balanced = half background pixels, half foreground pixels (reference); plain = one mean over all
     labelled pixels (paper)."""
@@ -224,9 +242,9 @@ class ScheduleConfig:
 class EvaluationConfig:
     """How masks are scored. Source: method.md section 8."""
 
-    protocol: Literal["single", "multiscale"] = "single"
+    protocol: Literal["single", "multiscale", "single+crf", "multiscale+crf"] = "single"
     """single = one pass at native size; multiscale = long side `long_side`, `scales` with flips, mean over
-    flip, maximum over scales."""
+    flip, maximum over scales. +crf: their softmax goes through the dense CRF."""
     scales: tuple[float, ...] = _knob((1.0, 0.5, 0.75), low=0.1, high=4.0)
     """Scales of the multiscale protocol (0.5 to 1.5 by the authors' word; these by their script)."""
     long_side: int = _knob(512, low=32, high=8192)
@@ -237,6 +255,18 @@ class EvaluationConfig:
     short_side: int = _knob(0, low=0, high=4096)
     """Single scale and pseudo labels: images are scaled to this shorter side first, logits and labels are scaled
     back to the native size; 0 = native."""
+    crf_iterations: int = _knob(10, low=0, high=1000)
+    """Mean-field updates of the dense CRF."""
+    crf_gaussian_weight: float = _knob(3.0, low=0.0, high=1e3)
+    """Weight of its kernel of positions."""
+    crf_gaussian_xy: float = _knob(3.0, low=0.1, high=1e4)
+    """Bandwidth of that kernel, pixels."""
+    crf_bilateral_weight: float = _knob(4.0, low=0.0, high=1e3)
+    """Weight of its kernel of positions and colors."""
+    crf_bilateral_xy: float = _knob(64.0, low=0.1, high=1e4)
+    """Bandwidth of that kernel over positions, pixels."""
+    crf_bilateral_rgb: float = _knob(5.0, low=0.1, high=1e3)
+    """Bandwidth of that kernel over colors, levels of 0..255."""
 
 
 @dataclass(frozen=True)
@@ -245,10 +275,14 @@ class TrainConfig:
 
     seed: int = _knob(0, low=0, high=2**31 - 1)
     """Seed of everything random: the order, augmentation, initial weights, dropout."""
+    supervision: Supervision = "tags"
+    """tags = weak supervision, the method. masks = full supervision, for comparison (Table 5): the segmentation learns
+    from the true masks of the training list, without pseudo labels; everything that shows results says so."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto = cuda, else mps, else cpu."""
     precision: Precision = "fp32"
-    """Arithmetic of the network; pseudo labels and losses are always fp32."""
+    """Arithmetic of the network; pseudo labels and losses are always fp32. auto = bf16 where the device has fast bf16
+    (GPUs since Ampere, CPUs with AVX-512 BF16 or AMX), else fp32."""
     log_steps: int = _knob(20, low=1)
     """Steps between two lines of metrics.jsonl."""
     eval_steps: int = _knob(2_000, low=0)
@@ -257,6 +291,9 @@ class TrainConfig:
     """Images of an evaluation during training; the one at the end scores the whole list."""
     save_steps: int = _knob(500, low=1)
     """Steps between two checkpoints."""
+    label: str = ""
+    """What `afa report --compare` calls the run; empty: its folder's name. `tableN: ROW` names a row of the paper's
+    tables (docs/reproduce.md), whose figures are shown beside the run's."""
     example_images: int = _knob(8, low=0, high=64)
     """Images shown in report.html."""
     cuda_graphs: bool = True
@@ -264,6 +301,11 @@ class TrainConfig:
     the precision is fp16."""
     compile: bool = False
     """Let torch.compile fuse the network's kernels; takes a minute or more at the start of each phase."""
+    feature_cache: bool = False
+    """Run the frozen blocks once for each image, view and scale, keep their tokens on disk, and train from there.
+    Needs `model.freeze_blocks`, and `augment.whole_images`, as random crops cannot be kept."""
+    feature_cache_gib: float = _knob(20.0, low=0.0, high=1e6)
+    """Most that the feature cache may take on disk, GiB."""
     tensorboard: bool = True
     """Also write TensorBoard events when the tensorboard package is installed."""
 
@@ -273,7 +315,8 @@ class Config:
     """The whole configuration: one frozen dataclass per section."""
 
     preset: str = "paper"
-    """Named starting values: paper (VOC, reference behavior), paper_coco, or demo (generated data, from scratch)."""
+    """Named starting values: paper (VOC, reference behavior), paper_coco, rrm (the baseline of Table 5), or demo
+    (generated data, from scratch)."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -294,6 +337,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "refined_steps": 15_000,
             "affinity_target": "segmentation",
         },
+    },
+    # Zhang et al. 2020 on the same parts: the CRF decides which pixels of the CAM are reliable, no affinity is learnt.
+    "rrm": {
+        "pseudo": {"refinement": "crf", "propagation": "none", "softmax_scores": False},
+        "loss": {"affinity_weight": 0.0},
     },
     "demo": {
         "data": {"workers": 0},
@@ -316,7 +364,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "walk_epsilon": 0.0,
             "dilations": [1, 2, 4, 8],
         },
-        "loss": {"segmentation_weight": 0.5},
+        "loss": {"segmentation_weight": 0.5, "energy_weight": 0.0},
         "schedule": {
             "max_steps": 1300,
             "batch_size": 16,
@@ -451,6 +499,10 @@ def check_config(config: Config) -> None:
             f"schedule.refined_steps is {schedule.refined_steps}, before schedule.cls_steps "
             f"({schedule.cls_steps}); phases must follow each other"
         )
+    if pseudo.crf and pseudo.label_rule == "threshold":
+        raise AfaError(
+            "pseudo.crf is true and pseudo.label_rule is 'threshold', which has no probabilities; use two_pass"
+        )
     lists = {
         "pseudo.scales": pseudo.scales,
         "pseudo.dilations": pseudo.dilations,
@@ -462,6 +514,25 @@ def check_config(config: Config) -> None:
     if pseudo.reuse_training_pass and 1.0 not in pseudo.scales:
         raise AfaError(
             f"pseudo.reuse_training_pass is true, yet pseudo.scales {pseudo.scales} has no 1.0 to reuse; add it"
+        )
+    if config.train.supervision == "masks" and config.train.feature_cache:
+        raise AfaError(
+            "train.feature_cache is true, and train.supervision is masks, which it does not know; switch it off"
+        )
+    if pseudo.refinement == "crf" and pseudo.label_rule == "threshold":
+        raise AfaError(
+            "pseudo.refinement is crf, which refines class scores beside a background, and pseudo.label_rule is "
+            "threshold, which has no background; use two_pass"
+        )
+    if config.train.feature_cache and not config.model.freeze_blocks:
+        raise AfaError(
+            "train.feature_cache is true, but model.freeze_blocks is 0: nothing stays the same that could be kept; "
+            "freeze the first blocks, or set it to false"
+        )
+    if config.train.feature_cache and not augment.whole_images:
+        raise AfaError(
+            "train.feature_cache is true, but augment.whole_images is false: random crops cannot be kept; set both "
+            "to true, or neither"
         )
     unknown = [name for name in config.data.class_subset if config.data.classes and name not in config.data.classes]
     if unknown:

@@ -8,13 +8,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from afa.check.fast import check_fast
 from afa.config import Config, load_config
+from afa.data.layout import find_layout
 from afa.data.shapes import MARKER_NAME, write_shapes
 from afa.errors import AfaError
 from afa.evaluation.evaluate import evaluate
+from afa.evaluation.tags import evaluate_tags
+from afa.model.network import AfaNetwork
 from afa.report.examples import write_examples
 from afa.report.html import write_report
-from afa.runtime import pick_device, process_group, say
+from afa.runtime import Processes, pick_device, process_group, say
 from afa.training.checkpoint import write_atomically
 from afa.training.loop import open_validation, train
 
@@ -27,23 +33,31 @@ _SMOKE: dict[str, Any] = {"schedule.max_steps": 40, "schedule.cls_steps": 15, "s
 
 
 def train_and_report(config: Config, run: Path, *, resume: bool = False, progress: bool = True) -> None:
-    """Train, score segmentation, CAM and propagated CAM on the validation list, and write the report.
+    """Check the data, train, score segmentation, CAM and propagated CAM, and write the report.
+
+    Scored are the images for validation that have masks; where none has, the tags of all of them.
 
     Args:
-        config: Settings. Without validation images (see `open_validation`) nothing is scored.
+        config: Settings.
         run: Run folder.
         resume: Go on with the run that the folder holds.
         progress: Show progress on standard error.
 
     Raises:
-        AfaError: As `afa.training.loop.train` and `afa.evaluation.evaluate.evaluate`.
+        AfaError: The data is not fit for training; as `afa.training.loop.train` and
+            `afa.evaluation.evaluate.evaluate`.
     """
     device = pick_device(config.train.device)
+    warnings = _check(config)
     with process_group(device) as processes:
+        for warning in warnings if processes.is_main else ():
+            say(f"warning: {warning}")
         progress = progress and processes.is_main
         result = train(config, run, device=device, processes=processes, resume=resume, progress=progress)
         scored = open_validation(config)
-        if scored is not None:
+        if scored is None:
+            _score_tags(config, run, result.network, device=device, processes=processes, progress=progress)
+        else:
             tagged = all(scored.has_tags(index) for index in range(len(scored)))
             if not tagged and processes.is_main:
                 say("some validation images have no tags: CAM and propagated CAM, which need them, are not scored")
@@ -58,9 +72,7 @@ def train_and_report(config: Config, run: Path, *, resume: bool = False, progres
                     progress=progress,
                 )
                 if processes.is_main:
-                    path = run / "evaluation" / f"{labels}.json"
-                    path.parent.mkdir(exist_ok=True)
-                    write_atomically(path, json.dumps(figures.to_json(), indent=2) + "\n")
+                    _write_figures(run, labels, figures.to_json())
                     say(f"{labels}: mIoU {figures.miou:.2f} on {figures.num_images} images")
             if processes.is_main and config.train.example_images:
                 write_examples(
@@ -74,6 +86,51 @@ def train_and_report(config: Config, run: Path, *, resume: bool = False, progres
         if processes.is_main:
             page = write_report(run)
             say(f"run folder {run}; open {page}")
+
+
+def _check(config: Config) -> list[str]:
+    """The warnings of the fast check; its errors are one error."""
+    problems = check_fast(find_layout(config.data), config)
+    errors = [problem.message for problem in problems if problem.severity == "error"]
+    if len(errors) > 1:
+        raise AfaError(f"{errors[0]} (and {len(errors) - 1} more; afa check {config.data.root} lists them)")
+    if errors:
+        raise AfaError(errors[0])
+    return [problem.message for problem in problems if problem.severity == "warning"]
+
+
+def _score_tags(
+    config: Config, run: Path, network: AfaNetwork, *, device: torch.device, processes: Processes, progress: bool
+) -> None:
+    """Score what can be scored without masks."""
+    layout = find_layout(config.data)
+    if not config.data.val_list or not layout.has_validation:
+        return
+    try:
+        images = layout.validation()
+    except AfaError as error:
+        if processes.is_main:
+            say(f"tags are not scored: {error}")
+        return
+    figures = evaluate_tags(
+        network,
+        images,
+        config=config,
+        device=device,
+        precision=config.train.precision,
+        processes=processes,
+        progress=progress,
+    )
+    if processes.is_main:
+        _write_figures(run, "tags", figures.to_json())
+        score = "none" if figures.tag_f1 is None else f"{figures.tag_f1:.2f}"
+        say(f"tags: F1 {score} on {figures.num_images} images; there are no masks to tell the mIoU by")
+
+
+def _write_figures(run: Path, name: str, figures: dict[str, Any]) -> None:
+    path = run / "evaluation" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, json.dumps(figures, indent=2) + "\n")
 
 
 def run_demo(run: Path, *, smoke: bool = False, resume: bool = False, overrides: dict[str, Any] | None = None) -> None:

@@ -57,9 +57,23 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
 
 
+def resolve_precision(device: torch.device, precision: str) -> str:
+    """Turn `auto` into `bf16` where the device has fast bf16, else `fp32`; other names stay."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # PyTorch has no public word for it; without this one the CPU counts as slow.
+        supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        fast = device.type == "cpu" and supported is not None and bool(supported())
+    return "bf16" if fast else "fp32"
+
+
 @contextlib.contextmanager
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """Run the network inside in `fp32`, `bf16` or `fp16`."""
+    """Run the network inside in `fp32`, `bf16` or `fp16`, or in what `auto` comes to."""
+    precision = resolve_precision(device, precision)
     if precision == "fp32":
         yield
         return

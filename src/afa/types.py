@@ -35,12 +35,14 @@ class Batch:
         valid_box: (B, 4) int64, (top, bottom, left, right) of the part of each image that holds the photograph,
             half open: rows top..bottom-1.
         names: B image names, for messages.
+        frozen: Arrays of B rows that the feature cache has of these images; none where training starts from pixels.
     """
 
     image: Tensor
     tags: Tensor
     valid_box: Tensor
     names: tuple[str, ...]
+    frozen: tuple[Tensor, ...] = ()
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
         """Copy the tensors to `device`."""
@@ -49,11 +51,18 @@ class Batch:
             tags=self.tags.to(device, non_blocking=non_blocking),
             valid_box=self.valid_box.to(device, non_blocking=non_blocking),
             names=self.names,
+            frozen=tuple(part.to(device, non_blocking=non_blocking) for part in self.frozen),
         )
 
     def pin_memory(self) -> Batch:
         """Copy the tensors to page-locked memory, for fast transfers to a GPU."""
-        return Batch(self.image.pin_memory(), self.tags.pin_memory(), self.valid_box.pin_memory(), names=self.names)
+        return Batch(
+            image=self.image.pin_memory(),
+            tags=self.tags.pin_memory(),
+            valid_box=self.valid_box.pin_memory(),
+            names=self.names,
+            frozen=tuple(part.pin_memory() for part in self.frozen),
+        )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from afa.config import AugmentConfig
-from afa.data.loader import resolve_workers, step_indices, train_batches
+from afa.data.loader import resolve_workers, step_indices, train_batches, whole_views
 from afa.data.pixel_cache import PixelCache
 from afa.data.voc import TaggedImages
 from afa.errors import AfaError
@@ -284,3 +284,49 @@ def test_resolve_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     for cores, processes, expected in [(1, 1, 1), (2, 1, 1), (16, 1, 8), (16, 4, 3), (2, 4, 1)]:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores), raising=False)
         assert resolve_workers(-1, processes=processes) == expected
+
+
+@pytest.mark.parametrize(("workers", "device"), [(0, None), (2, None), (2, CPU)])
+def test_features_are_read_for_the_images_as_they_are_shown(
+    images: TaggedImages, workers: int, device: torch.device | None
+) -> None:
+    augment = AugmentConfig(crop_size=32, whole_images=True)
+
+    def read(step: int, indices: Sequence[int], flips: Sequence[bool]) -> tuple[torch.Tensor, ...]:
+        rows = zip(indices, flips, strict=True)
+        return torch.full((len(indices),), step), torch.tensor([[index, int(flip)] for index, flip in rows])
+
+    canvases = [
+        [torch.from_numpy(canvas.numpy()) for canvas in (plain, plain.flip(-1))]
+        for batch in whole_views(images, crop_size=32, batch_size=3, workers=workers)
+        for plain in batch
+    ]
+    assert len(canvases) == NUM_IMAGES
+    stream = train_batches(
+        images,
+        augment=augment,
+        batch_size=4,
+        seed=0,
+        start_step=2,
+        max_steps=6,
+        workers=workers,
+        features=read,
+        device=device,
+    )
+    flips = []
+    for step, batch in enumerate(stream, start=2):
+        steps, rows = batch.frozen
+        assert steps.tolist() == [step] * 4
+        for canvas, name, (index, flip) in zip(batch.image, batch.names, rows.tolist(), strict=True):
+            assert name == str(index)
+            assert (canvas.int() - canvases[index][flip].int()).abs().max() <= 1
+            flips.append(flip)
+    assert set(flips) == {0, 1}
+
+
+def test_whole_views_begin_where_they_are_asked_to(images: TaggedImages) -> None:
+    every = torch.cat(list(whole_views(images, crop_size=24, batch_size=2)))
+    cache = PixelCache(NUM_IMAGES, 2**20)
+    rest = list(whole_views(images, crop_size=24, batch_size=2, start=4, workers=1, cache=cache))
+    assert [len(batch) for batch in rest] == [2, 1]
+    assert torch.cat(rest).equal(every[4:])

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from afa.config import AugmentConfig
-from afa.data.transforms import CropPlan, draw_crop, pack_plans, resample_batch, resample_image
+from afa.data.transforms import CropPlan, draw_crop, fit_whole, pack_plans, resample_batch, resample_image
 
 PLAIN = AugmentConfig(crop_size=32, scale_min=1.0, scale_max=1.0, flip_probability=0.0)
 
@@ -215,3 +215,24 @@ def test_crops_stay_those_of_earlier_versions() -> None:
     canvas = render(noise(375, 500), plan, 64)
     assert canvas[0, 0].tolist() == [208, 64, 209]
     assert canvas.astype(int).sum() == 1560611
+
+
+@pytest.mark.parametrize("size", [(30, 47), (47, 30), (100, 3), (200, 64), (33, 33)])
+def test_whole_image_fills_the_crop_as_far_as_it_can(size: tuple[int, int]) -> None:
+    config = AugmentConfig(crop_size=33, flip_probability=0.5, whole_images=True)
+    plans = [draw_crop(size, config, rng(seed)) for seed in range(20)]
+    plain, mirrored = (fit_whole(size, 33, flip=flip) for flip in (False, True))
+    assert {plan.flip for plan in plans} == {False, True}
+    assert all(plan == (mirrored if plan.flip else plain) for plan in plans)
+    top, bottom, left, right = plain.valid_box
+    assert max(bottom - top, right - left) == 33
+    assert abs((bottom - top) / (right - left) / (size[0] / size[1]) - 1) < max(
+        0.6 / (bottom - top), 0.6 / (right - left)
+    )
+    for before, after in ((top, 33 - bottom), (left, 33 - right)):
+        assert 0 <= after - before <= 1
+    for axis in (plain.rows, plain.columns):
+        assert (axis.first, axis.last) == (0, axis.length)
+    np.testing.assert_array_equal(render(noise(*size), mirrored, 33), render(noise(*size), plain, 33)[:, ::-1])
+    box = mirrored.valid_box
+    assert (box[2], box[3]) == (33 - right, 33 - left)

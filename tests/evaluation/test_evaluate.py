@@ -116,7 +116,10 @@ def test_segmentation_figures(tmp_path: Path, protocol: str | None) -> None:
 def test_json_has_the_promised_keys_rounded(tmp_path: Path) -> None:
     result = run(write_data(tmp_path), limit=2)
     written = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    assert list(written) == ["miou", "per_class", "protocol", "labels", "num_images", "seconds", "tag_f1"]
+    assert list(written) == [
+        "miou", "per_class", "protocol", "labels", "supervision", "num_images", "seconds", "tag_f1"
+    ]  # fmt: skip
+    assert written["supervision"] == "weakly supervised (image tags)"
     assert written["num_images"] == 2
     assert written["miou"] == round(result.miou, 2) != result.miou
     assert list(written["per_class"]) == ["background", *CLASSES]
@@ -203,7 +206,7 @@ def test_real_pseudo_labels_are_scored(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"labels": "mask"}, "labels is 'mask'; use one of seg, cam, propagated, initial, refined"),
-        ({"protocol": "crf"}, "protocol is 'crf'; use one of single, multiscale"),
+        ({"protocol": "crf"}, "protocol is 'crf'; use one of single, multiscale, single+crf, multiscale+crf"),
         ({"limit": 0}, "there is no image to evaluate; give a list with at least one name"),
     ],
 )

@@ -1,5 +1,6 @@
 """Sizes, scales and fusion of the protocols, seen through networks that report what they were given."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from afa.errors import AfaError
 from afa.evaluation import protocols
 from afa.evaluation.protocols import (
     dense_logits,
+    group_sizes,
     image_tensor,
     logit_maps,
     pseudo_label,
@@ -21,6 +23,7 @@ from afa.evaluation.protocols import (
     seg_logits,
     view_sizes,
 )
+from afa.filtering.crf import dense_crf
 from afa.model.network import AfaNetwork
 from afa.types import NetworkOutput, normalize_image
 
@@ -124,7 +127,9 @@ def test_out_size_and_read_only_or_flipped_arrays() -> None:
 
 
 def test_unknown_protocol_lists_the_known_ones() -> None:
-    with pytest.raises(AfaError, match=r"^protocol is 'crf'; use one of single, multiscale$"):
+    with pytest.raises(
+        AfaError, match=r"^protocol is 'crf'; use one of single, multiscale, single\+crf, multiscale\+crf$"
+    ):
         run_spy(random_image(32, 32), "crf")
 
 
@@ -267,3 +272,115 @@ def test_segmentation_never_looks_at_the_values(protocol: str) -> None:
         restricted = maps.allow(np.array([True, True, False, False]))
         assert restricted.label((40, 50)).is_meta
         assert restricted.scores((40, 50)).is_meta
+
+
+@pytest.mark.parametrize("base", ["single", "multiscale"])
+def test_crf_refines_the_softmax_of_the_enlarged_logits(base: str) -> None:
+    network, image = real_network(), smooth_image(48, 60)
+    config = EvaluationConfig(short_side=40, long_side=64, scales=(1.0, 0.5))
+    (maps,) = logit_maps(network, [image], protocol=f"{base}+crf", config=config)
+    before = seg_logits(network, image, protocol=base, config=config).softmax(0)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    expected = dense_crf(
+        before[None],
+        pixels,
+        iterations=10,
+        gaussian_weight=3,
+        gaussian_xy=3,
+        bilateral_weight=4,
+        bilateral_xy=64,
+        bilateral_rgb=5,
+    )[0]
+    torch.testing.assert_close(maps.scores((48, 60)), expected, rtol=0, atol=1e-5)
+    assert (expected - before).abs().max() > 0.02
+    plain = logit_maps(network, [image], protocol=base, config=config)[0]
+    assert torch.equal(maps.image, plain.image)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("iterations", 1),
+        ("gaussian_weight", 0.5),
+        ("gaussian_xy", 1.0),
+        ("bilateral_weight", 1.0),
+        ("bilateral_xy", 5.0),
+        ("bilateral_rgb", 30.0),
+    ],
+)
+def test_settings_of_the_crf_reach_it(key: str, value: float) -> None:
+    image = smooth_image(40, 48)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    probabilities = torch.rand(1, 3, 40, 48, generator=torch.Generator().manual_seed(0)).mul(3).softmax(1)
+    found = protocols.crf(probabilities, pixels, config=EvaluationConfig(**{f"crf_{key}": value}))
+    torch.testing.assert_close(found, dense_crf(probabilities, pixels, **{key: value}))  # type: ignore[arg-type]
+    assert (found - dense_crf(probabilities, pixels)).abs().max() > 1e-3
+
+
+def test_classes_ruled_out_stay_out_of_the_crf() -> None:
+    network, image = real_network(), smooth_image(40, 48)
+    allowed = np.array([True, False, True, False])
+    for classes in (allowed, None):
+        (maps,) = logit_maps(
+            network,
+            [image],
+            protocol="single+crf",
+            config=EvaluationConfig(),
+            allowed=None if classes is None else [classes],
+        )
+        scores = maps.scores((40, 48))
+        assert bool(scores[~allowed].any()) == (classes is None)
+        torch.testing.assert_close(scores.sum(0), torch.ones(40, 48))
+
+
+def test_images_of_one_view_and_several_sizes_go_through_the_crf() -> None:
+    network = real_network()
+    config = EvaluationConfig(short_side=64)
+    batch = logit_maps(network, SAME_VIEWS, protocol="single+crf", config=config)
+    for image, maps in zip(SAME_VIEWS, batch, strict=True):
+        (alone,) = logit_maps(network, [image], protocol="single+crf", config=config)
+        size = image.shape[0], image.shape[1]
+        torch.testing.assert_close(maps.scores(size), alone.scores(size), rtol=0, atol=1e-4)
+        assert group_sizes(size, protocol="single+crf", config=config) == ((64, 96), size)
+    assert group_sizes((50, 60), protocol="single", config=config) == ((64, 77),)
+
+
+@pytest.mark.parametrize("kind", ["cam", "propagated", "initial", "refined"])
+@pytest.mark.parametrize("refine", [True, False])
+def test_pseudo_labels_are_decided_by_what_the_crf_returns(
+    kind: str, refine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = real_network()
+    images = [smooth_image(64, 72, seed=seed) for seed in (1, 2)]
+    tags = [np.array(row, dtype=np.float32) for row in ([1, 0, 1], [0, 1, 0])]
+    config = PseudoConfig(iterations=2, affinity_radius=1, walk_epsilon=0.0, background_propagated=0.45)
+    settings: dict[str, Any] = {"kind": kind, "refine": refine}
+    plain = pseudo_labels(network, images, tags, config=config, **settings)
+    calls: list[tuple[int, ...]] = []
+
+    def mirror(probabilities: Tensor, pixels: Tensor, **given: Any) -> Tensor:
+        assert given["bilateral_xy"] == 7
+        calls.append(tuple(probabilities.shape))
+        torch.testing.assert_close(probabilities.sum(1), torch.ones(2, 64, 72))
+        assert torch.equal(pixels.round().to(torch.uint8), torch.stack([as_tensor(image) for image in images]))
+        # Classes that an image is not tagged with may get the most; they must not win.
+        return probabilities.flip(-1) + 9.0 * (probabilities.amax((2, 3), keepdim=True) == 0)
+
+    monkeypatch.setattr(protocols, "dense_crf", mirror)
+    crf_config = EvaluationConfig(crf_bilateral_xy=7)
+    found = pseudo_labels(network, images, tags, config=replace(config, crf=True), crf_config=crf_config, **settings)
+    channels = 4 if kind in ("cam", "propagated") else 3  # all classes, or background and the two most tags
+    assert calls == [(2, channels, 64, 72)] * (1 if channels == 4 else 2)
+    assert any((label != label.flip(-1)).float().mean() > 0.1 for label in plain)
+    for before, after in zip(plain, found, strict=True):
+        assert (after == before.flip(-1)).float().mean() > 0.999
+
+
+def as_tensor(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+
+def smooth_image(height: int, width: int, seed: int = 0) -> np.ndarray:
+    coarse = torch.rand(1, 3, 5, 6, generator=torch.Generator().manual_seed(seed))
+    image = interpolate(coarse, size=(height, width), mode="bilinear")[0]
+    return (image.permute(1, 2, 0) * 255).to(torch.uint8).numpy()

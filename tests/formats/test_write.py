@@ -17,6 +17,7 @@ from afa.errors import AfaError
 from afa.formats.job import MaskItem
 from afa.formats.write import FORMATS, FormatResult, mask_items, parse_formats, write_format
 
+GENERAL = [name for name in FORMATS if name != "voc_test"]  # which has classes and names of its own
 FOLDERS = [name for name, info in FORMATS.items() if "." not in info.output]
 
 
@@ -28,7 +29,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", GENERAL)
 def test_the_same_masks_give_the_same_files(tmp_path: Path, format: str) -> None:
     items = write_items(tmp_path)
     result = write(format, items, tmp_path / "one")
@@ -40,7 +41,7 @@ def test_the_same_masks_give_the_same_files(tmp_path: Path, format: str) -> None
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", GENERAL)
 def test_masks_are_read_one_at_a_time(tmp_path: Path, format: str) -> None:
     items = write_items(tmp_path)
 
@@ -53,7 +54,7 @@ def test_masks_are_read_one_at_a_time(tmp_path: Path, format: str) -> None:
     assert not any(item.mask_path.exists() for item in items)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", GENERAL)
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "stop"])
 def test_a_failure_leaves_the_earlier_result(tmp_path: Path, format: str, error: BaseException) -> None:
     items = write_items(tmp_path)
@@ -76,7 +77,7 @@ def test_a_failure_leaves_the_earlier_result(tmp_path: Path, format: str, error:
         assert not any(path.name.startswith(".") for path in out.iterdir())
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", GENERAL)
 def test_a_file_that_cannot_grow_leaves_nothing(tmp_path: Path, format: str) -> None:
     noise = np.random.default_rng(0).integers(0, 4, (90, 90), dtype=np.uint8)
     items = write_items(tmp_path, [noise])

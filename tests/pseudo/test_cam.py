@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 import naive
-from afa.pseudo.cam import fuse_scores, multi_scale_cam, normalize_cam
-from afa.types import NetworkOutput
+from afa.pseudo.cam import ViewScore, fuse_scores, multi_scale_cam, normalize_cam
+from afa.types import NetworkOutput, normalize_image
 
 
 class FakeScore:
@@ -115,3 +117,36 @@ def test_cam_has_no_gradient() -> None:
     score = FakeScore()
     score.weight.requires_grad_()
     assert not multi_scale_cam(score, images(), scales=(1.0,)).cam.requires_grad
+
+
+class KeptViews(ViewScore):
+    """Has every view at hand, made by the plain recipe, and notes what it was asked for."""
+
+    def __init__(self, image: Tensor) -> None:
+        self.score = FakeScore()
+        self.normalized = normalize_image(image)
+        self.asked: list[tuple[float, tuple[bool, ...], bool]] = []
+
+    def __call__(self, image: Tensor, affinity: bool) -> NetworkOutput:
+        raise AssertionError("pixels were shown")
+
+    def view(self, scale: float, flips: Sequence[bool], affinity: bool) -> NetworkOutput:
+        self.asked.append((scale, tuple(flips), affinity))
+        size = [int(side * scale) for side in self.normalized.shape[2:]]
+        scaled = interpolate(self.normalized, size=size, mode="bilinear", align_corners=False)
+        return self.score(torch.cat([scaled.flip(-1) if flip else scaled for flip in flips]), affinity)
+
+
+def test_scores_that_have_views_at_hand_are_asked_for_them() -> None:
+    kept = KeptViews(images())
+    found = multi_scale_cam(kept, images(), scales=(1.0, 0.5, 1.5), affinity=True)
+    expected = multi_scale_cam(FakeScore(), images(), scales=(1.0, 0.5, 1.5), affinity=True)
+    torch.testing.assert_close(found.cam, expected.cam)
+    assert found.grid == expected.grid
+    both, plain, mirrored = (False, True), (False,), (True,)
+    assert kept.asked == [(1.0, both, False), (0.5, both, False), (1.5, plain, True), (1.5, mirrored, False)]
+    kept.asked.clear()
+    scores = FakeScore()(normalize_image(images()), False).class_scores
+    reused = multi_scale_cam(kept, images(), scales=(1.0, 0.5), plain_scores=scores)
+    torch.testing.assert_close(reused.cam, multi_scale_cam(FakeScore(), images(), scales=(1.0, 0.5)).cam)
+    assert kept.asked == [(1.0, mirrored, False), (0.5, both, False)]

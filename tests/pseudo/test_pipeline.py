@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 import naive
 from afa.config import PseudoConfig
+from afa.filtering.crf import dense_crf
 from afa.pseudo import pipeline
 from afa.pseudo.cam import CamResult, normalize_cam
 from afa.pseudo.labels import ignore_outside, threshold_label
@@ -163,8 +165,10 @@ def test_two_label_rules_agree_without_refinement() -> None:
         assert torch.equal(make_initial(cam, config=config), expected)
 
 
-@pytest.mark.parametrize("refinement", ["par", "par_color", "pamr", "none"])
-@pytest.mark.parametrize("rule", ["two_pass", "threshold"])
+@pytest.mark.parametrize(
+    ("refinement", "rule"),
+    [*product(["par", "par_color", "pamr", "none"], ["two_pass", "threshold"]), ("crf", "two_pass")],
+)
 @pytest.mark.parametrize("softmax", [True, False])
 def test_labels_stay_within_tags_and_box(refinement: Any, rule: Any, softmax: bool) -> None:
     config = replace(CONFIG, refinement=refinement, label_rule=rule, softmax_scores=softmax)
@@ -176,6 +180,40 @@ def test_labels_stay_within_tags_and_box(refinement: Any, rule: Any, softmax: bo
         assert set(label[0].unique().tolist()) <= {0, 1, 3, 255}
         assert set(label[1].unique().tolist()) <= {0, 2, 255}
         assert torch.equal(ignore_outside(label, BOXES), label)
+
+
+def test_the_crf_refines_each_set_of_scores_on_the_canvas() -> None:
+    config = replace(CONFIG, refinement="crf")
+    low, high = smooth(2, 4, seed=5).softmax(1), smooth(2, 4, seed=6).softmax(1)
+    found = Refiner(images(), config).on_canvas(torch.cat([low, high], 1), num_sets=2)
+    small = interpolate(images(), size=(12, 17), mode="bilinear")
+    for each, refined in zip((low, high), found.chunk(2, 1), strict=True):
+        shares = interpolate(each, size=(12, 17), mode="bilinear")
+        # Bandwidths of 3 and 64 pixels of the image, at half its size.
+        expected = dense_crf(shares, 255 * small, gaussian_xy=1.5, bilateral_xy=32.0)
+        torch.testing.assert_close(refined, interpolate(expected, size=SIZE, mode="bilinear"), atol=1e-4, rtol=1e-3)
+        assert not torch.allclose(expected, shares, atol=0.01)
+
+
+def test_the_crf_in_the_box_sees_nothing_outside() -> None:
+    config = replace(CONFIG, refinement="crf")
+    scores = smooth(2, 4, seed=5).softmax(1)
+    noisy = images()
+    noisy[1, :, :3] = noisy[1, :, :, :5] = 1.0
+    found, other = (Refiner(image, config).in_box(scores, BOXES) for image in (images(), noisy))
+    assert torch.equal(found, other)
+    top, bottom, left, right = BOXES[1].tolist()
+    assert not found[1, :, :top].any()
+    inside = interpolate(
+        interpolate(scores, size=SIZE, mode="bilinear")[1:, :, top:bottom, left:right],
+        size=((bottom - top) // 2, (right - left) // 2),
+        mode="bilinear",
+        align_corners=True,
+    )
+    image = interpolate(images()[1:, :, top:bottom, left:right], size=inside.shape[2:], mode="bilinear")
+    expected = dense_crf(inside, 255 * image, gaussian_xy=1.5, bilateral_xy=32.0)
+    expected = interpolate(expected, size=(bottom - top, right - left), mode="bilinear")
+    torch.testing.assert_close(found[1:, :, top:bottom, left:right], expected, atol=1e-4, rtol=1e-3)
 
 
 def test_one_kernel_serves_both_labels_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:

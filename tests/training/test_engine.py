@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,9 @@ def make_network(settings: Config) -> Any:
 @pytest.mark.parametrize("step", [0, 5, 12])
 def test_losses_never_ask_for_a_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """On tensors that have no values: to read one, or to make a shape that depends on one, raises."""
-    settings = config(tmp_path)
+    settings = config(tmp_path, **{"loss.energy_weight": 0.01})
     monkeypatch.setattr(par_module, "_HAS_TRITON", False)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no such device
     network = make_network(settings).train().to("meta")
     batch = make_batch(0, settings.augment.crop_size).to(torch.device("meta"))
     kind = phase(step, settings.schedule, settings.loss)
@@ -57,6 +59,7 @@ def test_losses_never_ask_for_a_value(tmp_path: Path, monkeypatch: pytest.Monkey
         return output
 
     losses = compute_losses(forward, network.score, batch, config=settings, phase=kind, num_slots=4)
+    assert (losses.reg is None) == (step == 0)
     losses.total.backward()
     assert gradients_are_finite(list(network.parameters())).device.type == "meta"
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -79,12 +82,12 @@ def run(settings: Config, device: str, *, record: bool) -> tuple[TrainingEngine,
 def test_recorded_steps_equal_plain_ones(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    settings = config(tmp_path, **{"model.drop_path": 0.1})
+    settings = config(tmp_path, **{"model.drop_path": 0.1, "loss.energy_weight": 0.01})
     plain, expected = run(settings, "cuda", record=False)
     recorded, found = run(settings, "cuda", record=True)
     assert not plain.records
     assert len(recorded._recordings) >= 3
-    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=5e-3, atol=1e-3)
     _, on_cpu = run(dataclasses.replace(settings), "cpu", record=False)
     torch.testing.assert_close(torch.stack(expected)[:2].cpu(), torch.stack(on_cpu)[:2], rtol=5e-3, atol=1e-3)
 
@@ -95,7 +98,7 @@ def test_recorded_steps_equal_plain_ones(tmp_path: Path) -> None:
 def test_steps_never_wait_for_the_gpu(tmp_path: Path, record: bool) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    settings = config(tmp_path)
+    settings = config(tmp_path, **{"loss.energy_weight": 0.01})
     engine, _ = run(settings, "cuda", record=record)
     batch = make_batch(0, settings.augment.crop_size).pin_memory()
     torch.cuda.set_sync_debug_mode("error")

@@ -44,14 +44,14 @@ def around_each_step(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, Any
         count += 1
         return compute_losses(change(count, forward), *arguments, **settings)
 
-    monkeypatch.setattr(engine_module, "compute_losses", changed)
+    monkeypatch.setattr(loop_module, "compute_losses", changed)
 
 
 # --- What a run leaves ---
 
 
 def test_run_folder_of_training(tiny_data: Path, tmp_path: Path) -> None:
-    config = tiny_config(tiny_data, {"train.eval_steps": 2, "train.eval_images": 3})
+    config = tiny_config(tiny_data, {"train.eval_steps": 2, "train.eval_images": 3, "loss.energy_weight": 10})
     result = run_training(config, tmp_path / "deep" / "run")
     run = tmp_path / "deep" / "run"
     assert {path.name for path in run.iterdir()} == {
@@ -69,17 +69,19 @@ def test_run_folder_of_training(tiny_data: Path, tmp_path: Path) -> None:
     trained = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6]
     assert [line["phase"] for line in trained] == ["cls", "cls", "initial", "initial", "refined", "refined"]
-    loss_weights = (config.loss.segmentation_weight, config.loss.affinity_weight)
+    loss_weights = (config.loss.segmentation_weight, config.loss.affinity_weight, config.loss.energy_weight)
     for line in trained:
         assert line.keys() == {
-            "kind", "step", "phase", "loss", "cls_loss", "seg_loss", "aff_loss", "learning_rate", "images_per_second",
-            "seconds",
+            "kind", "step", "phase", "loss", "cls_loss", "seg_loss", "aff_loss", "reg_loss", "learning_rate",
+            "images_per_second", "seconds",
         }  # fmt: skip
-        seg, aff = (
-            weight * (line[key] or 0) for weight, key in zip(loss_weights, ("seg_loss", "aff_loss"), strict=True)
+        parts = (
+            weight * (line[key] or 0)
+            for weight, key in zip(loss_weights, ("seg_loss", "aff_loss", "reg_loss"), strict=True)
         )
-        assert line["loss"] == pytest.approx(line["cls_loss"] + seg + aff)
-        assert (line["seg_loss"] is None) == (line["aff_loss"] is None) == (line["phase"] == "cls")
+        assert line["loss"] == pytest.approx(line["cls_loss"] + sum(parts))
+        for key in ("seg_loss", "aff_loss", "reg_loss"):
+            assert (line[key] is None) == (line["phase"] == "cls"), key
         assert line["images_per_second"] > 0
     assert [line["learning_rate"] for line in trained] == [learning_rate(step, config.schedule) for step in range(6)]
     seconds = [line["seconds"] for line in trained]

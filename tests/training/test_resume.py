@@ -15,7 +15,6 @@ import torch
 
 from afa.config import Config
 from afa.errors import AfaError
-from afa.training import engine as engine_module
 from afa.training import loop as loop_module
 from afa.training.checkpoint import latest_checkpoint, load_checkpoint
 from afa.training.loop import TrainResult, train
@@ -83,7 +82,7 @@ def test_two_steps_and_two_steps_are_four(tiny_data: Path, tmp_path: Path, monke
     config = tiny_config(tiny_data, DROPOUT | {"schedule.max_steps": 4, "train.save_steps": 2})
     run_training(config, tmp_path / "straight")
     steps = []
-    compute = engine_module.compute_losses
+    compute = loop_module.compute_losses
 
     def counted(*arguments: Any, **settings: Any) -> Any:
         steps.append(settings["phase"].name)
@@ -92,7 +91,7 @@ def test_two_steps_and_two_steps_are_four(tiny_data: Path, tmp_path: Path, monke
         return compute(*arguments, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module, "compute_losses", counted)
+        patch.setattr(loop_module, "compute_losses", counted)
         with pytest.raises(Crash):
             run_training(config, tmp_path / "run")
         assert (latest_checkpoint(tmp_path / "run") or tmp_path).name == "step_00000002"

@@ -57,6 +57,12 @@ def test_a_loss_without_weight_is_not_computed_nor_its_label() -> None:
     assert nothing == Phase("refined", False, False, False, False)
 
 
+@pytest.mark.parametrize("step", [0, 3000, 19_999])
+def test_full_supervision_has_one_phase_and_no_label(step: int) -> None:
+    found = phase(step, PAPER.schedule, PAPER.loss, supervision="masks")
+    assert found == Phase("masks", segmentation=True, affinity=False, want_initial=False, want_refined=False)
+
+
 def test_phases_may_be_skipped() -> None:
     schedule = ScheduleConfig(cls_steps=0, refined_steps=0)
     assert [phase(step, schedule, LossConfig()).name for step in (0, 1)] == ["initial", "refined"]

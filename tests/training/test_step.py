@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, interpolate, multilabel_soft_marg
 
 from afa.build import build_network
 from afa.config import Config, ModelConfig, load_config
+from afa.filtering.energy import energy_loss
 from afa.model.network import AfaNetwork
 from afa.pseudo import pipeline
 from afa.training import step as step_module
@@ -253,12 +254,41 @@ def test_cam_passes_leave_every_buffer_and_flag_alone(recorder: Recorder) -> Non
 
 
 def test_total_is_the_weighted_sum(recorder: Recorder) -> None:
-    config = config_with(loss__segmentation_weight=0.3, loss__affinity_weight=0.7)
+    config = config_with(loss__segmentation_weight=0.3, loss__affinity_weight=0.7, loss__energy_weight=1000)
     losses = recorder.losses(make_batch(FULL, FULL), config, INITIAL_STEP)
     assert losses.seg is not None
     assert losses.aff is not None
-    assert float(losses.total.detach()) == pytest.approx(float(losses.cls + 0.3 * losses.seg + 0.7 * losses.aff))
+    assert losses.reg is not None
+    weighted = losses.cls + 0.3 * losses.seg + 0.7 * losses.aff + 1000 * losses.reg
+    assert float(losses.total.detach()) == pytest.approx(float(weighted))
     assert min(float(losses.seg), float(losses.aff)) > 0
+    assert 1000 * float(losses.reg) < -1e-3
+
+
+def test_the_energy_is_that_of_what_the_segmentation_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Scripted.of(centered_scores())
+    torch.nn.init.normal_(network.seg_logits, generator=torch.Generator().manual_seed(0))
+    batch = make_batch((0, SIZE, 0, 56))
+    initial, refined = torch.zeros(2, 1, SIZE, SIZE, dtype=torch.int64)
+    initial[:, :16] = refined[:, :40] = IGNORE_INDEX  # only where labels are missing is what counts
+    labels = pipeline.TrainingLabels(initial, refined)
+    monkeypatch.setattr(step_module, "training_labels", lambda *_, **__: labels)
+    energies = []
+    for label, step in ((initial, INITIAL_STEP), (refined, REFINED_STEP)):
+        found = network.losses(batch, config_with(), step).reg
+        expected = energy_loss(network.seg_logits, batch.image / 255, label, batch.valid_box)
+        torch.testing.assert_close(found, expected.detach())
+        energies.append(float(expected.detach()))
+    assert energies[0] != pytest.approx(energies[1])
+
+
+@pytest.mark.parametrize(("weights", "step"), [((0.1, 0), REFINED_STEP), ((0, 0.01), REFINED_STEP), ((0.1, 0.01), 0)])
+def test_without_weight_or_segmentation_no_energy_is_computed(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, weights: tuple[float, float], step: int
+) -> None:
+    monkeypatch.delattr(step_module, "energy_loss")
+    config = config_with(loss__segmentation_weight=weights[0], loss__energy_weight=weights[1])
+    assert recorder.losses(make_batch(FULL), config, step).reg is None
 
 
 def centered_scores(count: int = 1) -> Tensor:
@@ -376,7 +406,8 @@ def test_a_batch_without_any_label_adds_exactly_nothing(
     ignored = torch.full((1, SIZE, SIZE), IGNORE_INDEX)
     monkeypatch.setattr(step_module, "training_labels", lambda *_, **__: pipeline.TrainingLabels(ignored, ignored))
     network = Scripted.of(centered_scores())
-    config = config_with(loss__segmentation_form=seg_form, loss__affinity_form=aff_form)
+    # The energy loss is what goes on learning from pixels without label.
+    config = config_with(loss__segmentation_form=seg_form, loss__affinity_form=aff_form, loss__energy_weight=0)
     losses = network.losses(make_batch(FULL), config, REFINED_STEP)
     assert float(losses.seg or 0) == float(losses.aff or 0) == 0.0
     assert losses.seg is not None
@@ -407,6 +438,9 @@ def test_an_image_without_tags_beside_others_is_all_background(recorder: Recorde
         {"pseudo__refinement": "none"},
         {"pseudo__refinement": "par_color"},
         {"pseudo__refinement": "pamr"},
+        {"pseudo__refinement": "crf"},
+        {"pseudo__refinement": "crf", "pseudo__propagation": "none", "pseudo__softmax_scores": False},
+        {"loss__energy_weight": 0},
         {"pseudo__label_rule": "threshold"},
         {"pseudo__softmax_scores": False},
         {"pseudo__refinement_region": "canvas"},
@@ -434,7 +468,7 @@ def test_shares_of_two_processes_add_up_to_the_whole_batch() -> None:
     """Averaged over processes, as DistributedDataParallel does, the gradient is that of the whole batch."""
     scores = centered_scores(2)
     scores[1] = -1.0  # all foreground is in the first image: plain means per process would differ
-    config = config_with()
+    config = config_with(loss__energy_weight=1000)
     whole = Scripted.of(scores)
     batch = make_batch(FULL, (0, SIZE, 0, 32))
     expected = whole.losses(batch, config, INITIAL_STEP)
@@ -468,6 +502,7 @@ def test_shares_of_two_processes_add_up_to_the_whole_batch() -> None:
     results, networks, _ = parts([a + b for a, b in zip(first, second, strict=True)])
     assert sum(float(r.seg or 0) for r in results) == pytest.approx(float(expected.seg or 0), rel=1e-6)
     assert sum(float(r.aff or 0) for r in results) == pytest.approx(float(expected.aff or 0), rel=1e-6)
+    assert sum(float(r.reg or 0) for r in results) / 2 == pytest.approx(float(expected.reg or 0), rel=1e-6)
     assert sum(float(r.cls) for r in results) / 2 == pytest.approx(float(expected.cls), rel=1e-6)
     for result in results:
         result.total.backward()  # type: ignore[no-untyped-call]

@@ -35,7 +35,7 @@ class Problem:
     """Something to know of a data set.
 
     Attributes:
-        severity: `error`: training fails or learns nothing; `warning`: the result suffers; `note`: good to know.
+        severity: `error`: training fails; `warning`: the result suffers; `note`: good to know.
         message: One line: the file or class, what was found, what to do.
     """
 
@@ -185,10 +185,8 @@ def check_tags(opened: OpenedData, config: Config) -> list[Problem]:
 
 
 def _unscored(layout: Layout) -> Problem:
-    missing = "no masks" if layout.has_validation else "no images for validation"
-    return Problem(
-        "note", f"{layout.root}: {missing}, so the run will not be scored; docs/data.md says how to add them"
-    )
+    missing = "no masks, so only tags" if layout.has_validation else "no images for validation, so nothing"
+    return Problem("note", f"{layout.root}: {missing} will be scored; docs/data.md says how to add them")
 
 
 def _check_counts(classes: Sequence[str], tags: NDArray[np.bool_]) -> list[Problem]:
@@ -199,7 +197,7 @@ def _check_counts(classes: Sequence[str], tags: NDArray[np.bool_]) -> list[Probl
         names = ", ".join(classes[i] for i in np.flatnonzero(tags[0]).tolist())
         return [
             Problem(
-                "error",
+                "warning",
                 f"all {len(tags)} training images have the same tags ({names}): nothing can be learned without images "
                 "that lack a class; add such images",
             )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from afa.config import AugmentConfig
 from afa.data.pixel_cache import PixelCache
-from afa.data.transforms import draw_crop, pack_plans, resample_batch, resample_image
+from afa.data.transforms import CropPlan, draw_crop, fit_whole, pack_plans, resample_batch, resample_image
 from afa.data.voc import TaggedImages
 from afa.errors import AfaError
 from afa.types import Batch
@@ -34,6 +34,9 @@ _ORDER, _AUGMENT = 0, 1  # Spawn keys: the two uses of the seed never share a ra
 _PADDING: Final = 64  # Source pixels are padded to multiples of this, so that few different shapes reach the device.
 
 _T = TypeVar("_T")
+
+FeatureFunction = Callable[[int, Sequence[int], Sequence[bool]], tuple[Tensor, ...]]
+"""(step, images, which of them are mirrored) -> what the feature cache has of them, arrays of as many rows."""
 
 
 def step_indices(num_images: int, *, step: int, batch_size: int, seed: int) -> NDArray[np.int64]:
@@ -57,6 +60,19 @@ def step_indices(num_images: int, *, step: int, batch_size: int, seed: int) -> N
     epoch, place = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), num_images)
     indices = [_permutation(num_images, seed, e)[p] for e, p in zip(epoch.tolist(), place.tolist(), strict=True)]
     return np.array(indices, dtype=np.int64)
+
+
+def step_plan(size: tuple[int, int], augment: AugmentConfig, *, step: int, row: int, seed: int) -> CropPlan:
+    """Crop of one image of a step.
+
+    Args:
+        size: Height and width of the image, pixels.
+        augment: Augmentation settings.
+        step: Step, from 0.
+        row: Place of the image in the global batch.
+        seed: Seed of the augmentation.
+    """
+    return draw_crop(size, augment, _generator(seed, _AUGMENT, step, row))
 
 
 def resolve_workers(workers: int, *, processes: int = 1) -> int:
@@ -87,6 +103,7 @@ def train_batches(
     world_size: int = 1,
     workers: int = 0,
     cache: PixelCache | None = None,
+    features: FeatureFunction | None = None,
     device: torch.device | None = None,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
@@ -103,6 +120,7 @@ def train_batches(
         world_size: Number of training processes.
         workers: Threads that prepare batches ahead; 0 prepares them here. The batches are the same.
         cache: Where decoded images stay, for `images` alone; None decodes each time.
+        features: Reads what the batches' `frozen` hold, in the workers; None leaves it empty.
         device: Where to scale, flip and crop, one batch ahead of the one in use; None does it in the workers. The
             crops are the same, the pixels as equal as `resample_batch` says.
         pin_memory: Hand CPU tensors over in page-locked memory, for fast transfers to a GPU.
@@ -118,12 +136,56 @@ def train_batches(
         raise AfaError(f"schedule.batch_size is {batch_size}; use a multiple of the number of processes ({world_size})")
     share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
     source = _Source(
-        images, augment, batch_size, seed, share, cache, pin_memory or (device is not None and device.type == "cuda")
+        images,
+        augment,
+        batch_size,
+        seed,
+        share,
+        cache,
+        features,
+        pin_memory or (device is not None and device.type == "cuda"),
     )
     steps = range(start_step, max_steps)
     if device is None:
         return _in_order(source.batch, steps, workers=workers)
     return _resampled(_in_order(source.decoded, steps, workers=workers), device, augment.crop_size)
+
+
+def whole_views(
+    images: TaggedImages,
+    *,
+    crop_size: int,
+    batch_size: int,
+    start: int = 0,
+    workers: int = 0,
+    cache: PixelCache | None = None,
+) -> Iterator[Tensor]:
+    """Yield every image as `augment.whole_images` shows it, unflipped, in the order of the list.
+
+    Args:
+        images: Images.
+        crop_size: S, side of the canvas, pixels.
+        batch_size: Images that come together; the last ones may be fewer.
+        start: First image.
+        workers: As for `train_batches`.
+        cache: As for `train_batches`.
+
+    Returns:
+        Iterator of (B, 3, S, S) uint8.
+
+    Raises:
+        AfaError: During iteration, an image cannot be read.
+    """
+
+    def prepare(first: int) -> Tensor:
+        indices = range(first, min(first + batch_size, len(images)))
+        canvas = np.zeros((len(indices), 3, crop_size, crop_size), dtype=np.uint8)
+        for row, index in enumerate(indices):
+            pixels = images.image(index) if cache is None else cache.image(index, images.image)
+            resample_image(pixels, fit_whole(pixels.shape[:2], crop_size, flip=False), canvas[row])
+        return torch.from_numpy(canvas)
+
+    return _in_order(prepare, range(start, len(images), batch_size), workers=workers)
 
 
 @lru_cache(maxsize=2)
@@ -146,6 +208,7 @@ class _Decoded:
     tags: Tensor
     valid_box: Tensor
     names: tuple[str, ...]
+    frozen: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -158,19 +221,26 @@ class _Source:
     seed: int
     share: slice
     cache: PixelCache | None
+    features: FeatureFunction | None
     pin_memory: bool
 
     def batch(self, step: int) -> Batch:
         """The augmented batch. NumPy does what PyTorch could: each thread would get its own pool of PyTorch's."""
         indices, size = self._indices(step), self.augment.crop_size
         canvas = np.zeros((len(indices), 3, size, size), dtype=np.uint8)
-        boxes = []
+        plans = []
         for row, index in enumerate(indices):
             pixels = self._pixels(index)
-            plan = draw_crop(pixels.shape[:2], self.augment, self._generator(step, row))
+            plan = self._plan(pixels.shape[:2], step, row)
             resample_image(pixels, plan, canvas[row])
-            boxes.append(plan.valid_box)
-        batch = Batch(torch.from_numpy(canvas), self._tags(indices), torch.tensor(boxes), names=self._names(indices))
+            plans.append(plan)
+        batch = Batch(
+            image=torch.from_numpy(canvas),
+            tags=self._tags(indices),
+            valid_box=torch.tensor([plan.valid_box for plan in plans]),
+            names=self._names(indices),
+            frozen=self._frozen(step, indices, plans),
+        )
         return batch.pin_memory() if self.pin_memory else batch
 
     def decoded(self, step: int) -> _Decoded:
@@ -179,7 +249,7 @@ class _Source:
         windows, plans = [], []
         for row, index in enumerate(indices):
             pixels = self._pixels(index)
-            plan = draw_crop(pixels.shape[:2], self.augment, self._generator(step, row))
+            plan = self._plan(pixels.shape[:2], step, row)
             (top, bottom), (left, right) = plan.rows.window, plan.columns.window
             windows.append(pixels[top:bottom, left:right])
             plans.append(plan)
@@ -187,19 +257,23 @@ class _Source:
         padded = torch.empty((len(indices), height, width, 3), dtype=torch.uint8, pin_memory=self.pin_memory)
         for place, window in zip(padded.numpy(), windows, strict=True):
             place[: window.shape[0], : window.shape[1]] = window
-        small = pack_plans(plans), self._tags(indices), torch.tensor([plan.valid_box for plan in plans])
-        packed, tags, boxes = (tensor.pin_memory() for tensor in small) if self.pin_memory else small
-        return _Decoded(padded, packed, tags, boxes, self._names(indices))
+        boxes = torch.tensor([plan.valid_box for plan in plans])
+        rest = pack_plans(plans), self._tags(indices), boxes, *self._frozen(step, indices, plans)
+        packed, tags, boxes, *frozen = (tensor.pin_memory() for tensor in rest) if self.pin_memory else rest
+        return _Decoded(padded, packed, tags, boxes, self._names(indices), tuple(frozen))
 
     def _indices(self, step: int) -> list[int]:
         indices = step_indices(len(self.images), step=step, batch_size=self.batch_size, seed=self.seed)[self.share]
         return [int(index) for index in indices]
 
-    def _generator(self, step: int, row: int) -> np.random.Generator:
-        return _generator(self.seed, _AUGMENT, step, self.share.start + row)
+    def _plan(self, size: tuple[int, int], step: int, row: int) -> CropPlan:
+        return step_plan(size, self.augment, step=step, row=self.share.start + row, seed=self.seed)
 
     def _pixels(self, index: int) -> NDArray[np.uint8]:
         return self.images.image(index) if self.cache is None else self.cache.image(index, self.images.image)
+
+    def _frozen(self, step: int, indices: list[int], plans: list[CropPlan]) -> tuple[Tensor, ...]:
+        return () if self.features is None else self.features(step, indices, [plan.flip for plan in plans])
 
     def _tags(self, indices: list[int]) -> Tensor:
         return torch.from_numpy(np.stack([self.images.tags(index) for index in indices]))
@@ -236,13 +310,15 @@ def _resampled(decoded: Generator[_Decoded, None, None], device: torch.device, c
             plans = batch.plans.to(device, non_blocking=True)
             image = resample_batch(pixels.permute(0, 3, 1, 2), plans, crop_size)
             valid_box = batch.valid_box.to(device, non_blocking=True)
-            return Batch(image, batch.tags, valid_box, names=batch.names), side.record_event() if side else None
+            frozen = tuple(part.to(device, non_blocking=True) for part in batch.frozen)
+            moved = Batch(image, batch.tags, valid_box, names=batch.names, frozen=frozen)
+            return moved, side.record_event() if side else None
 
     def hand_over(batch: Batch, done: torch.cuda.Event | None) -> Batch:
         if done is not None:
             current = torch.cuda.current_stream(device)
             current.wait_event(done)
-            for tensor in (batch.image, batch.valid_box):
+            for tensor in (batch.image, batch.valid_box, *batch.frozen):
                 tensor.record_stream(current)  # else its memory could be reused while this stream still reads it
         return batch
 

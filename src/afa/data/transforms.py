@@ -74,12 +74,14 @@ def draw_crop(size: tuple[int, int], config: AugmentConfig, rng: np.random.Gener
 
     Args:
         size: Height and width of the image, pixels.
-        config: Crop size, scale range, flip probability, short side.
+        config: Crop size, scale range, flip probability, short side; `whole_images` draws nothing but the flip.
         rng: Source of all randomness; the same state gives the same plan.
 
     Source:
         Paper section 4.1; method.md section 7.
     """
+    if config.whole_images:
+        return fit_whole(size, config.crop_size, flip=bool(rng.random() < config.flip_probability))
     height, width = size
     scale = rng.uniform(config.scale_min, config.scale_max)
     if config.short_side:
@@ -87,6 +89,25 @@ def draw_crop(size: tuple[int, int], config: AugmentConfig, rng: np.random.Gener
     flip = bool(rng.random() < config.flip_probability)
     rows = _draw_span(height, scale, config.crop_size, rng)
     columns = _draw_span(width, scale, config.crop_size, rng)
+    return CropPlan(rows, columns, flip)
+
+
+def fit_whole(size: tuple[int, int], crop_size: int, *, flip: bool) -> CropPlan:
+    """The plan that shows a whole image, as large as fits, in the middle of the canvas.
+
+    Args:
+        size: Height and width of the image, pixels.
+        crop_size: Side of the canvas, pixels.
+        flip: Mirror the whole canvas left to right, its margins included.
+    """
+    lengths = [max(1, round(side * crop_size / max(size))) for side in size]
+    starts = [(crop_size - length) // 2 for length in lengths]
+    if flip:
+        starts[1] = crop_size - lengths[1] - starts[1]
+    rows, columns = (
+        Span(side, 0.0, float(side), start, start + length)
+        for side, start, length in zip(size, starts, lengths, strict=True)
+    )
     return CropPlan(rows, columns, flip)
 
 

@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,19 +20,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed
 
-from afa.config import Config, Precision
+from afa.config import SUPERVISION_NAMES, Config, Precision, PseudoConfig
 from afa.data.voc import ScoredImages
 from afa.errors import AfaError
+from afa.evaluation.boundary import BoundaryConfusion
 from afa.evaluation.confusion import ConfusionMatrix
 from afa.evaluation.protocols import (
     PROTOCOLS,
     PSEUDO_LABELS,
     check_choice,
+    group_sizes,
     host_tensor,
     logit_maps,
     pseudo_labels,
     pseudo_sizes,
-    view_sizes,
 )
 from afa.model.network import AfaNetwork
 from afa.runtime import progress_bar
@@ -70,6 +71,12 @@ class EvaluationResult:
         extras: Further figures in percent. `tag_f1` (seg): micro-averaged F1 of the tags that the classifier
             finds (logit > 0), None when no image has tags. `coverage` (initial, refined): share of the
             labeled ground truth that the pseudo label decides; what it leaves uncertain is not scored.
+            `boundary_iou`: mean boundary IoU, where it was asked for.
+        boundary_per_class: As `per_class`, of the boundary IoU; empty unless it was asked for.
+        refinement: What cam and propagated labels went through before they were scored: `par` or another of
+            `pseudo.refinement`, `crf`, or both with a plus between; empty for none. Initial and refined labels
+            name the CRF alone, as the rest is theirs by definition.
+        supervision: What the network learned from, in the words of `SUPERVISION_NAMES`.
     """
 
     miou: float
@@ -80,17 +87,24 @@ class EvaluationResult:
     seconds: float
     matrix: NDArray[np.int64]
     extras: dict[str, float | None] = field(default_factory=dict)
+    boundary_per_class: dict[str, float | None] = field(default_factory=dict)
+    refinement: str = ""
+    supervision: str = SUPERVISION_NAMES["tags"]
 
     def to_json(self) -> dict[str, Any]:
         """What `--json` writes: everything but the matrix, scores in percent with two decimals."""
+        boundary = {name: _rounded(iou) for name, iou in self.boundary_per_class.items()}
         return {
             "miou": _rounded(self.miou),
             "per_class": {name: _rounded(iou) for name, iou in self.per_class.items()},
             "protocol": self.protocol,
             "labels": self.labels,
+            "supervision": self.supervision,
             "num_images": self.num_images,
             "seconds": round(self.seconds, 2),
+            **({"refinement": self.refinement} if self.refinement else {}),
             **{name: _rounded(value) for name, value in self.extras.items()},
+            **({"boundary_per_class": boundary} if boundary else {}),
         }
 
 
@@ -117,6 +131,7 @@ def evaluate(
     labels: str = "seg",
     protocol: str | None = None,
     refine: bool = False,
+    boundary: bool = False,
     precision: Precision = "fp32",
     limit: int | None = None,
     batch_size: int = 0,
@@ -137,6 +152,7 @@ def evaluate(
         labels: One of `LABELS`.
         protocol: Protocol of the segmentation; None is `config.evaluation.protocol`.
         refine: Refine cam and propagated labels with `config.pseudo.refinement` before they are scored.
+        boundary: Also score the boundary IoU.
         precision: Arithmetic of the network.
         limit: Score only the first `limit` images; None is all.
         batch_size: Images of one size that go through the network together, as `resolve_batch_size` has it.
@@ -169,6 +185,7 @@ def evaluate(
     # On a GPU nothing is read before the end; a copy of each label to the CPU would wait for it.
     counting = device if device.type == "cuda" else torch.device("cpu")
     confusion = ConfusionMatrix(len(images.classes) + 1, device=counting)
+    outlines = BoundaryConfusion(len(images.classes) + 1, device=counting) if boundary else None
     tag_counts = torch.zeros(3, dtype=torch.int64, device=counting)  # true positives, predicted, present
     pixel_counts = torch.zeros(2, dtype=torch.int64, device=counting)  # decided by the pseudo label, labeled
 
@@ -180,7 +197,7 @@ def evaluate(
             image, mask = reading.result()
             size = (image.shape[0], image.shape[1])
             if labels == "seg":
-                sizes = view_sizes(size, protocol=protocol, config=config.evaluation)
+                sizes = group_sizes(size, protocol=protocol, config=config.evaluation)
             else:
                 sizes = pseudo_sizes(size, config=config.pseudo, short_side=config.evaluation.short_side)
             yield _Sample(index, image, mask, sizes)
@@ -207,6 +224,7 @@ def evaluate(
                         config=config.pseudo,
                         short_side=config.evaluation.short_side,
                         refine=refine,
+                        crf_config=config.evaluation,
                         precision=precision,
                     )
                 for sample, label in zip(group, predictions, strict=True):
@@ -217,32 +235,39 @@ def evaluate(
                         pixel_counts += torch.stack([(decided != IGNORE_INDEX).sum(), (truth != IGNORE_INDEX).sum()])
                         truth = decided
                     confusion.update(truth, prediction)
+                    if outlines is not None:
+                        outlines.update(truth, prediction)
                     # The bar counts all processes' images at the pace of this one's.
                     advance(min(world_size, total - sample.index))
     finally:
         network.train(training)
 
-    counts = _sum_over_processes(torch.cat([confusion.matrix.flatten(), tag_counts, pixel_counts]), device)
-    confusion.matrix = counts[:-5].view_as(confusion.matrix)
-    hits, predicted, present, decided_pixels, labeled_pixels = counts[-5:].tolist()
+    matrices = [confusion] if outlines is None else [confusion, outlines.confusion]
+    counts = [tag_counts, pixel_counts, *(each.matrix.flatten() for each in matrices)]
+    sums = torch.split(_sum_over_processes(torch.cat(counts), device), [len(each) for each in counts])
+    for each, total_counts in zip(matrices, sums[2:], strict=True):
+        each.matrix = total_counts.view_as(each.matrix)
+    hits, predicted, present = sums[0].tolist()
+    decided_pixels, labeled_pixels = sums[1].tolist()
     extras: dict[str, float | None] = {}
     if labels == "seg":
         extras["tag_f1"] = 100 * 2 * hits / (predicted + present) if predicted + present else None
     elif labels in ("initial", "refined"):
         extras["coverage"] = 100 * decided_pixels / labeled_pixels if labeled_pixels else None
-    ious = confusion.per_class_iou()
+    if outlines is not None:
+        extras["boundary_iou"] = 100 * outlines.mean()
     return EvaluationResult(
         miou=100 * confusion.miou(),
-        per_class={
-            name: None if iou is None else 100 * iou
-            for name, iou in zip(("background", *images.classes), ious, strict=True)
-        },
+        per_class=_by_name(confusion.per_class_iou(), images.classes),
         protocol=protocol,
         labels=labels,
         num_images=total,
         seconds=time.monotonic() - started,
         matrix=confusion.matrix.numpy(),
         extras=extras,
+        boundary_per_class={} if outlines is None else _by_name(outlines.per_class_iou(), images.classes),
+        refinement=_refinement(config.pseudo, labels, refine=refine),
+        supervision=SUPERVISION_NAMES[config.train.supervision],
     )
 
 
@@ -354,6 +379,19 @@ def _tag_counts(image_logits: Tensor, tags: NDArray[np.float32]) -> Tensor:
     predicted = image_logits > 0
     present = torch.from_numpy(tags > 0).to(predicted.device, non_blocking=True)
     return torch.stack([(predicted & present).sum(), predicted.sum(), present.sum()])
+
+
+def _refinement(config: PseudoConfig, labels: str, *, refine: bool) -> str:
+    if labels == "seg":
+        return ""
+    names = [config.refinement] if refine and labels in ("cam", "propagated") else []
+    return "+".join([*names, "crf"] if config.crf else names)
+
+
+def _by_name(ious: Sequence[float | None], classes: Sequence[str]) -> dict[str, float | None]:
+    """Scores in percent by class name, background first."""
+    percent = (None if iou is None else 100 * iou for iou in ious)
+    return dict(zip(("background", *classes), percent, strict=True))
 
 
 def _rounded(percent: float | None) -> float | None:

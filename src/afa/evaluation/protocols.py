@@ -6,6 +6,7 @@ Knows scales, flips and sizes; neither ground truth nor files.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Final
@@ -17,16 +18,22 @@ from torch.nn.functional import interpolate
 
 from afa.config import EvaluationConfig, Precision, PseudoConfig
 from afa.errors import AfaError
+from afa.filtering.crf import dense_crf
 from afa.model.network import AfaNetwork
 from afa.pseudo.pipeline import infer_pseudo
 from afa.runtime import autocast
 from afa.types import NetworkOutput, normalize_image
 
-PROTOCOLS: Final = ("single", "multiscale")
+PROTOCOLS: Final = ("single", "multiscale", "single+crf", "multiscale+crf")
 """Names of the segmentation protocols."""
+
+CRF: Final = "+crf"
+"""End of the names of protocols whose softmax goes through the dense CRF."""
 
 PSEUDO_LABELS: Final = ("cam", "propagated", "initial", "refined")
 """Kinds of pseudo label: CAM, propagated CAM, refined CAM (initial), refined propagated CAM (refined)."""
+
+_LEAST_PROBABILITY: Final = 1e-20  # has a logarithm, and is not seen
 
 MIN_SIDE: Final = 32
 """Shortest side that the network is given, pixels; with less, the first stage of MiT has no keys left."""
@@ -125,11 +132,26 @@ def view_sizes(size: tuple[int, int], *, protocol: str, config: EvaluationConfig
         (height, width) of each pass.
     """
     height, width = size
-    if protocol == "single":
+    if protocol.removesuffix(CRF) == "single":
         factors = [config.short_side / min(size) if config.short_side else 1.0]
     else:
         factors = [scale * config.long_side / max(size) for scale in config.scales]
     return tuple((max(MIN_SIDE, round(height * f)), max(MIN_SIDE, round(width * f))) for f in factors)
+
+
+def group_sizes(size: tuple[int, int], *, protocol: str, config: EvaluationConfig) -> tuple[tuple[int, int], ...]:
+    """Sizes by which images are put into batches: `view_sizes`, and for the CRF the image's own, its largest work.
+
+    Args:
+        size: (height, width) of the image.
+        protocol: One of `PROTOCOLS`.
+        config: Sizes and scales.
+
+    Returns:
+        (height, width) of each pass, and of the image where the protocol ends with the CRF.
+    """
+    sizes = view_sizes(size, protocol=protocol, config=config)
+    return (*sizes, size) if protocol.endswith(CRF) else sizes
 
 
 @torch.inference_mode()
@@ -139,6 +161,7 @@ def logit_maps(
     *,
     protocol: str,
     config: EvaluationConfig,
+    allowed: Sequence[np.ndarray | None] | None = None,
     precision: Precision = "fp32",
 ) -> list[LogitMaps]:
     """Segment images that the network sees at the same sizes, all in one batch.
@@ -146,17 +169,19 @@ def logit_maps(
     single: one pass at native size, or at `config.short_side`. multiscale: the longer side becomes
     `config.long_side`, then one pass per scale with its horizontal flip; mean over the flip, maximum over the
     scales, on logits. Sides below 32 pixels are stretched to 32. Logits are enlarged bilinearly
-    (align_corners=False) before they are fused.
+    (align_corners=False) before they are fused. +crf: what is fused at the size of the image, as a softmax, is
+    refined by the dense CRF; the logits returned are the logarithm of its probabilities.
 
     Args:
         network: In eval mode; its parameters say the device.
         images: (H, W, 3) uint8 RGB each, of equal `view_sizes`.
         protocol: One of `PROTOCOLS`.
-        config: Sizes and scales.
+        config: Sizes, scales and the settings of the CRF.
+        allowed: For each image (K,) bool, False for classes that no pixel may become, or None; None allows all.
         precision: Arithmetic of the network.
 
     Returns:
-        Logits of each image on the device of the network, which is not waited for.
+        Logits of each image on the device of the network, which without the CRF is not waited for.
 
     Raises:
         AfaError: Unknown protocol.
@@ -167,26 +192,79 @@ def logit_maps(
     check_choice(protocol, PROTOCOLS, what="protocol")
     device = next(network.parameters()).device
     pixels = [normalize_image(image_tensor(image, device=device)) for image in images]
+    base = protocol.removesuffix(CRF)
     sizes = {view_sizes((image.shape[2], image.shape[3]), protocol=protocol, config=config) for image in pixels}
     assert len(sizes) == 1, sizes
     scales: list[Tensor] = []
     image_logits: Tensor | None = None
     for size in sizes.pop():
-        views = [_resize(image, size, antialias=protocol == "single") for image in pixels]
+        views = [_resize(image, size, antialias=base == "single") for image in pixels]
         view = torch.cat(views) if len(views) > 1 else views[0]
-        if protocol == "multiscale":
+        if base == "multiscale":
             view = torch.cat([view, view.flip(-1)])
         with autocast(device, precision):
             output = network(view, segmentation=True, affinity=False)
         segmentation, image_scores = output.seg_logits.float(), output.image_logits.float()
-        if protocol == "multiscale":
+        if base == "multiscale":
             plain, flipped = segmentation.chunk(2)
             segmentation = (plain + flipped.flip(-1)) / 2
             image_scores = image_scores.unflatten(0, (2, -1)).mean(0)
         scales.append(segmentation)
         image_logits = image_scores if image_logits is None else torch.maximum(image_logits, image_scores)
     assert image_logits is not None
-    return [LogitMaps(tuple(scale[i] for scale in scales), image_logits[i]) for i in range(len(images))]
+    maps = [LogitMaps(tuple(scale[i] for scale in scales), image_logits[i]) for i in range(len(images))]
+    allowed = allowed or [None] * len(maps)
+    maps = [_restrict(each, classes) for each, classes in zip(maps, allowed, strict=True)]
+    if base == protocol:
+        return maps
+    # Again afterwards: the CRF gives the least probability to every class.
+    refined = _through_crf(maps, images, config=config)
+    return [_restrict(each, classes) for each, classes in zip(refined, allowed, strict=True)]
+
+
+def _restrict(maps: LogitMaps, classes: np.ndarray | None) -> LogitMaps:
+    return maps if classes is None else maps.allow(classes)
+
+
+def _through_crf(
+    maps: Sequence[LogitMaps], images: Sequence[np.ndarray | Tensor], *, config: EvaluationConfig
+) -> list[LogitMaps]:
+    """One map of log probabilities at the size of each image; on a GPU, images of one size together."""
+    device = maps[0].image.device
+    groups: dict[object, list[int]] = {}
+    for i, image in enumerate(images):
+        groups.setdefault(i if device.type == "cpu" else image.shape, []).append(i)
+    refined: dict[int, LogitMaps] = {}
+    for group in groups.values():
+        pixels = torch.cat([image_tensor(images[i], device=device) * 255 for i in group])
+        size = (pixels.shape[2], pixels.shape[3])
+        probabilities = torch.stack([maps[i].scores(size) for i in group])
+        for i, found in zip(group, crf(probabilities, pixels, config=config), strict=True):
+            refined[i] = LogitMaps((found.clamp(min=_LEAST_PROBABILITY).log(),), maps[i].image)
+    return [refined[i] for i in range(len(maps))]
+
+
+def crf(probabilities: Tensor, pixels: Tensor, *, config: EvaluationConfig) -> Tensor:
+    """Refine probabilities by the dense CRF with the settings of a configuration.
+
+    Args:
+        probabilities: (B, K, H, W), summing to 1 over K.
+        pixels: (B, 3, H, W) RGB in 0..255.
+        config: Its `crf_*` keys.
+
+    Returns:
+        (B, K, H, W) float32 probabilities.
+    """
+    return dense_crf(
+        probabilities,
+        pixels,
+        iterations=config.crf_iterations,
+        gaussian_weight=config.crf_gaussian_weight,
+        gaussian_xy=config.crf_gaussian_xy,
+        bilateral_weight=config.crf_bilateral_weight,
+        bilateral_xy=config.crf_bilateral_xy,
+        bilateral_rgb=config.crf_bilateral_rgb,
+    )
 
 
 def dense_logits(
@@ -232,6 +310,7 @@ def pseudo_label(
     config: PseudoConfig,
     short_side: int = 0,
     refine: bool = False,
+    crf_config: EvaluationConfig | None = None,
     precision: Precision = "fp32",
 ) -> Tensor:
     """Make a pseudo label of one tagged image, as `pseudo_labels` does of several.
@@ -244,6 +323,7 @@ def pseudo_label(
         config: Everything about pseudo labels.
         short_side: Shorter side that the image is scaled to first, pixels, with its label scaled back; 0 = native.
         refine: Refine a cam or propagated label with `config.refinement`.
+        crf_config: Settings of the CRF, for `config.crf`; None is the default.
         precision: Arithmetic of the network; all else is fp32.
 
     Returns:
@@ -260,6 +340,7 @@ def pseudo_label(
         config=config,
         short_side=short_side,
         refine=refine,
+        crf_config=crf_config,
         precision=precision,
     )
     return label
@@ -275,6 +356,7 @@ def pseudo_labels(
     config: PseudoConfig,
     short_side: int = 0,
     refine: bool = False,
+    crf_config: EvaluationConfig | None = None,
     precision: Precision = "fp32",
 ) -> list[Tensor]:
     """Make pseudo labels of tagged images that the network sees at the same size, all in one batch.
@@ -289,6 +371,7 @@ def pseudo_labels(
         config: Everything about pseudo labels.
         short_side: Shorter side that images are scaled to first, pixels, with their labels scaled back; 0 = native.
         refine: Refine cam or propagated labels with `config.refinement`.
+        crf_config: Settings of the CRF, for `config.crf`; None is the default.
         precision: Arithmetic of the network; all else is fp32.
 
     Returns:
@@ -312,7 +395,8 @@ def pseudo_labels(
     batch_tags = torch.stack([torch.as_tensor(each, dtype=torch.float32) for each in tags])
     batch_tags = batch_tags.to(device, non_blocking=device.type == "cuda")
     want = f"{kind}_label"
-    labels = infer_pseudo(score, view, batch_tags, config=config, want=(want,), refined=refine)[want]
+    finish = functools.partial(crf, config=crf_config or EvaluationConfig()) if config.crf else None
+    labels = infer_pseudo(score, view, batch_tags, config=config, want=(want,), refined=refine, crf=finish)[want]
     return [
         interpolate(label[None, None].float(), size=image.shape[2:], mode="nearest-exact")[0, 0].long()
         if label.shape != image.shape[2:]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
@@ -62,7 +64,9 @@ def energy_loss(
             255 * image[:, :, : 2 * height : 2, : 2 * width : 2], xy=xy_bandwidth / 2, rgb=rgb_bandwidth
         )
         rows = (probabilities * inside[:, None]).flatten(2).transpose(1, 2)
-        gathered = gaussian_filter(features, rows, method=method).transpose(1, 2).contiguous()
+        # Colors and positions are bounded, so the exact filter need not look at them, which would wait for a GPU.
+        reach = math.hypot(width / xy_bandwidth, height / xy_bandwidth, math.sqrt(3) * 255 / rgb_bandwidth)
+        gathered = gaussian_filter(features, rows, method=method, reach=reach).transpose(1, 2).contiguous()
         pull = gathered.view_as(probabilities).mul_((gate * inside)[:, None])
     energy = (probabilities * pull).sum()
     # Twice the gradient at once the value.

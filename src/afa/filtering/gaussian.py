@@ -27,7 +27,12 @@ _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]  # the thi
 
 
 def gaussian_filter(
-    features: Tensor, values: Tensor, *, method: FilterMethod = "auto", normalize: bool = False
+    features: Tensor,
+    values: Tensor,
+    *,
+    method: FilterMethod = "auto",
+    normalize: bool = False,
+    reach: float | None = None,
 ) -> Tensor:
     """Sum values over all points, weighted by how near they are.
 
@@ -38,6 +43,8 @@ def gaussian_filter(
         values: (B, N, V), floating.
         method: See `FilterMethod`. `auto` is exact up to 4,096 points on a CPU and 32,768 on a GPU.
         normalize: Divide by the sum of the weights.
+        reach: No point is farther than this from the mean of the batch's points, if that is known: the exact sum then
+            waits for no device, and takes the features to be finite.
 
     Returns:
         (B, N, V): sum_j exp(-|f_i - f_j|^2 / 2) v_j, point i itself included.
@@ -52,13 +59,14 @@ def gaussian_filter(
     assert features.shape[:2] == values.shape[:2], (features.shape, values.shape)
     if normalize:
         ones = values.new_ones(*values.shape[:2], 1)
-        sums = gaussian_filter(features, torch.cat([values, ones], 2), method=method)
+        sums = gaussian_filter(features, torch.cat([values, ones], 2), method=method, reach=reach)
         return sums[..., :-1] / sums[..., -1:]
     if method == "auto":
         method = "exact" if features.shape[1] <= _EXACT_POINTS.get(features.device.type, 4096) else "lattice"
     if method == "lattice":
         return PermutohedralLattice(features).filter(values)
-    filtered: Tensor = _Exact.apply(values, features.detach(), method == "exact_half")  # type: ignore[no-untyped-call]
+    features, half = features.detach(), method == "exact_half"
+    filtered: Tensor = _Exact.apply(values, features, half, reach)  # type: ignore[no-untyped-call]
     return filtered
 
 
@@ -66,26 +74,27 @@ class _Exact(torch.autograd.Function):
     """The sum over all pairs, its own derivative since the kernel is symmetric."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, features: Tensor, half: bool) -> Tensor:
+    def forward(ctx: Any, values: Tensor, features: Tensor, half: bool, reach: float | None) -> Tensor:
         ctx.save_for_backward(features)
-        ctx.half = half
+        ctx.half, ctx.reach = half, reach
         with torch.autocast(values.device.type, enabled=False):
-            return _sum_pairs(features, values, half=half)
+            return _sum_pairs(features, values, half=half, reach=reach)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (features,) = ctx.saved_tensors
-        return _Exact.apply(grads[0], features, ctx.half), None, None  # type: ignore[no-untyped-call]
+        filtered = _Exact.apply(grads[0], features, ctx.half, ctx.reach)  # type: ignore[no-untyped-call]
+        return filtered, None, None, None
 
 
-def _sum_pairs(features: Tensor, values: Tensor, *, half: bool) -> Tensor:
+def _sum_pairs(features: Tensor, values: Tensor, *, half: bool, reach: float | None) -> Tensor:
     """(B, N, V) sums by fused attention.
 
     Attention divides by the sum of the weights of all keys. One more key, of weight exp(0) = 1 for every query, with
     a value channel of its own, tells that sum: dividing by that channel undoes the division.
     """
     precision = values.dtype if values.dtype == torch.float64 else torch.float32
-    query, key = _query_and_key(features.to(precision), torch.float16 if half else precision)
+    query, key = _query_and_key(features.to(precision), torch.float16 if half else precision, reach)
     count = values.shape[1]
     key = pad(key, (0, 0, 0, 1))
     # Half precision has few exponents: values are scaled to 1, and the extra channel to the middle of its range.
@@ -104,7 +113,7 @@ def _sum_pairs(features: Tensor, values: Tensor, *, half: bool) -> Tensor:
     return torch.cat(filtered, 2).to(values.dtype)
 
 
-def _query_and_key(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _query_and_key(features: Tensor, dtype: torch.dtype, reach: float | None) -> tuple[Tensor, Tensor]:
     """Write -|f_i - f_j|^2 / 2 as a product of rows, in a way that keeps it precise.
 
     Large terms cancel for near points. So features are split into whole multiples of a step, of which all products and
@@ -114,6 +123,7 @@ def _query_and_key(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
     Args:
         features: (B, N, F) float32 or float64.
         dtype: Of the result.
+        reach: Bound of the distances from the mean; None looks.
 
     Returns:
         Query and key, (B, N, 4 F + 8).
@@ -121,7 +131,8 @@ def _query_and_key(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
     centered = features - features.mean((0, 1))
     dim = features.shape[2]
     # |multiple|^2 stays below 2^22 for all features together, each multiple below 2^11.
-    reach = float(centered.square().sum(2).amax().sqrt())
+    if reach is None:
+        reach = float(centered.square().sum(2).amax().sqrt())
     if not math.isfinite(reach):
         raise AfaError("features of the Gaussian filter are not finite; check the image and the bandwidths")
     step = 2.0 ** max(math.ceil(math.log2(max(reach, 1e-30) / (2**11 - dim))), -8)

@@ -25,6 +25,7 @@ from afa.formats.job import Job, MaskItem, Tally, replacing
 from afa.formats.labelstudio import write_labelstudio
 from afa.formats.layouts import write_cvat, write_hf, write_mmseg, write_voc
 from afa.formats.polygons import write_labelme, write_yolo
+from afa.formats.voc_test import write_voc_test
 from afa.runtime import progress_bar
 from afa.types import IGNORE_INDEX
 
@@ -54,6 +55,7 @@ FORMATS: Final[Mapping[str, FormatInfo]] = MappingProxyType(
         "mmseg": FormatInfo("MMSegmentation img_dir and ann_dir", "mmseg", write_mmseg),
         "panoptic": FormatInfo("COCO panoptic JSON and PNGs", "panoptic", write_panoptic),
         "voc": FormatInfo("PASCAL VOC folders, index PNG and labelmap", "voc", write_voc),
+        "voc_test": FormatInfo("Archive for PASCAL VOC's test server", "voc_test.tgz", write_voc_test),
         "yolo": FormatInfo("YOLO segmentation, polygons", "yolo", write_yolo),
     }
 )

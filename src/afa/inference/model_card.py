@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from afa.build import find_weights
-from afa.config import Config, ModelConfig
+from afa.config import SUPERVISION_NAMES, Config, ModelConfig, Supervision
 from afa.errors import AfaError
 from afa.model.backbones import BACKBONES
 
@@ -24,6 +24,14 @@ _KINDS: Final = {
 }
 _SCORE_KEYS: Final = ("miou", "per_class", "protocol", "num_images")
 _TRAINING_KEYS: Final = ("steps", "seconds_train", "device", "precision", "num_parameters", "afa", "torch")
+
+_SUPERVISION: Final = {
+    "tags": "**Weak supervision**: it was trained with image-level tags. No pixel mask was read in training; where "
+    "there are masks, they only scored the result. Expect rougher outlines than full supervision gives, and "
+    "classes that always appear together mixed up.",
+    "masks": f"**{SUPERVISION_NAMES['masks'].capitalize()}**: unlike other models of afa, this one was trained on "
+    "pixel masks, for comparison.",
+}
 
 
 @dataclass(frozen=True)
@@ -124,13 +132,11 @@ def model_card(config: Config, classes: Sequence[str], figures: Mapping[str, Any
     """
     license_ = weights_license(config.model)
     sections = [
-        _front_matter(license_.metadata),
+        _front_matter(license_.metadata, config.train.supervision),
         f"# {_inline(title)}",
-        "A semantic segmentation network made with afa, which trains a transformer to segment images from nothing but "
-        "the tags of its training images ([Ru et al., CVPR 2022](https://arxiv.org/abs/2203.02664)).",
-        "**Weak supervision**: it was trained with image-level tags. No pixel mask was read in training; where there "
-        "are masks, they only scored the result. Expect rougher outlines than full supervision gives, and "
-        "classes that always appear together mixed up.",
+        "A semantic segmentation network made with afa, which trains transformers to segment images from nothing but "
+        "the tags of their training images ([Ru et al., CVPR 2022](https://arxiv.org/abs/2203.02664)).",
+        _SUPERVISION[config.train.supervision],
         "## Use",
         "```python\nfrom afa import Predictor\n\n"
         'predictor = Predictor.from_pretrained("FOLDER_OR_HUB_ID")\n'
@@ -141,16 +147,18 @@ def model_card(config: Config, classes: Sequence[str], figures: Mapping[str, Any
         + ".",
         _training(config, figures),
         _scores(figures.get("evaluation") or {}),
-        f"## License\n\n{license_.text} The training images have licenses of their own. afa itself is under Apache-2.0.",
+        f"## License\n\n{license_.text} The training images have licenses of their own. afa itself is under "
+        "Apache-2.0.",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(license_metadata: Mapping[str, str]) -> str:
+def _front_matter(license_metadata: Mapping[str, str], supervision: Supervision) -> str:
     lines = ["---", "library_name: afa", "pipeline_tag: image-segmentation"]
     # JSON's texts are YAML's.
     lines += [f"{key}: {json.dumps(value)}" for key, value in license_metadata.items()]
-    tags = ("afa", "semantic-segmentation", "image-segmentation", "weakly-supervised")
+    tags = ["afa", "semantic-segmentation", "image-segmentation"]
+    tags += ["weakly-supervised"] if supervision == "tags" else []
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
 
 

@@ -27,15 +27,23 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from afa.config import Config, Precision
+from afa.config import Config, EvaluationConfig, Precision
 from afa.data.images import find_images, image_name, read_image
 from afa.data.palette import overlay as lay_over
 from afa.data.palette import write_index_png
 from afa.data.voc import TaggedImages
 from afa.errors import AfaError
 from afa.evaluation.evaluate import group_by_size, image_progress, read_ahead, resolve_batch_size
-from afa.evaluation.protocols import PSEUDO_LABELS, LogitMaps, check_choice, host_tensor, pseudo_labels, pseudo_sizes
-from afa.formats.write import FORMATS
+from afa.evaluation.protocols import (
+    CRF,
+    PSEUDO_LABELS,
+    LogitMaps,
+    check_choice,
+    host_tensor,
+    pseudo_labels,
+    pseudo_sizes,
+)
+from afa.formats.write import FORMATS, FormatResult
 from afa.inference.predictor import Prediction, Predictor, PreparedImage
 from afa.model.network import AfaNetwork
 from afa.runtime import say
@@ -60,6 +68,7 @@ class PredictSummary:
         skipped: Masks that were there already and left as they are.
         failed: One line for each image that could not be done; empty when all is well.
         seconds: Wall time.
+        formats: What was written for other tools, if that was asked for.
     """
 
     folder: Path
@@ -67,6 +76,7 @@ class PredictSummary:
     skipped: int
     failed: tuple[str, ...]
     seconds: float
+    formats: tuple[FormatResult, ...] = ()
 
     def __str__(self) -> str:
         """One line for the user."""
@@ -130,9 +140,10 @@ def predict_files(
         "protocol": predictor.protocol,
         **(
             {"short_side": config.short_side}
-            if predictor.protocol == "single"
+            if predictor.protocol.removesuffix(CRF) == "single"
             else {"long_side": config.long_side, "scales": config.scales}
         ),
+        **(_crf_settings(config) if predictor.protocol.endswith(CRF) else {}),
         "max_side": predictor.max_side,
         "precision": predictor.precision,
         "tags": _digest(sorted((name, sorted(found or ())) for name, found in image_tags.items())) if tags else None,
@@ -149,14 +160,17 @@ def predict_files(
         except AfaError as error:
             raise AfaError(f"{path}: {error}") from None
 
-    def infer(images: Sequence[PreparedImage]) -> list[tuple[_Label, LogitMaps]]:
+    def infer(images: Sequence[PreparedImage]) -> list[tuple[_Label, LogitMaps | None]]:
+        # Those of the CRF are large: nobody keeps them for nothing.
         maps = predictor.segment(images)
-        return [(_Label(each.label(image.size)), each) for each, image in zip(maps, images, strict=True)]
+        return [
+            (_Label(each.label(image.size)), each if scores else None) for each, image in zip(maps, images, strict=True)
+        ]
 
-    def write(index: int, image: PreparedImage, made: tuple[_Label, LogitMaps]) -> None:
-        name, label = names[index], made[0].wait()
-        if scores:
-            _write_scores(out_dir / "scores" / f"{name}.npz", predictor.prediction(label, made[1]))
+    def write(index: int, image: PreparedImage, made: tuple[_Label, LogitMaps | None]) -> None:
+        name, label, maps = names[index], made[0].wait(), made[1]
+        if maps is not None:
+            _write_scores(out_dir / "scores" / f"{name}.npz", predictor.prediction(label, maps))
         _write_label(out_dir, name, image.pixels, label, overlay=overlay)
 
     return _write_all(
@@ -197,7 +211,7 @@ def pseudo_files(
         network: A trained network.
         images: Images and their tags.
         out_dir: Made if missing.
-        config: Its `pseudo` section.
+        config: Its `pseudo` section, and its `evaluation` section for sizes and the CRF.
         device: Where the network is put and runs.
         kind: `cam`, `propagated`, `initial` or `refined`, as `pseudo_label` has it.
         overlay: Also write OUT/overlays/NAME.jpg.
@@ -221,6 +235,7 @@ def pseudo_files(
         "weights": _weights_digest(network),
         "classes": images.classes,
         **settings,
+        **(_crf_settings(config.evaluation) if config.pseudo.crf else {}),
         "short_side": short_side,
         "precision": precision,
         "overlay": overlay,
@@ -243,6 +258,7 @@ def pseudo_files(
             kind=kind,
             config=config.pseudo,
             short_side=short_side,
+            crf_config=config.evaluation,
             precision=precision,
         )
         return [_Label(label.to(torch.uint8)) for label in labels]
@@ -385,6 +401,10 @@ def _missing(
     text = json.dumps(now, indent=1) + "\n"
     _write_whole(path, lambda file: file.write(text.encode()))
     return names
+
+
+def _crf_settings(config: EvaluationConfig) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(config).items() if key.startswith("crf_")}
 
 
 def _modified(path: Path) -> int:

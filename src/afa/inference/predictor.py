@@ -23,7 +23,7 @@ from afa.data.palette import overlay, write_index_png
 from afa.data.tags import unknown_class
 from afa.errors import AfaError
 from afa.evaluation.evaluate import group_by_size, read_ahead, resolve_batch_size
-from afa.evaluation.protocols import PROTOCOLS, LogitMaps, check_choice, host_tensor, logit_maps, view_sizes
+from afa.evaluation.protocols import PROTOCOLS, LogitMaps, check_choice, group_sizes, host_tensor, logit_maps
 from afa.inference.hub import find_pretrained, load_pretrained, push_to_hub, save_pretrained
 from afa.model.network import AfaNetwork
 from afa.runtime import pick_device
@@ -99,7 +99,7 @@ class PreparedImage:
         pixels: (H, W, 3) uint8 RGB.
         view: The same, at most `max_side` pixels long.
         allowed: (K,) bool, classes that its pixels may become; None allows all.
-        sizes: (height, width) of each pass of the network.
+        sizes: (height, width) of each pass of the network, as `group_sizes` has it.
     """
 
     pixels: NDArray[np.uint8]
@@ -120,7 +120,8 @@ class Predictor:
         network: In eval mode; its parameters say the device.
         classes: The C foreground class names.
         config: Sizes and scales of the protocols; None is the default.
-        protocol: `single` or `multiscale`; None is `config.protocol`.
+        protocol: One of `PROTOCOLS`; None is `config.protocol`. With the CRF, images are refined at the size that
+            the network may see, at most `max_side`.
         max_side: Larger images are scaled to this longer side for the network, pixels; masks keep the size of
             the image. Far above the training crops objects look unlike anything seen, and memory grows with
             the area.
@@ -170,7 +171,7 @@ class Predictor:
         Args:
             run: Folder that `afa train --out` wrote.
             device: `auto`, `cpu`, `cuda` or `mps`.
-            protocol: `single` or `multiscale`; None is that of the run's configuration.
+            protocol: One of `PROTOCOLS`; None is that of the run's configuration.
             precision: Arithmetic of the network.
 
         Raises:
@@ -193,7 +194,7 @@ class Predictor:
         Args:
             source: Folder, or hub id OWNER/NAME.
             device: `auto`, `cpu`, `cuda` or `mps`.
-            protocol: `single` or `multiscale`; None is that of the network's configuration.
+            protocol: One of `PROTOCOLS`; None is that of the network's configuration.
             precision: Arithmetic of the network.
 
         Raises:
@@ -295,7 +296,7 @@ class Predictor:
             pixels,
             host_tensor(view, device=self.device),
             self._allowed(tags),
-            view_sizes((view.shape[0], view.shape[1]), protocol=self.protocol, config=self.config),
+            group_sizes((view.shape[0], view.shape[1]), protocol=self.protocol, config=self.config),
         )
 
     def segment(self, images: Sequence[PreparedImage]) -> list[LogitMaps]:
@@ -305,19 +306,17 @@ class Predictor:
             images: Images as `prepare` returns them.
 
         Returns:
-            Small logits of each image, on the device, without the classes that its tags rule out.
+            Logits of each image, on the device, without the classes that its tags rule out: small, or with the CRF
+            as large as the view.
         """
-        maps = logit_maps(
+        return logit_maps(
             self.network,
             [image.view for image in images],
             protocol=self.protocol,
             config=self.config,
+            allowed=[image.allowed for image in images],
             precision=self.precision,
         )
-        return [
-            each if image.allowed is None else each.allow(image.allowed)
-            for each, image in zip(maps, images, strict=True)
-        ]
 
     def prediction(self, label: NDArray[np.uint8], maps: LogitMaps) -> Prediction:
         """Put a label and what it was made from together.

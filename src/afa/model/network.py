@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from afa.model.affinity_head import AffinityHead
-from afa.model.backbone import Backbone, BackboneOutput
+from afa.model.backbone import Backbone, BackboneOutput, FrozenTokens
 from afa.model.decoder import MlpDecoder
+from afa.model.vit import TokenBackbone
 from afa.types import NetworkOutput
 
 
@@ -52,18 +53,20 @@ class AfaNetwork(nn.Module):
         self.decoder = MlpDecoder(backbone.channels, num_classes + 1, width=decoder_width, dropout=decoder_dropout)
         self.affinity_head = AffinityHead(backbone.num_attention_maps)
 
-    def forward(self, image: Tensor, *, segmentation: bool = True, affinity: bool = True) -> NetworkOutput:
+    def forward(
+        self, image: Tensor | FrozenTokens, *, segmentation: bool = True, affinity: bool = True
+    ) -> NetworkOutput:
         """Run the training forward pass.
 
         Args:
-            image: (B, 3, H, W) normalized image.
+            image: (B, 3, H, W) normalized image, or what the frozen part of the encoder made of it.
             segmentation: Also run the decoder.
             affinity: Also return affinity and attention.
 
         Returns:
             Everything asked for; `class_scores` carry no gradient.
         """
-        encoded = self.backbone(image, attention=affinity)
+        encoded = self._encode(image, attention=affinity)
         image_logits = self.classifier(self._pool(encoded.features[-1]))[:, :, 0, 0]
         return NetworkOutput(
             image_logits=image_logits.float(),
@@ -75,18 +78,19 @@ class AfaNetwork(nn.Module):
         )
 
     @torch.no_grad()
-    def score(self, image: Tensor, affinity: bool = False) -> NetworkOutput:
+    def score(self, image: Tensor | FrozenTokens, affinity: bool = False) -> NetworkOutput:
         """Run a CAM pass: the encoder alone, without gradient, stochastic depth or change to any buffer.
 
         Args:
-            image: (B, 3, H, W) normalized image.
+            image: (B, 3, H, W) normalized image, or what the frozen part of the encoder made of it; its `features` are
+                not needed.
             affinity: Also return affinity and attention.
 
         Returns:
             `image_logits` and `class_scores`, and the affinity if asked for.
         """
         with _in_eval_mode(self.backbone):
-            encoded = self.backbone(image, attention=affinity)
+            encoded = self._encode(image, attention=affinity)
         return NetworkOutput(
             image_logits=self.classifier(self._pool(encoded.features[-1]))[:, :, 0, 0].float(),
             class_scores=self._class_scores(encoded),
@@ -106,6 +110,13 @@ class AfaNetwork(nn.Module):
         """
         logits: Tensor = self.decoder(self.backbone(image).features)
         return logits.float()
+
+    def _encode(self, image: Tensor | FrozenTokens, *, attention: bool) -> BackboneOutput:
+        if isinstance(image, FrozenTokens):
+            assert isinstance(self.backbone, TokenBackbone)
+            return self.backbone.trainable(image, attention=attention)
+        encoded: BackboneOutput = self.backbone(image, attention=attention)
+        return encoded
 
     def _affinity(self, encoded: BackboneOutput) -> Tensor | None:
         if encoded.attention is None:

@@ -223,6 +223,11 @@ class _Recorder:
     def __init__(self, num_prefix_tokens: int) -> None:
         self.num_prefix_tokens = num_prefix_tokens
         self.taken: list[RawAttention] | None = None
+        self.suffices = False
+
+
+class _Enough(Exception):  # noqa: N818  (no error)
+    """Ends a block once its queries and keys are known, where nothing else of it is wanted."""
 
 
 class TokenBackbone(Backbone):
@@ -327,7 +332,7 @@ class TokenBackbone(Backbone):
 
         Args:
             frozen: Result of `frozen`, in any floating-point type. Where blocks whose attention is wanted are frozen,
-                they are run once more from its `attention_tokens`.
+                they are run once more from its `attention_tokens`, the last of them up to its attention.
             attention: Also return the raw attention of the last blocks.
 
         Returns:
@@ -340,8 +345,12 @@ class TokenBackbone(Backbone):
             if attention and frozen.attention_tokens is not None:
                 with torch.no_grad():
                     again = frozen.attention_tokens.to(dtype)
-                    for index in range(self._first_recorded, self.freeze_blocks):
+                    for index in range(self._first_recorded, self.freeze_blocks - 1):
                         again = self._run_block(index, again)
+                    self._recorder.suffices = True
+                    with contextlib.suppress(_Enough):
+                        self._run_block(self.freeze_blocks - 1, again)
+                    self._recorder.suffices = False
             if self.freeze_blocks in self.levels:
                 features.append(self._feature(self.freeze_blocks, hidden, frozen.grid))
             for index in range(self.freeze_blocks, self.shape.depth):
@@ -468,6 +477,8 @@ def token_attention(
     if recorder is not None and recorder.taken is not None:
         first = recorder.num_prefix_tokens
         recorder.taken.append(RawAttention(query[:, :, first:], key[:, :, first:]))
+        if recorder.suffices:
+            raise _Enough
     return attention_forward(module, query, key, value, attention_mask, **settings)
 
 

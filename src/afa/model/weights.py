@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ def load_pretrained(
         raise
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "Weights only load failed" in reason:  # the rest of that message invites to load it regardless
+            raise AfaError(
+                f"{weights}: its weights are a pickle that holds more than tensors, and could run any program; pass "
+                "weights as model.safetensors"
+            ) from None
         if folder.is_dir():
             raise AfaError(f"{weights}: cannot be loaded as {family} encoder weights ({reason})") from None
         raise AfaError(
@@ -136,14 +142,16 @@ def _check_config(
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep the loading libraries from printing anything but errors."""
+    """Keep the loading libraries from printing anything but errors, which become ours."""
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     loggers = (transformers_logging, hub_logging)
     verbosities = [logger.get_verbosity() for logger in loggers]
     for logger in loggers:
         logger.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            yield
     finally:
         for logger, verbosity in zip(loggers, verbosities, strict=True):
             logger.set_verbosity(verbosity)

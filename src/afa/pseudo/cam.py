@@ -5,6 +5,7 @@ Computes CAMs from the raw class scores of encoder passes; which network gives t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,61 @@ from afa.types import NetworkOutput, normalize_image
 
 ScoreFunction = Callable[[Tensor, bool], NetworkOutput]
 """(normalized image (B, 3, H, W), whether the affinity is wanted) -> class scores and perhaps affinity."""
+
+
+class ViewScore(ABC):
+    """An encoder pass over views that it has at hand: multi-scale CAMs ask it for a scale instead of showing it pixels.
+
+    Subclasses may be called like any `ScoreFunction`, too.
+    """
+
+    @abstractmethod
+    def __call__(self, image: Tensor, affinity: bool) -> NetworkOutput:
+        """Score pixels: (B, 3, H, W) normalized image."""
+
+    @abstractmethod
+    def view(self, scale: float, flips: Sequence[bool], affinity: bool) -> NetworkOutput:
+        """Score views of the batch.
+
+        Args:
+            scale: Which scale.
+            flips: Which sides, one after the other in the batch: False the images, True the images mirrored.
+            affinity: Whether the affinity is wanted; only of one side.
+        """
+
+
+class _ImageViews(ViewScore):
+    """Views of a batch of images, made when they are asked for."""
+
+    def __init__(self, score: ScoreFunction, image: Tensor) -> None:
+        self.score = score
+        self.normalized = normalize_image(image)
+        self.scaled = (1.0, self.normalized)
+
+    def __call__(self, image: Tensor, affinity: bool) -> NetworkOutput:
+        return self.score(image, affinity)
+
+    def view(self, scale: float, flips: Sequence[bool], affinity: bool) -> NetworkOutput:
+        if scale != self.scaled[0]:
+            self.scaled = (scale, scale_view(self.normalized, scale))
+        sides = [self.scaled[1].flip(-1) if flip else self.scaled[1] for flip in flips]
+        return self.score(sides[0] if len(sides) == 1 else torch.cat(sides), affinity)
+
+
+def scale_view(image: Tensor, scale: float) -> Tensor:
+    """Rescale images for one pass of the multi-scale CAM.
+
+    Args:
+        image: (B, 3, H, W) normalized image.
+        scale: Of the sides; 1 returns the image itself.
+
+    Returns:
+        (B, 3, H * scale, W * scale), sizes rounded down.
+    """
+    if scale == 1.0:
+        return image
+    size = (int(image.shape[2] * scale), int(image.shape[3] * scale))
+    return interpolate(image, size=size, mode="bilinear", align_corners=False)
 
 
 @dataclass(frozen=True)
@@ -85,7 +141,7 @@ def multi_scale_cam(
     """Run the encoder over all scales and flips and fuse the class scores.
 
     Args:
-        score: Encoder pass.
+        score: Encoder pass; a `ViewScore` is asked for its own views of the images.
         image: (B, 3, H, W) RGB in [0, 1].
         scales: Input scales.
         affinity: Also return the affinity and attention of the unflipped pass at the largest scale.
@@ -96,26 +152,21 @@ def multi_scale_cam(
     Returns:
         CAM at the size of the image.
     """
-    size = (image.shape[2], image.shape[3])
-    normalized = normalize_image(image)
+    views = score if isinstance(score, ViewScore) else _ImageViews(score, image)
     scores: list[Tensor] = []
     grid = (0, 0)
     walk: NetworkOutput | None = None
     for scale in scales:
         wanted = affinity and scale == max(scales)
-        view = normalized
-        if scale != 1.0:
-            scaled_size = (int(size[0] * scale), int(size[1] * scale))
-            view = interpolate(normalized, size=scaled_size, mode="bilinear", align_corners=False)
         if scale == 1.0 and plain_scores is not None and not wanted:
-            plain, flipped = plain_scores, score(view.flip(-1), False).class_scores
+            plain, flipped = plain_scores, views.view(scale, (True,), False).class_scores
         elif wanted:
             # Only the plain half gives its affinity away, so only that half pays for it.
-            walk = score(view, True)
-            plain, flipped = walk.class_scores, score(view.flip(-1), False).class_scores
+            walk = views.view(scale, (False,), True)
+            plain, flipped = walk.class_scores, views.view(scale, (True,), False).class_scores
         else:
-            plain, flipped = score(torch.cat([view, view.flip(-1)]), False).class_scores.chunk(2)
+            plain, flipped = views.view(scale, (False, True), False).class_scores.chunk(2)
         if scale == max(scales):
             grid = (plain.shape[2], plain.shape[3])
         scores.append(torch.cat([plain, flipped] if pick is None else [pick(plain), pick(flipped)]))
-    return CamResult(cam=fuse_scores(scores, size), grid=grid, walk=walk)
+    return CamResult(cam=fuse_scores(scores, (image.shape[2], image.shape[3])), grid=grid, walk=walk)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from afa.config import PseudoConfig
+from afa.filtering.crf import dense_crf
 from afa.pseudo.affinity import window_mask
 from afa.pseudo.box import axis_weights, resize_box
 from afa.pseudo.cam import CamResult, ScoreFunction, multi_scale_cam
@@ -29,6 +30,10 @@ from afa.types import IGNORE_INDEX
 
 PSEUDO_KINDS = ("cam", "propagated", "cam_label", "propagated_label", "initial_label", "refined_label")
 """What `infer_pseudo` can be asked for."""
+
+
+CrfFunction = Callable[[Tensor, Tensor], Tensor]
+"""((B, P, H, W) probabilities, (B, 3, H, W) RGB in 0..255) -> (B, P, H, W) probabilities."""
 
 
 class Refiner:
@@ -57,32 +62,40 @@ class Refiner:
         """(B, n, h, w) kernel of the whole canvas."""
         return self._kernel(_resize(self.image, self.small_size))
 
-    def on_canvas(self, scores: Tensor) -> Tensor:
-        """Refine (B, P, h, w) scores over the whole canvas, to (B, P, H, W)."""
+    def on_canvas(self, scores: Tensor, *, num_sets: int = 1) -> Tensor:
+        """Refine (B, P, h, w) scores over the whole canvas, to (B, P, H, W).
+
+        Args:
+            scores: One or more sets of scores side by side.
+            num_sets: How many. The CRF lets the scores of a set compete; other refinements take each score alone.
+        """
         scores = _resize(scores, self.small_size)
-        if self.config.refinement != "none":
+        if self.config.refinement == "crf":
+            scores = self._crf(scores, _resize(self.image, self.small_size), num_sets)
+        elif self.config.refinement != "none":
             scores = self._refine(scores, self.kernel)
         return _resize(scores, self.size)
 
-    def in_box(self, scores: Tensor, valid_box: Tensor) -> Tensor:
+    def in_box(self, scores: Tensor, valid_box: Tensor, *, num_sets: int = 1) -> Tensor:
         """Refine (B, P, h, w) scores inside each valid box, to (B, P, H, W); 0 outside the box.
 
         Image and scores are cropped at full size and then brought to the refinement size, scores with aligned
-        corners (method.md sections 3 and 5).
+        corners (method.md sections 3 and 5). `num_sets` as in `on_canvas`.
         """
         scores = _resize(scores, self.size)
         if self.config.refinement == "none":
             return scores
-        if scores.device.type != "cpu" or fused(scores.device):
+        by_crf = self.config.refinement == "crf"
+        if not by_crf and (scores.device.type != "cpu" or fused(scores.device)):
             return self._refine_boxes(scores, valid_box)
         boxes = valid_box.tolist()
-        if all(box == [0, self.size[0], 0, self.size[1]] for box in boxes):
+        if not by_crf and all(box == [0, self.size[0], 0, self.size[1]] for box in boxes):
             small = interpolate(scores, size=self.small_size, mode="bilinear", align_corners=True)
             return _resize(self._refine(small, self.kernel), self.size)
         refined = torch.zeros_like(scores)
         for index, (top, bottom, left, right) in enumerate(boxes):
             inside = (slice(index, index + 1), slice(None), slice(top, bottom), slice(left, right))
-            refined[inside] = self._refine_crop(index, inside, scores[inside])
+            refined[inside] = self._refine_crop(index, inside, scores[inside], num_sets)
         return refined
 
     def _refine_boxes(self, scores: Tensor, valid_box: Tensor) -> Tensor:
@@ -108,11 +121,13 @@ class Refiner:
         refined = self._refine(resize_box(scores, *to_small_aligned), kernel, extent)
         return resize_box(refined, *to_canvas)
 
-    def _refine_crop(self, index: int, inside: tuple[slice, ...], crop: Tensor) -> Tensor:
+    def _refine_crop(self, index: int, inside: tuple[slice, ...], crop: Tensor, num_sets: int) -> Tensor:
         size = (crop.shape[2], crop.shape[3])
         stride = self.config.refinement_stride
         small_size = (max(1, size[0] // stride), max(1, size[1] // stride))
         small = interpolate(crop, size=small_size, mode="bilinear", align_corners=True)
+        if self.config.refinement == "crf":
+            return _resize(self._crf(small, _resize(self.image[inside], small_size), num_sets), size)
         if size == self.size:
             kernel = self.kernel[index : index + 1]
         else:
@@ -122,6 +137,7 @@ class Refiner:
     def _kernel(self, image: Tensor, extent: Tensor | None = None) -> Tensor:
         config = self.config
         assert config.refinement != "none"
+        assert config.refinement != "crf"
         return refinement_kernel(
             image,
             dilations=config.dilations,
@@ -135,6 +151,15 @@ class Refiner:
     def _refine(self, scores: Tensor, kernel: Tensor, extent: Tensor | None = None) -> Tensor:
         config = self.config
         return refine(scores, kernel, dilations=config.dilations, iterations=config.iterations, extent=extent)
+
+    def _crf(self, scores: Tensor, image: Tensor, num_sets: int) -> Tensor:
+        """Each set of scores through the dense CRF, with its bandwidths of positions in pixels of the full size."""
+        stride = self.config.refinement_stride
+        refined = [
+            dense_crf(each, 255 * image, gaussian_xy=3.0 / stride, bilateral_xy=64.0 / stride)
+            for each in scores.chunk(num_sets, 1)
+        ]
+        return torch.cat(refined, 1)
 
 
 @dataclass(frozen=True)
@@ -220,11 +245,18 @@ def initial_label(
 
 
 def _initial_label(
-    cam: Tensor, present: PresentClasses, refiner: Refiner, valid_box: Tensor, config: PseudoConfig
+    cam: Tensor,
+    present: PresentClasses,
+    refiner: Refiner,
+    valid_box: Tensor,
+    config: PseudoConfig,
+    crf: CrfFunction | None = None,
 ) -> Tensor:
     """`initial_label` from the (B, P - 1, H, W) CAMs of the present classes."""
     small = _resize(cam, refiner.small_size)
-    refined = refiner.on_canvas(_competing_scores(small, present, config))
+    refined = refiner.on_canvas(_competing_scores(small, present, config), num_sets=2)
+    if crf is not None:
+        refined = torch.cat([_through_crf(each, present.valid, refiner, crf) for each in refined.chunk(2, 1)], 1)
     return ignore_outside(_decide(refined, present, config), valid_box)
 
 
@@ -251,7 +283,12 @@ def refined_label(
 
 
 def _refined_label(
-    cam: CamResult, present: PresentClasses, refiner: Refiner, valid_box: Tensor, config: PseudoConfig
+    cam: CamResult,
+    present: PresentClasses,
+    refiner: Refiner,
+    valid_box: Tensor,
+    config: PseudoConfig,
+    crf: CrfFunction | None = None,
 ) -> Tensor:
     """`refined_label` from the (B, P - 1, H, W) CAMs of the present classes."""
     small = _resize(cam.cam, cam.grid)
@@ -261,7 +298,9 @@ def _refined_label(
     walk = transition(affinity, mask, power=config.affinity_power, epsilon=config.walk_epsilon)
     spread = take_step(walk, scores)
     on_canvas = config.refinement_region == "canvas"
-    refined = refiner.on_canvas(spread) if on_canvas else refiner.in_box(spread, valid_box)
+    refined = refiner.on_canvas(spread, num_sets=2) if on_canvas else refiner.in_box(spread, valid_box, num_sets=2)
+    if crf is not None:
+        refined = torch.cat([_through_crf(each, present.valid, refiner, crf) for each in refined.chunk(2, 1)], 1)
     return ignore_outside(_decide(refined, present, config), valid_box)
 
 
@@ -274,6 +313,7 @@ def infer_pseudo(
     config: PseudoConfig,
     want: Collection[str],
     refined: bool = False,
+    crf: CrfFunction | None = None,
     num_slots: int | None = None,
 ) -> dict[str, Tensor]:
     """Make CAMs and pseudo labels of whole images.
@@ -285,6 +325,7 @@ def infer_pseudo(
         config: Settings.
         want: What to return, of `PSEUDO_KINDS`.
         refined: Also put `cam_label` and `propagated_label` through the low-level refinement.
+        crf: Put the scores of all labels through this at last; None: nothing.
         num_slots: 1 + the largest number of tags of an image, if known on the host.
 
     Returns:
@@ -307,9 +348,10 @@ def infer_pseudo(
     if "cam" in want:
         result["cam"] = cam.cam
     if "cam_label" in want:
-        if refined:
+        if refined or crf is not None:
             scores = present_scores(with_background(cam.cam, config.background_cam), tags, softmax=True)
-            result["cam_label"] = refiner.on_canvas(scores).argmax(1)
+            scores = refiner.on_canvas(scores) if refined else scores
+            result["cam_label"] = _finished(scores, tags, refiner, crf).argmax(1)
         else:
             result["cam_label"] = cam_label(cam.cam, tags, background=config.background_cam)
     if {"propagated", "propagated_label"} & set(want):
@@ -318,12 +360,12 @@ def infer_pseudo(
             result["propagated"] = _resize(scores, size)
         if "propagated_label" in want:
             scores = refiner.in_box(scores, box) if refined else _resize(scores, size)
-            result["propagated_label"] = scores.argmax(1)
+            result["propagated_label"] = _finished(scores, tags, refiner, crf).argmax(1)
     if "initial_label" in want or ("refined_label" in want and not walks):
-        label = _initial_label(picked.cam, present, refiner, box, config)
+        label = _initial_label(picked.cam, present, refiner, box, config, crf)
         result.update({kind: label for kind in ("initial_label", "refined_label") if kind in want})
     if "refined_label" in want and walks:
-        result["refined_label"] = _refined_label(picked, present, refiner, box, config)
+        result["refined_label"] = _refined_label(picked, present, refiner, box, config, crf)
     return result
 
 
@@ -371,6 +413,20 @@ def _competing_scores(cam: Tensor, present: PresentClasses, config: PseudoConfig
         for background in (config.background_low, config.background_high)
     ]
     return torch.cat(groups, 1)
+
+
+def _finished(scores: Tensor, tags: Tensor, refiner: Refiner, crf: CrfFunction | None) -> Tensor:
+    """(B, K, H, W) scores through the CRF, if there is one."""
+    if crf is None:
+        return scores
+    valid = torch.cat([torch.ones_like(tags[:, :1], dtype=torch.bool), tags > 0], 1)
+    return _through_crf(scores, valid, refiner, crf)
+
+
+def _through_crf(scores: Tensor, valid: Tensor, refiner: Refiner, crf: CrfFunction) -> Tensor:
+    """(B, P, H, W) scores, as shares of their sum, through the CRF; 0 in the channels that are not valid."""
+    shares = scores / scores.sum(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+    return mask_scores(crf(shares, refiner.image * 255), valid, softmax=False)
 
 
 def _decide(scores: Tensor, present: PresentClasses, config: PseudoConfig) -> Tensor:

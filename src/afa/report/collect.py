@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from afa.config import config_to_dict, load_config
+from afa.config import SUPERVISION_NAMES, config_to_dict, load_config
 from afa.errors import AfaError
 from afa.training.metrics import read_metrics as read_lines
 
@@ -25,14 +25,15 @@ def collect_report(run: Path) -> dict[str, Any]:
     Returns:
         Values that JSON can hold:
 
-        - `miou`, `cam_miou`, `propagated_miou`: percent; `tag_f1`: as evaluation/seg.json has it;
+        - `miou`, `cam_miou`, `propagated_miou`: percent; `tag_f1`: of evaluation/seg.json, else tags.json;
           `protocol`, `num_images`: of the segmentation's evaluation.
         - `seconds_train`, `steps`: from environment.json, else as far as metrics.jsonl reaches;
           `images_per_second`: over the whole training and all processes.
         - `device`, `torch`, `python`, `afa`, `num_parameters`, `processes`, `precision`, `commit`: of the
           training, from environment.json; `report_commit`: of the source tree that makes the report.
-        - `config`: nested resolved configuration; `classes`: C names; `per_class`: label kind -> class -> IoU
-          in percent; `complete`: whether the final weights are written; `run`: the folder's name.
+        - `supervision`: what it learned from, in words; `config`: nested resolved configuration; `classes`: C names;
+          `per_class`: label kind -> class -> IoU in percent; `complete`: whether the final weights are written;
+          `run`: the folder's name.
 
     Raises:
         AfaError: `run` is missing or has no config.toml, or one of its files is broken.
@@ -53,11 +54,12 @@ def collect_report(run: Path) -> dict[str, Any]:
         "miou": scores["seg"].get("miou"),
         "cam_miou": scores["cam"].get("miou"),
         "propagated_miou": scores["propagated"].get("miou"),
-        "tag_f1": scores["seg"].get("tag_f1", environment.get("tag_f1")),
+        "tag_f1": scores["seg"].get("tag_f1", _read_object(run / "evaluation" / "tags.json").get("tag_f1")),
         "seconds_train": seconds,
         "steps": steps,
         "device": environment.get("device"),
         "torch": environment.get("torch"),
+        "supervision": SUPERVISION_NAMES[config.train.supervision],
         "config": config_to_dict(config),
         "classes": _read_classes(run / "classes.txt") or list(config.data.classes),
         "per_class": {kind: scores[kind].get("per_class") for kind in LABEL_KINDS},

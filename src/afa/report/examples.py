@@ -81,7 +81,7 @@ def write_examples(
     was_training = network.training
     network.eval()
     index: list[dict[str, object]] = []
-    for number, i in enumerate(_evenly_spaced(images, count)):
+    for number, i in enumerate(evenly_spaced(images, count)):
         name = f"{number:03d}"
         (folder / name).mkdir()
         for key, picture in _draw_example(network, images, i, config=config, device=device).items():
@@ -105,16 +105,31 @@ def draw_sheet(folders: Sequence[Path]) -> Image.Image:
     Returns:
         RGB image on white.
     """
+    paths = [[folder / f"{key}.png" for key in PICTURES] for folder in folders]
+    rows = [[Image.open(path) if path.is_file() else None for path in row] for row in paths]
+    return lay_out(rows, [_CAPTIONS[key] for key in PICTURES])
+
+
+def lay_out(rows: Sequence[Sequence[Image.Image | None]], captions: Sequence[str]) -> Image.Image:
+    """Put pictures on a sheet, with captions on top.
+
+    Args:
+        rows: Pictures of any size, as many a row as there are captions; None leaves a place empty.
+        captions: Texts of the columns.
+
+    Returns:
+        RGB image on white.
+    """
     side, gap, header = DISPLAY_SIZE * 3 // 4, 6, 26
-    width = len(PICTURES) * (side + gap) + gap
-    sheet = Image.new("RGB", (width, header + len(folders) * (side + gap) + gap), "white")
+    width = len(captions) * (side + gap) + gap
+    sheet = Image.new("RGB", (width, header + len(rows) * (side + gap) + gap), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    for column, key in enumerate(PICTURES):
+    for column, caption in enumerate(captions):
         left = gap + column * (side + gap)
-        draw.text((left + side / 2, header / 2), _CAPTIONS[key], fill="black", font=font, anchor="mm")
-        for row, folder in enumerate(folders):
-            if (path := folder / f"{key}.png").is_file():
-                picture = ImageOps.contain(Image.open(path), (side, side))
+        draw.text((left + side / 2, header / 2), caption, fill="black", font=font, anchor="mm")
+        for row, pictures in enumerate(rows):
+            if (picture := pictures[column]) is not None:
+                picture = ImageOps.contain(picture, (side, side))
                 top = header + gap + row * (side + gap)
                 sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
     return sheet
@@ -169,7 +184,8 @@ def _gray(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.array(Image.fromarray(image).convert("L").convert("RGB"))
 
 
-def _evenly_spaced(images: TaggedImages, count: int) -> list[int]:
+def evenly_spaced(images: TaggedImages, count: int) -> list[int]:
+    """Positions of at most `count` images with tags, from the first to the last."""
     known = images.has_tags if isinstance(images, ScoredImages) else lambda _: True
     tagged = [i for i in range(len(images)) if known(i) and images.tags(i).any()]
     picks = np.linspace(0, len(tagged) - 1, min(count, len(tagged))).round().astype(int)
@@ -202,18 +218,18 @@ def _draw_example(
     shares = pseudo["propagated"][0] / pseudo["propagated"][0].sum(0, keepdim=True).clamp(min=1e-12)
     drawn = {
         "image": picture,
-        "cam": blend_heat(picture, _heat(pseudo["cam"][0, present], shown)),
-        "propagated": blend_heat(picture, _heat(shares[1:][present], shown)),
-        "pseudo": blend_label(picture, _label(pseudo["refined_label"][0], shown)),
-        "prediction": blend_label(picture, _label(logits.argmax(0), shown)),
+        "cam": blend_heat(picture, stretched_heat(pseudo["cam"][0, present], shown)),
+        "propagated": blend_heat(picture, stretched_heat(shares[1:][present], shown)),
+        "pseudo": blend_label(picture, resized_label(pseudo["refined_label"][0], shown)),
+        "prediction": blend_label(picture, resized_label(logits.argmax(0), shown)),
     }
     if not isinstance(images, ScoredImages):
         return drawn
-    return drawn | {"truth": blend_label(picture, _label(torch.from_numpy(images.mask(i)), shown))}
+    return drawn | {"truth": blend_label(picture, resized_label(torch.from_numpy(images.mask(i)), shown))}
 
 
-def _heat(scores: Tensor, size: tuple[int, int]) -> NDArray[np.float64]:
-    """(classes, H, W) scores -> (h, w) maximum over the classes, stretched to [0, 1]."""
+def stretched_heat(scores: Tensor, size: tuple[int, int]) -> NDArray[np.float64]:
+    """Maximum over the classes of (classes, H, W) scores, at a size (h, w), stretched to [0, 1]."""
     heat = scores.float().amax(0)[None, None]
     heat = interpolate(heat, size=size, mode="bilinear", align_corners=False, antialias=True)[0, 0]
     heat = heat - heat.min()
@@ -221,8 +237,8 @@ def _heat(scores: Tensor, size: tuple[int, int]) -> NDArray[np.float64]:
     return stretched
 
 
-def _label(label: Tensor, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """(H, W) class indices -> (h, w), nearest."""
+def resized_label(label: Tensor, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Class indices (H, W) at a size (h, w), those of the nearest pixels."""
     resized = interpolate(label[None, None].float(), size=size, mode="nearest-exact")[0, 0]
     label_map: NDArray[np.uint8] = resized.to(torch.uint8).cpu().numpy()
     return label_map

@@ -118,20 +118,37 @@ def _header(report: dict[str, Any]) -> str:
         if report["num_parameters"]
         else config["model"]["backbone"],
         f"preset {config['preset']}",
+        report["supervision"],
         f"{len(report['classes'])} classes" if report["classes"] else "",
         Path(config["data"]["root"]).name,
     ]
     return (
         f"<header><p class='kind'>afa run report</p><h1>{escape(report['run'])} {badge}</h1>"
         f"<p class='facts'>{escape(' · '.join(fact for fact in facts if fact))}</p>"
-        "<p>Segmentation learned from image tags alone: class activation maps (CAM), propagated by an "
-        "affinity learned from attention, become pseudo labels; these train the segmentation.</p></header>"
+        f"<p>{_method(config)}</p></header>"
+    )
+
+
+def _method(config: dict[str, Any]) -> str:
+    if config["train"]["supervision"] == "masks":
+        return (
+            "<b>Full supervision, for comparison:</b> the segmentation learned from the true masks of the training "
+            "images. CAM and propagated CAM are shown as always, but nothing learned from them."
+        )
+    walk = {
+        "affinity": ", propagated by an affinity learned from attention,",
+        "attention": ", propagated by the attention,",
+        "none": "",
+    }[config["pseudo"]["propagation"]]
+    return (
+        f"Segmentation learned from image tags alone: class activation maps (CAM){walk} become pseudo labels; these "
+        "train the segmentation."
     )
 
 
 def _tiles(report: dict[str, Any]) -> str:
     miou, cam, propagated = report["miou"], report["cam_miou"], report["propagated_miou"]
-    scale = {"single": "single scale", "multiscale": "multi-scale"}.get(report["protocol"], report["protocol"])
+    scale = (report["protocol"] or "").replace("single", "single scale").replace("multiscale", "multi-scale")
     protocol = f"{scale}, {report['num_images']:,} images" if report["num_images"] else ""
     device = report["device"]
     tiles: list[tuple[str, str | None, str, str, str]] = [
@@ -226,13 +243,14 @@ def _training(report: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> str:
         Series("segmentation", "seg", points("seg_loss")),
         Series("affinity", "propagated", points("aff_loss")),
     ]
+    energy = Series("regularization", "ink", points("reg_loss"))
     wide = line_chart(losses, title="Losses", boundaries=boundaries)
     evaluations = [Series(_KIND_NAMES[kind], kind, _scores_by_step(metrics, kind)) for kind in LABEL_KINDS]
     if max(len(series.points) for series in evaluations) > 1:
         wide += line_chart(evaluations, title="mIoU in percent", boundaries=boundaries, smooth=False)
     singles = [
         ("Total loss", Series("total", "ink", points("loss"))),
-        *((f"{series.name.capitalize()} loss", series) for series in losses),
+        *((f"{series.name.capitalize()} loss", series) for series in (*losses, energy) if series.points),
         ("Learning rate of the encoder", Series("learning rate", "ink", points("learning_rate"))),
         ("Images per second", Series("images per second", "ink", points("images_per_second"))),
     ]

@@ -15,11 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from afa.config import Config
 from afa.errors import AfaError
+from afa.model.backbone import FrozenTokens
 from afa.model.network import AfaNetwork
+from afa.pseudo.cam import ScoreFunction
 from afa.runtime import Processes, autocast, seed_step
+from afa.training.feature_cache import CachedScore, FeatureReader
 from afa.training.optimizer import build_optimizer, set_learning_rate, trained_parameters
 from afa.training.schedule import Phase, phase
-from afa.training.step import StepLosses, compute_losses, gradients_are_finite
+from afa.training.step import ForwardFunction, LossFunction, StepLosses, compute_losses, gradients_are_finite
 from afa.types import Batch, NetworkOutput
 
 MAX_SKIPPED_STEPS = 50
@@ -46,6 +49,10 @@ class TrainingEngine:
         config: Settings.
         device: Where to train.
         processes: Processes that train together.
+        compute: What a step computes.
+
+    Attributes:
+        features: Feature cache that steps start from; None: from pixels.
     """
 
     def __init__(
@@ -55,11 +62,14 @@ class TrainingEngine:
         *,
         device: torch.device,
         processes: Processes = Processes(),  # noqa: B008  (frozen)
+        compute: LossFunction = compute_losses,
     ) -> None:
         self.network = network
         self.config = config
         self.device = device
         self.processes = processes
+        self.compute = compute
+        self.features: FeatureReader | None = None
         self.optimizer = build_optimizer(network, config.schedule)
         self.parameters = trained_parameters(self.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
@@ -71,9 +81,10 @@ class TrainingEngine:
         if processes.count > 1:
             # The phases leave decoder and affinity head unused at first.
             self.module = DistributedDataParallel(network, find_unused_parameters=True)
-        self.records = (
-            config.train.cuda_graphs and device.type == "cuda" and processes.count == 1 and not self.scaler.is_enabled()
-        )
+        # The dense CRF waits for the device, and a recording has no place for masks.
+        recordable = config.pseudo.refinement != "crf" and config.train.supervision == "tags"
+        recordable = recordable and processes.count == 1 and not self.scaler.is_enabled()
+        self.records = config.train.cuda_graphs and device.type == "cuda" and recordable
         self._stream: Any = torch.cuda.Stream(device) if self.records else None  # type: ignore[no-untyped-call]
         self._pool: Any = None
         self._eager_steps: dict[tuple[Phase, int], int] = {}
@@ -101,10 +112,11 @@ class TrainingEngine:
         Returns:
             The losses, detached. With recorded steps they are overwritten by the next step.
         """
-        kind = phase(step, self.config.schedule, self.config.loss)
+        config = self.config
+        kind = phase(step, config.schedule, config.loss, supervision=config.train.supervision)
         num_slots = self._num_slots(batch.tags)
-        seed_step(self.config.train.seed, step, self.processes.rank)
-        set_learning_rate(self.optimizer, step, self.config.schedule)
+        seed_step(config.train.seed, step, self.processes.rank)
+        set_learning_rate(self.optimizer, step, config.schedule)
         if self._stream is None:
             return self._step(batch.to(self.device, non_blocking=True), kind, num_slots)
         # Gradients are summed up on the stream where a weight was first used: every step takes the recorder's.
@@ -150,6 +162,7 @@ class TrainingEngine:
             (recording.batch.image, batch.image),
             (recording.batch.tags, batch.tags),
             (recording.batch.valid_box, batch.valid_box),
+            *zip(recording.batch.frozen, batch.frozen, strict=True),
         ):
             kept.copy_(new)
         recording.graph.replay()
@@ -157,7 +170,12 @@ class TrainingEngine:
 
     def _record(self, batch: Batch, kind: Phase, num_slots: int) -> _Recording:
         kept = replace(
-            batch, image=batch.image.clone(), tags=batch.tags.clone(), valid_box=batch.valid_box.clone(), names=()
+            batch,
+            image=batch.image.clone(),
+            tags=batch.tags.clone(),
+            valid_box=batch.valid_box.clone(),
+            names=(),
+            frozen=tuple(part.clone() for part in batch.frozen),
         )
         graph = torch.cuda.CUDAGraph()
         self.optimizer.zero_grad(set_to_none=True)
@@ -171,9 +189,10 @@ class TrainingEngine:
         schedule = self.config.schedule
         buffers = list(self.network.buffers())
         before = [buffer.clone() for buffer in buffers]
-        losses = compute_losses(
-            self._forward,
-            self._score,
+        forward, score = self._passes(batch, kind)
+        losses = self.compute(
+            forward,
+            score,
             batch,
             config=self.config,
             phase=kind,
@@ -201,11 +220,21 @@ class TrainingEngine:
         self.skipped.copy_(torch.where(finite, 0, self.skipped + 1))
         return replace(losses, total=losses.total.detach())
 
-    def _forward(self, image: Tensor, segmentation: bool, affinity: bool) -> NetworkOutput:
+    def _passes(self, batch: Batch, kind: Phase) -> tuple[ForwardFunction, ScoreFunction]:
+        if self.features is None:
+            return self._forward, self._score
+        tokens = self.features.training_view(batch, kind)
+
+        def forward(_: Tensor, segmentation: bool, affinity: bool) -> NetworkOutput:
+            return self._forward(tokens, segmentation, affinity)
+
+        return forward, CachedScore(self._score, self.features, batch, kind)
+
+    def _forward(self, image: Tensor | FrozenTokens, segmentation: bool, affinity: bool) -> NetworkOutput:
         with autocast(self.device, self.config.train.precision):
             output: NetworkOutput = self.module(image, segmentation=segmentation, affinity=affinity)
         return output
 
-    def _score(self, image: Tensor, affinity: bool) -> NetworkOutput:
+    def _score(self, image: Tensor | FrozenTokens, affinity: bool) -> NetworkOutput:
         with autocast(self.device, self.config.train.precision):
             return self.network.score(image, affinity)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from afa import __version__
 from afa.build import build_network, read_classes
-from afa.config import Config, DataConfig, config_to_dict, config_to_toml, load_config
+from afa.config import SUPERVISION_NAMES, Config, DataConfig, config_to_dict, config_to_toml, load_config
 from afa.data.layout import find_layout, open_tagged
 from afa.data.loader import resolve_workers, train_batches
 from afa.data.pixel_cache import PixelCache, resolve_cache
@@ -31,16 +31,21 @@ from afa.training.checkpoint import (
     write_atomically,
 )
 from afa.training.engine import TrainingEngine
+from afa.training.feature_cache import prepare_features
 from afa.training.metrics import MetricsLog
 from afa.training.schedule import learning_rate, phase
-from afa.training.step import StepLosses
+from afa.training.step import LossFunction, StepLosses, compute_losses
 
 _FREE_KEYS = frozenset(
-    {"data.root", "data.workers", "data.cache_gib", "evaluation.batch_size"}
+    {"data.root", "data.workers", "data.cache_gib", "data.feature_dir", "evaluation.batch_size"}
     | {"train.device", "train.cuda_graphs", "train.compile", "train.log_steps", "train.eval_steps"}
-    | {"train.eval_images", "train.save_steps", "train.example_images", "train.tensorboard"}
+    | {"train.eval_images", "train.feature_cache_gib", "train.save_steps", "train.example_images", "train.tensorboard"}
 )
 """Keys that may differ between a run and its resumption: none of them changes the weights."""
+
+
+_LOSSES = ("cls_loss", "seg_loss", "aff_loss", "reg_loss")
+"""Keys of the losses in metrics.jsonl, beside their weighted sum."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +72,18 @@ class _Sums:
 
     def add(self, losses: StepLosses) -> None:
         self.count += 1
-        for name in ("cls", "seg", "aff"):
+        for name in ("total", "cls", "seg", "aff", "reg"):
             value = getattr(losses, name)
             if value is not None:
                 self.values[name] = self.values.get(name, torch.zeros_like(value)) + value
 
     def means(self, processes: Processes) -> dict[str, float | None]:
-        """Mean of each loss over steps; cls is a mean over processes, the others are sums of their shares."""
-        result: dict[str, float | None] = {"cls_loss": None, "seg_loss": None, "aff_loss": None}
+        """Mean of each loss over steps; seg and aff are sums of the processes' shares, the others means over them."""
+        result: dict[str, float | None] = {"loss": None, **dict.fromkeys(_LOSSES)}
         for name, value in self.values.items():
             total = float(processes.total(value)) / self.count
-            result[f"{name}_loss"] = total / processes.count if name == "cls" else total
+            key = "loss" if name == "total" else f"{name}_loss"
+            result[key] = total if name in ("seg", "aff") else total / processes.count
         return result
 
 
@@ -90,7 +96,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
-    """Train a network from tags and write its run folder, up to the final weights.
+    """Train a network and write its run folder, up to the final weights; from tags, or as `train.supervision` says.
 
     Args:
         config: Settings; `data.root` names the data set.
@@ -108,14 +114,14 @@ def train(
             with other settings; the disk is full; the loss stays not finite.
     """
     progress = progress and processes.is_main
-    images = open_tagged(config.data)
+    images, compute = _open_training(config, tell=processes.is_main)
     scored = open_validation(config, tell=processes.is_main)
     if processes.is_main:
         _prepare_run(run, config, images.classes, resume=resume)
     processes.wait()
     torch.manual_seed(config.train.seed)
     network = build_network(config.model, len(images.classes)).to(device)
-    engine = TrainingEngine(network, config, device=device, processes=processes)
+    engine = TrainingEngine(network, config, device=device, processes=processes, compute=compute)
     start, seconds_before = 0, 0.0
     checkpoint = latest_checkpoint(run) if resume else None
     if checkpoint is not None:
@@ -124,8 +130,22 @@ def train(
         start, seconds_before = state["step"], state["seconds"]
         if processes.is_main:
             say(f"resuming {run} after step {start} of {config.schedule.max_steps}")
+    workers = resolve_workers(config.data.workers, processes=processes.count)
+    cache = PixelCache(len(images), resolve_cache(config.data.cache_gib, processes=processes.count))
+    if config.train.feature_cache:
+        engine.features = prepare_features(
+            network,
+            images,
+            config,
+            run,
+            device=device,
+            processes=processes,
+            workers=workers,
+            cache=cache,
+            progress=progress,
+        )
     log = MetricsLog(run, resume_step=start, tensorboard=config.train.tensorboard) if processes.is_main else None
-    trainer = _Trainer(config, run, engine, images, scored, log)
+    trainer = _Trainer(config, run, engine, images, scored, log, workers, cache)
     try:
         seconds = trainer.run_steps(start, seconds_before, progress=progress)
     finally:
@@ -150,6 +170,8 @@ class _Trainer:
         images: TaggedImages,
         scored: ScoredImages | None,
         log: MetricsLog | None,
+        workers: int,
+        cache: PixelCache,
     ) -> None:
         self.config = config
         self.run = run
@@ -160,6 +182,8 @@ class _Trainer:
         self.images = images
         self.scored = scored
         self.log = log
+        self.workers = workers
+        self.cache = cache
 
     def run_steps(self, start: int, seconds_before: float, *, progress: bool) -> float:
         """Do steps `start` .. max_steps - 1; returns the seconds of training, earlier ones included."""
@@ -173,10 +197,16 @@ class _Trainer:
             max_steps=schedule.max_steps,
             rank=self.processes.rank,
             world_size=self.processes.count,
-            workers=resolve_workers(config.data.workers, processes=self.processes.count),
-            cache=PixelCache(len(self.images), resolve_cache(config.data.cache_gib, processes=self.processes.count)),
+            workers=self.workers,
+            cache=self.cache,
+            features=None if self.engine.features is None else self.engine.features.read,
             device=self.device if self.device.type == "cuda" else None,
         )
+        if config.train.supervision == "masks":
+            from afa.training.supervised import with_masks
+
+            assert isinstance(self.images, ScoredImages)
+            batches = with_masks(batches, self.images, config=config, start_step=start, processes=self.processes)
         sums = _Sums()
         began = time.perf_counter()
         line_began, line_step, told = began, start, began
@@ -220,18 +250,11 @@ class _Trainer:
 
     def _log_line(self, step: int, sums: _Sums, rate: float, seconds: float) -> dict[str, Any]:
         config = self.config
-        means = sums.means(self.processes)
-        weights = {
-            "cls_loss": 1.0,
-            "seg_loss": config.loss.segmentation_weight,
-            "aff_loss": config.loss.affinity_weight,
-        }
         line: dict[str, Any] = {
             "kind": "train",
             "step": step,
-            "phase": phase(step - 1, config.schedule, config.loss).name,
-            "loss": sum(weights[name] * value for name, value in means.items() if value is not None),
-            **means,
+            "phase": phase(step - 1, config.schedule, config.loss, supervision=config.train.supervision).name,
+            **sums.means(self.processes),
             "learning_rate": learning_rate(step - 1, config.schedule),
             "images_per_second": rate,
             "seconds": seconds,
@@ -268,6 +291,17 @@ class _Trainer:
             say(f"step {step}: segmentation mIoU {figures['miou']:.1f} on {figures['num_images']} images")
 
 
+def _open_training(config: Config, *, tell: bool) -> tuple[TaggedImages, LossFunction]:
+    """What a run learns from, and how; masks are within reach only where the configuration asks for them."""
+    if config.train.supervision == "tags":
+        return open_tagged(config.data), compute_losses
+    from afa.training.supervised import open_masked, supervised_losses
+
+    if tell:
+        say(f"{SUPERVISION_NAMES['masks']}: the segmentation learns from the masks of {config.data.train_list}")
+    return open_masked(config.data), supervised_losses
+
+
 def open_validation(config: Config, *, tell: bool = False) -> ScoredImages | None:
     """Open the images that a run is scored on.
 
@@ -287,8 +321,9 @@ def open_validation(config: Config, *, tell: bool = False) -> ScoredImages | Non
     layout = find_layout(data)
     if data.val_list == DataConfig().val_list and not (layout.has_validation and layout.has_masks):
         if tell:
-            missing = "masks" if layout.has_validation else data.val_list
-            say(f"no {Path(data.root) / missing}: the run will not be scored")
+            root = Path(data.root)
+            words = f"masks in {root}: only tags" if layout.has_validation else f"{root / data.val_list}: nothing"
+            say(f"no {words} will be scored")
         return None
     return layout.scored()
 
@@ -337,5 +372,5 @@ def _write_environment(
 
 
 def _describe(line: dict[str, Any]) -> str:
-    parts = [f"{name[:-5]} {line[name]:.3f}" for name in ("cls_loss", "seg_loss", "aff_loss") if line[name] is not None]
+    parts = [f"{name[:-5]} {line[name]:.3f}" for name in _LOSSES if line[name] is not None]
     return f"{line['phase']}: " + ", ".join(parts)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from afa.config import LossConfig, ScheduleConfig
+from afa.config import LossConfig, ScheduleConfig, Supervision
 
-PhaseName = Literal["cls", "initial", "refined"]
+PhaseName = Literal["cls", "initial", "refined", "masks"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class Phase:
 
     Attributes:
         name: `cls` learns the tags alone; `initial` learns everything, the segmentation from the initial label;
-            `refined` learns the segmentation from the refined label.
+            `refined` learns the segmentation from the refined label; `masks`, of full supervision, has no labels of
+            its own.
         segmentation: The segmentation loss is on.
         affinity: The affinity loss is on.
         want_initial: The initial label is needed.
@@ -61,17 +62,21 @@ def learning_rate(step: int, schedule: ScheduleConfig) -> float:
     return schedule.learning_rate * learning_rate_factor(step, schedule)
 
 
-def phase(step: int, schedule: ScheduleConfig, loss: LossConfig) -> Phase:
+def phase(step: int, schedule: ScheduleConfig, loss: LossConfig, *, supervision: Supervision = "tags") -> Phase:
     """Phase of a step.
 
     Args:
         step: Training step, 0-based.
         schedule: Settings.
         loss: Weights; a loss of weight 0 is never computed.
+        supervision: What the run learns from.
 
     Returns:
-        `cls` before `cls_steps`, `initial` up to and including `refined_steps`, then `refined`.
+        `cls` before `cls_steps`, `initial` up to and including `refined_steps`, then `refined`. Under full supervision
+        `masks` from the start.
     """
+    if supervision == "masks":
+        return Phase("masks", True, False, False, False)
     if step < schedule.cls_steps:
         return Phase("cls", False, False, False, False)
     name: PhaseName = "refined" if step > schedule.refined_steps else "initial"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from afa.config import Config
+from afa.filtering.energy import energy_loss
 from afa.losses import TotalFunction, affinity_loss, classification_loss, segmentation_loss
 from afa.pseudo.affinity import affinity_label, token_label
 from afa.pseudo.cam import ScoreFunction
@@ -30,6 +32,7 @@ class StepLosses:
         cls: Scalar, detached: mean over this process's images.
         seg: Scalar, detached: this process's share, or None when the phase has no such loss.
         aff: Likewise.
+        reg: Scalar, detached: mean over this process's images, or None when the step has no energy loss.
         labels: Pseudo labels that were learnt from.
     """
 
@@ -37,7 +40,26 @@ class StepLosses:
     cls: Tensor
     seg: Tensor | None
     aff: Tensor | None
+    reg: Tensor | None
     labels: TrainingLabels
+
+
+class LossFunction(Protocol):
+    """What a step computes: `compute_losses`, or that of full supervision."""
+
+    def __call__(
+        self,
+        forward: ForwardFunction,
+        score: ScoreFunction,
+        batch: Batch,
+        *,
+        config: Config,
+        phase: Phase,
+        num_slots: int | None = None,
+        total: TotalFunction | None = None,
+        num_processes: int = 1,
+    ) -> StepLosses:
+        """Compute the losses of a batch, as `compute_losses`."""
 
 
 def compute_losses(
@@ -64,13 +86,13 @@ def compute_losses(
         num_processes: Number of processes.
 
     Returns:
-        Losses; `total` = cls + lambda_1 seg + lambda_2 aff (paper Eq. 12).
+        Losses; `total` = cls + lambda_1 seg + lambda_2 aff + lambda_3 reg (paper Eq. 12).
     """
     image = batch.image.float() / 255
     output = forward(normalize_image(image), phase.segmentation, phase.affinity)
     cls = classification_loss(output.image_logits, batch.tags)
     loss = cls
-    seg = aff = None
+    seg = aff = reg = None
     labels = TrainingLabels(None, None)
     if phase.want_initial or phase.want_refined:
         labels = training_labels(
@@ -91,6 +113,11 @@ def compute_losses(
         logits = interpolate(output.seg_logits, size=target.shape[1:], mode="bilinear", align_corners=False)
         seg = segmentation_loss(logits, target, form=config.loss.segmentation_form, total=total)
         loss = loss + num_processes * config.loss.segmentation_weight * seg
+        if config.loss.energy_weight > 0:
+            # Building a lattice waits for the device, and on a GPU the sum over all pairs is fast.
+            on_host = logits.device.type in ("cpu", "mps")
+            reg = energy_loss(logits, image, target, batch.valid_box, method="lattice" if on_host else "exact_half")
+            loss = loss + config.loss.energy_weight * reg
     if phase.affinity:
         follows = config.schedule.affinity_target == "segmentation"
         source = target if follows else labels.initial_label
@@ -105,6 +132,7 @@ def compute_losses(
         cls=cls.detach(),
         seg=None if seg is None else seg.detach(),
         aff=None if aff is None else aff.detach(),
+        reg=None if reg is None else reg.detach(),
         labels=labels,
     )
 

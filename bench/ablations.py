@@ -1,0 +1,203 @@
+"""The rows of the paper's Tables 1 to 5 on generated images: which of its orderings hold at this size?
+
+    python bench/ablations.py [--out runs/ablations] [--seeds 3] [--steps 600] [--tables 1 2 3]
+
+Every row is the `demo` preset, shortened to `--steps`, with the keys by which the row's file in configs/ differs from
+the preset `paper`; each seed also makes another data set. Rows of the same configuration share their runs, and Tables 1
+and 4 score the CAM of one. What is finished is kept: the same command goes on where it was stopped. Figures are mIoU in
+percent on the images for validation, mean and standard deviation over the seeds; they are not the paper's, whose
+images and encoder are others, so only orderings compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from afa.api import evaluate
+from afa.config import Config, config_to_dict, load_config
+from afa.data.shapes import write_shapes
+from afa.errors import AfaError
+from afa.recipe import train_and_report
+from afa.runtime import say
+
+CONFIGS: Final = Path(__file__).parents[1] / "configs"
+NUM_TRAIN, NUM_VAL, IMAGE_SIZE = 800, 200, 128
+_ENERGY: Final = 2.0
+"""Weight of the energy loss in the rows that have it. The demo preset has none; on its crops of few pixels a weight of
+0.01 would do nothing: this one makes it about as strong beside the cross-entropy as the paper's is on its crops."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+        table: Number of the table.
+        name: What the paper calls it.
+        paper: The paper's figure, percent.
+        config: File in configs/ without `.toml`: what is trained.
+        labels: What is scored.
+        protocol: How the segmentation is scored.
+        refinement: What CAMs go through before they are scored.
+    """
+
+    table: int
+    name: str
+    paper: float
+    config: str
+    labels: str = "seg"
+    protocol: str = "single"
+    refinement: str = ""
+
+
+ROWS: Final = (
+    Row(1, "gap", 31.1, "table1/gap", "cam"),
+    Row(1, "top 50 %", 34.8, "table1/top50", "cam"),
+    Row(1, "top 25 %", 39.7, "table1/top25", "cam"),
+    Row(1, "top 10 %", 43.6, "table1/top10", "cam"),
+    Row(1, "gmp", 48.3, "table1/gmp", "cam"),
+    Row(2, "baseline", 46.7, "table2/baseline"),
+    Row(2, "PAR", 56.2, "table2/par"),
+    Row(2, "PAR AFA", 62.6, "table2/par_afa"),
+    Row(2, "PAR AFA reg", 63.8, "table2/par_afa_reg"),
+    Row(2, "PAR AFA reg CRF", 66.0, "table2/par_afa_reg", protocol="single+crf"),
+    Row(3, "w/o AFA", 54.2, "table3/wo_afa", "propagated"),
+    Row(3, "w/o propagation", 64.4, "table3/wo_propagation", "propagated"),
+    Row(3, "prop. with MHSA", 55.9, "table3/prop_with_mhsa", "propagated"),
+    Row(3, "AFA", 66.5, "table3/afa", "propagated"),
+    Row(4, "CAM", 48.2, "table4/cam", "cam"),
+    Row(4, "PAMR", 51.4, "table4/cam", "cam", refinement="pamr"),
+    Row(4, "PAR color only", 51.7, "table4/cam", "cam", refinement="par_color"),
+    Row(4, "PAR", 52.9, "table4/cam", "cam", refinement="par"),
+    Row(5, "full supervision", 78.7, "table5/full_supervision"),
+    Row(5, "RRM", 63.5, "table5/rrm"),
+    Row(5, "AFA", 66.0, "table2/par_afa_reg", protocol="single+crf"),
+)
+
+
+def row_keys(name: str) -> dict[str, Any]:
+    """The keys of a file in configs/ that differ from the preset `paper`, those of its own preset included."""
+    path = CONFIGS / f"{name}.toml"
+    config, paper = load_config(path), load_config()
+    changed = {
+        f"{section}.{key}": value
+        for section, values in config_to_dict(config).items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+        if value != config_to_dict(paper)[section][key] and (section, key) != ("train", "label")
+    }
+    stated = tomllib.loads(path.read_text(encoding="utf-8"))
+    # Pooling is what Table 1 compares: gmp is the paper's default and not the demo's.
+    changed |= {f"model.{key}": value for key, value in stated.get("model", {}).items()}
+    return {"loss.energy_weight": _ENERGY} | changed
+
+
+def row_config(name: str, *, root: Path, seed: int, steps: int) -> Config:
+    """The demo preset with a row's keys, its phases shortened in proportion."""
+    demo = load_config(preset="demo").schedule
+    scale = steps / demo.max_steps
+    phases = {key: max(1, round(scale * getattr(demo, key))) for key in ("cls_steps", "refined_steps", "warmup_steps")}
+    keys = {
+        "data.root": str(root),
+        "train.seed": seed,
+        "train.example_images": 0,
+        "train.save_steps": max(1, steps // 2),
+        "train.tensorboard": False,
+        "schedule.max_steps": steps,
+        **{f"schedule.{key}": value for key, value in phases.items()},
+    }
+    return load_config(None, keys | row_keys(name), preset="demo")
+
+
+def run_name(config: Config) -> str:
+    """Folder of a run: equal for rows that train alike, in words that tell them apart."""
+    plain = config_to_dict(load_config(preset="demo"))
+    words = [
+        f"{key}={value}"
+        for section in ("model", "pseudo", "loss")
+        for key, value in config_to_dict(config)[section].items()
+        if value != plain[section][key]
+    ]
+    words += [f"supervision={config.train.supervision}"] if config.train.supervision != "tags" else []
+    return ",".join(words) or "demo"
+
+
+def run_of(row: Row, *, out: Path, seed: int, steps: int) -> Path:
+    """Train what a row needs, unless that is done; returns its folder."""
+    root = out / "data" / f"seed{seed}"
+    if not (root / "done").is_file():
+        write_shapes(root, num_train=NUM_TRAIN, num_val=NUM_VAL, image_size=IMAGE_SIZE, seed=seed)
+        (root / "done").touch()
+    config = row_config(row.config, root=root, seed=seed, steps=steps)
+    run = out / f"steps{steps}" / run_name(config) / f"seed{seed}"
+    if not (run / "report.json").is_file():
+        say(f"table {row.table}, {row.name}, seed {seed}: {run}")
+        train_and_report(config, run, resume=(run / "config.toml").is_file(), progress=False)
+    return run
+
+
+def score_of(row: Row, run: Path) -> float:
+    """Percent mIoU of a row on the images for validation; kept in the run's folder."""
+    plain = row.protocol == "single" and not row.refinement
+    name = row.labels if plain else f"{row.labels}_{row.refinement or row.protocol}"
+    path = run / "evaluation" / f"{name}.json"
+    if not path.is_file():
+        keys: dict[str, Any] = {"pseudo.refinement": row.refinement} if row.refinement else {}
+        root = load_config(run / "config.toml").data.root
+        result = evaluate(
+            run, root, labels=row.labels, protocol=row.protocol, refine=bool(row.refinement), progress=False, **keys
+        )
+        path.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
+    return float(json.loads(path.read_text(encoding="utf-8"))["miou"])
+
+
+def table_text(scores: dict[Row, list[float]]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| table | row | scored | paper | here | seeds |", "|---|---|---|---|---|---|"]
+    for row, values in scores.items():
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        scored = " ".join(word for word in (row.labels, row.refinement, row.protocol.removeprefix("single")) if word)
+        here = f"{statistics.mean(values):.1f}{spread}"
+        lines.append(f"| {row.table} | {row.name} | {scored} | {row.paper} | {here} | {len(values)} |")
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), metavar="DIR", help="folder of the runs")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each row (default 3)")
+    parser.add_argument("--steps", type=int, default=600, metavar="N", help="training steps of a run (default 600)")
+    parser.add_argument("--tables", type=int, nargs="+", default=[1, 2, 3, 4, 5], metavar="N", help="which tables")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="threads of torch (default: all cores)")
+    arguments = parser.parse_args(words)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    rows = [row for row in ROWS if row.table in arguments.tables]
+    scores: dict[Row, list[float]] = {row: [] for row in rows}
+    try:
+        # One seed of every row before the next: what is there whenever it is stopped compares.
+        for seed in range(arguments.seeds):
+            for row in rows:
+                run = run_of(row, out=arguments.out, seed=seed, steps=arguments.steps)
+                scores[row].append(score_of(row, run))
+            text = table_text(scores)
+            (arguments.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    except AfaError as error:
+        print(f"bench/ablations.py: {error}", file=sys.stderr)
+        return 1
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

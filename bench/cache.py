@@ -1,0 +1,179 @@
+"""Speed of training from the feature cache, over training from pixels on the same views.
+
+    python bench/cache.py [--backbone dinov2_small_reg --freeze 10 --crop 280] [--weights DIR] [--phase refined]
+
+A small data set of generated photographs, 500 x 375 pixels, is written, its feature cache made, and whole training
+steps are taken in turn on both sides, input included: reading, decoded images from memory, transfer, labels, losses,
+backward, optimizer. Both start from the same weights and see the same images, as a whole, plain or mirrored. The rows
+are the phases; the last line is the ratio of the medians of the last phase, such as `5.1x`; with `--phase all` that is
+the refined one. Rows of the cache come from the system's memory here: a set larger than it waits for the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from PIL import Image
+
+from afa.build import build_network
+from afa.config import Config, load_config
+from afa.data.feature_store import format_gib
+from afa.data.loader import resolve_workers, train_batches
+from afa.data.pixel_cache import PixelCache
+from afa.data.voc import TaggedImages
+from afa.runtime import pick_device
+from afa.training.engine import TrainingEngine
+from afa.training.feature_cache import FeatureReader, prepare_features
+from afa.types import Batch
+
+STEPS: Final = {"cls": 0, "initial": 10_000, "refined": 20_000}
+"""First step of each phase."""
+
+CLASSES: Final = ("bird", "cat", "cow", "dog", "sheep")
+
+
+def write_images(folder: Path, count: int) -> TaggedImages:
+    """Smooth pictures with some grain, one to three tags each."""
+    rng = np.random.default_rng(0)
+    paths = [folder / f"{index}.jpg" for index in range(count)]
+    tags = np.zeros((count, len(CLASSES)), dtype=bool)
+    for index, path in enumerate(paths):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), dtype=np.int16)
+        grain = rng.integers(-20, 21, (375, 500, 1), dtype=np.int16)
+        Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8)).save(path, quality=85)
+        tags[index, rng.permutation(len(CLASSES))[: 1 + index % 3]] = True
+    return TaggedImages(classes=CLASSES, names=tuple(path.stem for path in paths), paths=paths, tags=tags)
+
+
+def bench_config(arguments: argparse.Namespace) -> Config:
+    return load_config(
+        None,
+        {
+            "model.backbone": arguments.backbone,
+            "model.weights": arguments.weights,
+            "model.freeze_blocks": arguments.freeze,
+            "model.feature_levels": arguments.levels,
+            "pseudo.scales": arguments.scales,
+            "augment.crop_size": arguments.crop,
+            "augment.whole_images": True,
+            "loss.energy_weight": 0.0,
+            "schedule.max_steps": 30_000,
+            "schedule.batch_size": arguments.batch,
+            "schedule.cls_steps": STEPS["initial"],
+            "schedule.refined_steps": STEPS["refined"] - 1,
+            "train.precision": arguments.precision,
+            "train.feature_cache": True,
+            "train.feature_cache_gib": 1000.0,
+        },
+    )
+
+
+class Side:
+    """Training with its own network, from the cache or from pixels."""
+
+    def __init__(self, engine: TrainingEngine, images: TaggedImages, cache: PixelCache, workers: int) -> None:
+        self.engine = engine
+        self.images = images
+        self.cache = cache
+        self.workers = workers
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        config, device = self.engine.config, self.engine.device
+        return train_batches(
+            self.images,
+            augment=config.augment,
+            batch_size=config.schedule.batch_size,
+            seed=0,
+            start_step=start,
+            max_steps=config.schedule.max_steps,
+            workers=self.workers,
+            cache=self.cache,
+            features=None if self.engine.features is None else self.engine.features.read,
+            device=device if device.type == "cuda" else None,
+        )
+
+    def steps(self, start: int) -> Iterator[float]:
+        """Take steps of a phase; yields the seconds of each."""
+        batches = self.batches(start)
+        for step in itertools.count(start):
+            began = time.perf_counter()
+            self.engine.take_step(step, next(batches))
+            if self.engine.device.type == "cuda":
+                torch.cuda.synchronize(self.engine.device)
+            yield time.perf_counter() - began
+
+
+def measure(sides: list[Side], start: int, *, rounds: int) -> list[float]:
+    """Median seconds of a step of each side, taken in turn."""
+    streams = [side.steps(start) for side in sides]
+    warm_up = 4 if sides[0].engine.records else 1
+    seconds = [[next(stream) for stream in streams] for _ in range(warm_up + rounds)][warm_up:]
+    return [statistics.median(each) for each in zip(*seconds, strict=True)]
+
+
+def make_sides(
+    arguments: argparse.Namespace, config: Config, images: TaggedImages, folder: Path
+) -> tuple[list[Side], FeatureReader]:
+    """The side that starts from pixels, and the one that starts from the cache."""
+    device = arguments.device
+    torch.manual_seed(0)
+    network = build_network(config.model, len(CLASSES)).to(device).train()
+    cache = PixelCache(len(images), 2**30)
+    # On a CPU a worker would take from the other side's step what it reads ahead for its own.
+    workers = resolve_workers(-1) if device.type == "cuda" else 0
+    reader = prepare_features(network, images, config, folder, device=device, workers=workers, cache=cache)
+    engines = [TrainingEngine(each, config, device=device) for each in (network, copy.deepcopy(network))]
+    engines[1].features = reader
+    return [Side(engine, images, cache, workers) for engine in engines], reader
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="dinov2_small_reg", help="default dinov2_small_reg")
+    parser.add_argument("--weights", default="", help="folder of the encoder's weights (default: random ones)")
+    parser.add_argument("--freeze", type=int, default=10, help="frozen blocks (default 10)")
+    parser.add_argument("--levels", type=int, default=4, help="feature levels (default 4)")
+    parser.add_argument("--scales", default="1.0,0.5,1.5", help="scales of the CAM (default 1.0,0.5,1.5)")
+    parser.add_argument("--crop", type=int, default=280, help="side of the crop, pixels (default 280)")
+    parser.add_argument("--batch", type=int, default=8, help="images in a batch (default 8)")
+    parser.add_argument("--images", type=int, default=16, help="images of the data set (default 16)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side and phase (default 5)")
+    parser.add_argument("--phase", choices=[*STEPS, "all"], default="all")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    arguments = parser.parse_args()
+    arguments.device = pick_device(arguments.device)
+    config = bench_config(arguments)
+    ratio = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        images = write_images(Path(folder), arguments.images)
+        sides, reader = make_sides(arguments, config, images, Path(folder))
+        print(
+            f"{arguments.backbone}, {arguments.freeze} blocks frozen, {arguments.crop} px, batches of "
+            f"{arguments.batch}, {arguments.precision}, {arguments.device.type} ({platform.processor() or 'CPU'}), "
+            f"{torch.get_num_threads()} threads; {format_gib(reader.store.num_bytes // len(images) * 1000)} of cache "
+            "for 1,000 images"
+        )
+        print(f"{'images/s':<10}{'pixels':>10}{'cache':>10}{'ratio':>10}")
+        for name in STEPS if arguments.phase == "all" else [arguments.phase]:
+            seconds = measure(sides, STEPS[name], rounds=arguments.rounds)
+            rates = [arguments.batch / each for each in seconds]
+            ratio = rates[1] / rates[0]
+            print(f"{name:<10}{rates[0]:10.2f}{rates[1]:10.2f}{ratio:9.1f}x", flush=True)
+    print(f"{ratio:.1f}x")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""A folder of fixed-size fp16 rows, one for each image, written once and read in any order.
+
+The rows lie in one file, in the order of the images; `index.json` beside it says what they are and how many are there.
+What stands in a row is the caller's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from afa.errors import AfaError
+
+_GIB: Final = 2**30
+_INDEX, _ROWS = "index.json", "rows.bin"
+
+
+class FeatureStore:
+    """Rows on disk.
+
+    Rows count as there once `commit` has made them durable: a store whose making was cut off at any point goes on with
+    the first that does not count. Threads may read while one writes.
+
+    Attributes:
+        folder: Where it lies.
+        about: What the rows are, as JSON; written into the index and not looked at here.
+        num_rows: Rows of the whole store.
+        row_size: fp16 values of a row.
+        num_done: Rows that are there.
+    """
+
+    def __init__(self, folder: Path, about: dict[str, Any], *, num_rows: int, row_size: int, num_done: int = 0) -> None:
+        self.folder = folder
+        self.about = about
+        self.num_rows = num_rows
+        self.row_size = row_size
+        self.num_done = num_done
+        self._num_written = num_done
+
+    @classmethod
+    def open(cls, folder: Path) -> FeatureStore | None:
+        """Open what is in a folder, as far as it was made; None if there is nothing that counts."""
+        try:
+            index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+            num_done, row_size = int(index["num_done"]), int(index["row_size"])
+            if (folder / _ROWS).stat().st_size < num_done * row_size * 2:
+                return None
+            return cls(folder, index["about"], num_rows=int(index["num_rows"]), row_size=row_size, num_done=num_done)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every row is there."""
+        return self.num_done == self.num_rows
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the whole store."""
+        return self.num_rows * self.row_size * 2
+
+    def reserve(self, max_gib: float, *, setting: str, advice: str) -> None:
+        """Make sure that the store fits before anything is written.
+
+        Args:
+            max_gib: Most that it may take, GiB.
+            setting: Key that says so, for messages.
+            advice: What makes it smaller, for messages.
+
+        Raises:
+            AfaError: It does not fit into that, or what is missing does not fit on the disk.
+        """
+        if self.num_bytes > max_gib * _GIB:
+            raise AfaError(
+                f"the feature cache would take {format_gib(self.num_bytes)}, but {setting} is "
+                f"{max_gib:g} GiB; raise it, or {advice}"
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise AfaError(f"{self.folder}: cannot be written to ({error.strerror}); set data.feature_dir") from None
+        missing = (self.num_rows - self.num_done) * self.row_size * 2
+        if missing > free:
+            raise AfaError(
+                f"{self.folder}: the feature cache needs {format_gib(missing)}, but the disk has {format_gib(free)} "
+                f"free; make room, set data.feature_dir to another disk, or {advice}"
+            )
+
+    def write(self, rows: NDArray[np.float16]) -> None:
+        """Add the next rows; they count from the next `commit` on.
+
+        Args:
+            rows: (n, row_size) fp16.
+
+        Raises:
+            AfaError: The disk is full.
+        """
+        assert rows.dtype == np.float16, rows.dtype
+        assert rows.shape[1] == self.row_size, rows.shape
+        path = self.folder / _ROWS
+        try:
+            # Not through a memory map, which ends the process when the disk is full.
+            with path.open("r+b" if path.exists() else "wb") as file:
+                file.seek(self._num_written * self.row_size * 2)
+                file.write(np.ascontiguousarray(rows).data)
+        except OSError as error:
+            raise AfaError(
+                f"{path}: cannot be written ({error.strerror}); make room or set data.feature_dir, and use --resume"
+            ) from None
+        self._num_written += len(rows)
+
+    def commit(self) -> None:
+        """Make the rows durable that were written, then count them.
+
+        Raises:
+            AfaError: The disk is full.
+        """
+        partial = self.folder / f".partial_{_INDEX}"
+        index = {"about": self.about, "num_rows": self.num_rows, "row_size": self.row_size}
+        try:
+            with (self.folder / _ROWS).open("r+b") as file:
+                os.fsync(file.fileno())
+            with partial.open("w", encoding="utf-8") as file_of_text:
+                json.dump(index | {"num_done": self._num_written}, file_of_text, indent=1)
+                file_of_text.flush()
+                os.fsync(file_of_text.fileno())
+            partial.replace(self.folder / _INDEX)
+        except OSError as error:
+            raise AfaError(
+                f"{self.folder}: cannot be written ({error.strerror}); make room or set data.feature_dir, "
+                "and use --resume"
+            ) from None
+        self.num_done = self._num_written
+
+    def row(self, index: int) -> NDArray[np.float16]:
+        """A row, read from disk where it is touched.
+
+        It is a memory map of its own: its pages leave the memory of the process with it, and stay with the system as
+        long as there is room.
+
+        Returns:
+            (row_size,) fp16, not to be written to.
+        """
+        assert 0 <= index < self.num_done, (index, self.num_done)
+        row: NDArray[np.float16] = np.memmap(
+            self.folder / _ROWS,
+            dtype=np.float16,
+            mode="r",
+            offset=index * self.row_size * 2,
+            shape=(self.row_size,),
+        )
+        return row
+
+
+def remove_store(folder: Path) -> None:
+    """Delete a store, complete or not; nothing else in the folder."""
+    with contextlib.suppress(OSError):
+        for name in (_INDEX, _ROWS, f".partial_{_INDEX}"):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def format_gib(num_bytes: int) -> str:
+    """A size for people.
+
+    >>> format_gib(3 * 2**29)
+    '1.5 GiB'
+    """
+    return f"{num_bytes / _GIB:.1f} GiB" if num_bytes >= _GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,76 @@
+"""The functions of the package `afa` do what the commands do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import afa
+from afa.cli import main
+from afa.config import config_to_dict
+from afa.data.images import read_mask
+from tiny import assert_same_weights, tiny_config
+
+CPU = {"train.device": "cpu"}
+
+
+def test_every_name_resolves_and_no_other() -> None:
+    assert set(afa.__all__) <= set(dir(afa))
+    for name in afa.__all__:
+        assert getattr(afa, name) is not None
+    with pytest.raises(AttributeError, match=r"no attribute 'segment'"):
+        _ = afa.segment  # type: ignore[attr-defined]
+
+
+def test_train_takes_a_configuration_a_file_or_a_folder(
+    tiny_data: Path, tiny_run: Path, tiny_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once = {"schedule.max_steps": 1, "data.val_list": ""}
+    predictor = afa.train(tiny_config(tiny_data), tmp_path / "one", progress=False, **{"train.example_images": 0})
+    assert_same_weights(tmp_path / "one", tiny_run)
+    assert (predictor.origin, predictor.device.type) == (tmp_path / "one", "cpu")
+    stored = afa.load_config(tmp_path / "one" / "config.toml")
+    assert config_to_dict(stored) == config_to_dict(tiny_config(tiny_data, {"train.example_images": 0}))
+    afa.train(tiny_run / "config.toml", tmp_path / "two", progress=False, **once)
+    assert afa.load_config(tmp_path / "two" / "config.toml").schedule.max_steps == 1
+    capsys.readouterr()
+    predictor = afa.train(tiny_table, tmp_path / "three", **(CPU | once | {"model.weights": ""}))
+    assert capsys.readouterr().err.startswith(f"data: {tiny_table}: table of tags")
+    assert predictor(np.zeros((40, 50, 3), dtype=np.uint8)).label.shape == (40, 50)
+
+
+def test_evaluate_predict_and_pseudo_labels_are_the_commands(
+    tiny_run: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = afa.evaluate(tiny_run, tiny_data, labels="cam", limit=3, progress=False)
+    main(["evaluate", str(tiny_run), "--data", str(tiny_data), "--labels", "cam", "--limit", "3", "--json", "-"])
+    figures = json.loads(capsys.readouterr().out)
+    assert {**result.to_json(), "seconds": 0} == {**figures, "seconds": 0}
+
+    images = tiny_data / "JPEGImages" / "val_00000.jpg"
+    summary = afa.predict(tiny_run, images, tmp_path / "a", formats="coco,voc", overlay=False, progress=False)
+    assert (summary.written, summary.failed) == (1, ())
+    assert [written.format for written in summary.formats] == ["coco", "voc"]
+    main(["predict", str(tiny_run), str(images), "--out", str(tmp_path / "b"), "--format", "coco"])
+    assert (tmp_path / "a" / "coco.json").read_bytes() == (tmp_path / "b" / "coco.json").read_bytes()
+    one, other = (read_mask(tmp_path / folder / "masks" / "val_00000.png") for folder in "ab")
+    assert np.array_equal(one, other)
+
+    names = tmp_path / "names.txt"
+    names.write_text("train_00001\n")
+    summary = afa.pseudo_labels(
+        tiny_run, tiny_data, tmp_path / "c", list_file=str(names), formats="voc", progress=False
+    )
+    assert [path.name for path in (tmp_path / "c" / "masks").iterdir()] == ["train_00001.png"]
+    assert (tmp_path / "c" / "voc" / "labelmap.txt").is_file()
+
+
+def test_check_data_takes_a_folder_or_a_configuration(tiny_data: Path) -> None:
+    by_folder = afa.check_data(tiny_data, fast=True)
+    by_config = afa.check_data(tiny_config(tiny_data), fast=True)
+    assert (by_folder["num_train"], by_config["num_train"]) == (24, 24)
+    subset = afa.check_data(tiny_config(tiny_data), fast=True, **{"data.split_seed": 3})
+    assert subset["errors"] == 0

@@ -1,0 +1,88 @@
+"""The ablations on generated images: rows train what their files say, and what is done is not done again."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from afa.config import load_config
+from afa.report.paper_tables import PAPER_TABLES
+
+
+@pytest.fixture
+def bench() -> Iterator[ModuleType]:
+    """The module `bench/ablations.py`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+        yield importlib.import_module("ablations")
+        del sys.modules["ablations"]
+
+
+def test_rows_are_those_of_the_paper(bench: ModuleType) -> None:
+    tables = {table.number: table for table in PAPER_TABLES}
+    for row in bench.ROWS:
+        paper = tables[row.table].row(row.name)
+        assert paper is not None
+        assert row.paper in (paper.train, paper.val)
+        assert row.labels == tables[row.table].labels
+    assert {(row.table, row.name) for row in bench.ROWS} == {
+        (table.number, row.name) for table in PAPER_TABLES if table.number < 6 for row in table.rows
+    }
+
+
+def test_rows_are_the_demo_with_the_keys_of_their_file(bench: ModuleType, tmp_path: Path) -> None:
+    demo = load_config(preset="demo")
+
+    def config(name: str) -> Any:
+        return bench.row_config(name, root=tmp_path, seed=1, steps=130)
+
+    full = config("table2/par_afa_reg")
+    assert (full.schedule.max_steps, full.schedule.cls_steps, full.schedule.refined_steps) == (130, 30, 115)
+    assert full.pseudo == demo.pseudo
+    assert full.loss.energy_weight > 0
+    assert config("table2/par_afa").loss == demo.loss
+    baseline = config("table2/baseline")
+    assert (baseline.pseudo.refinement, baseline.pseudo.propagation) == ("none", "none")
+    assert (baseline.loss.affinity_weight, baseline.loss.energy_weight) == (0, 0)
+    assert config("table1/gmp").model.pooling == "gmp"
+    assert config("table5/rrm").pseudo.refinement == "crf"
+    assert config("table5/full_supervision").train.supervision == "masks"
+    names = {row.config: bench.run_name(config(row.config)) for row in bench.ROWS}
+    assert names["table4/cam"] == names["table2/baseline"]
+    assert len(set(names.values())) == 13
+
+
+def test_finished_runs_and_scores_are_kept(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained: list[tuple[Path, bool]] = []
+
+    def train(config: Any, run: Path, *, resume: bool, progress: bool) -> None:
+        trained.append((run, resume))
+        (run / "evaluation").mkdir(parents=True, exist_ok=True)
+        for labels in ("seg", "cam", "propagated"):
+            (run / "evaluation" / f"{labels}.json").write_text(json.dumps({"miou": 50.0 + config.train.seed}))
+        (run / "report.json").write_text("{}")
+
+    monkeypatch.setattr(bench, "train_and_report", train)
+    monkeypatch.setattr(bench, "write_shapes", lambda root, **_: root.mkdir(parents=True))
+    command = ["--out", str(tmp_path), "--seeds", "2", "--steps", "10", "--tables", "1", "3"]
+    assert bench.main(command) == 0
+    assert len(trained) == 2 * 9
+    assert not any(resume for _, resume in trained)
+    lines = capsys.readouterr().out.splitlines()
+    assert "| 3 | AFA | propagated | 66.5 | 50.5 ± 0.7 | 2 |" in lines
+    assert lines == (tmp_path / "table.md").read_text().splitlines()
+    # A run that was killed goes on; finished ones stay.
+    killed = trained[0][0]
+    (killed / "report.json").unlink()
+    (killed / "config.toml").touch()
+    assert bench.main(command) == 0
+    assert trained[18:] == [(killed, True)]
