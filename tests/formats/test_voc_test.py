@@ -1,4 +1,4 @@
-"""The archive for the test server: where masks lie, which values they have, and every fault that the check must find."""
+"""The archive for the test server: where masks lie, which values they have, and every fault that the check finds."""
 
 from __future__ import annotations
 

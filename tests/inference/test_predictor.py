@@ -155,7 +155,9 @@ def test_other_arrays(image: Any, found: str) -> None:
 def test_missing_file_unknown_protocol_and_foreign_overlay(tmp_path: Path) -> None:
     with pytest.raises(AfaError, match=r"nothing\.jpg: no such image; check the path$"):
         predictor()(tmp_path / "nothing.jpg")
-    with pytest.raises(AfaError, match=r"^protocol is 'crf'; use one of single, multiscale, single\+crf, multiscale\+crf$"):
+    with pytest.raises(
+        AfaError, match=r"^protocol is 'crf'; use one of single, multiscale, single\+crf, multiscale\+crf$"
+    ):
         predictor(protocol="crf")
     with pytest.raises(AfaError, match=r"^the image is 20x10 pixels and the prediction 50x40; pass the image"):
         predictor()(random_image(40, 50)).overlay(random_image(10, 20))

@@ -7,6 +7,7 @@ folder or hub id and from the original `mit_b*.pth` files. Sizes follow Xie et a
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,7 +205,9 @@ def _load_encoder(size: str, weights: str, drop_path: float) -> SegformerModel:
 
 def _load_original(encoder: nn.Module, path: Path) -> None:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that it refuses anyway
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise AfaError(f"{path}: no such weights file; check model.weights") from None
     except Exception:

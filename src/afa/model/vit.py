@@ -447,6 +447,7 @@ class TokenBackbone(Backbone):
             yield taken
         finally:
             self._recorder.taken = None
+            self._recorder.suffices = False
 
 
 def token_attention(

@@ -229,7 +229,15 @@ def _draw_example(
 
 
 def stretched_heat(scores: Tensor, size: tuple[int, int]) -> NDArray[np.float64]:
-    """Maximum over the classes of (classes, H, W) scores, at a size (h, w), stretched to [0, 1]."""
+    """Draw scores as one heat map.
+
+    Args:
+        scores: (classes, H, W), any range.
+        size: (h, w).
+
+    Returns:
+        (h, w) maximum over the classes, stretched to [0, 1].
+    """
     heat = scores.float().amax(0)[None, None]
     heat = interpolate(heat, size=size, mode="bilinear", align_corners=False, antialias=True)[0, 0]
     heat = heat - heat.min()
@@ -238,7 +246,15 @@ def stretched_heat(scores: Tensor, size: tuple[int, int]) -> NDArray[np.float64]
 
 
 def resized_label(label: Tensor, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Class indices (H, W) at a size (h, w), those of the nearest pixels."""
+    """Resize a label by nearest neighbor.
+
+    Args:
+        label: (H, W) class indices, 255 = ignored.
+        size: (h, w).
+
+    Returns:
+        (h, w) uint8.
+    """
     resized = interpolate(label[None, None].float(), size=size, mode="nearest-exact")[0, 0]
     label_map: NDArray[np.uint8] = resized.to(torch.uint8).cpu().numpy()
     return label_map

@@ -116,11 +116,12 @@ def train(
     progress = progress and processes.is_main
     images, compute = _open_training(config, tell=processes.is_main)
     scored = open_validation(config, tell=processes.is_main)
+    torch.manual_seed(config.train.seed)
+    # Before the run folder is made: weights that cannot be had leave nothing behind.
+    network = build_network(config.model, len(images.classes)).to(device)
     if processes.is_main:
         _prepare_run(run, config, images.classes, resume=resume)
     processes.wait()
-    torch.manual_seed(config.train.seed)
-    network = build_network(config.model, len(images.classes)).to(device)
     engine = TrainingEngine(network, config, device=device, processes=processes, compute=compute)
     start, seconds_before = 0, 0.0
     checkpoint = latest_checkpoint(run) if resume else None
