@@ -86,10 +86,9 @@ def test_the_documented_flags_are_those_of_the_parser() -> None:
     """The usage lines of docs/interfaces.md name every flag and no other."""
     page = (ROOT / "docs" / "interfaces.md").read_text(encoding="utf-8")
     usage = page.split("```text\n")[1].split("```")[0]
-    documented = {
-        entry.split()[0]: set(re.findall(r"--[a-z-]+(?![\w.-])", entry))
-        for entry in re.split(r"^afa ", usage, flags=re.MULTILINE)[1:]
-    }
+    documented: dict[str, set[str]] = {}
+    for entry in re.split(r"^afa ", usage, flags=re.MULTILINE)[1:]:
+        documented.setdefault(entry.split()[0], set()).update(re.findall(r"--[a-z-]+(?![\w.-])", entry))
     subparsers = next(a for a in build_parser()._actions if a.dest not in ("help", "version") and a.choices)
     assert isinstance(subparsers.choices, dict)
     shared = {"--help", "--device", "--seed", "--precision"}

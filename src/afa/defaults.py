@@ -207,7 +207,7 @@ def _encoder_words(config: Config, device: torch.device) -> str:
     license = f" ({spec.license})" if model.weights == spec.weights else ""
     words = f"{model.backbone} from {model.weights}{license}"
     if model.freeze_blocks:
-        return f"{words}, its first {model.freeze_blocks} blocks left as they are, which keeps the class maps on the objects"
+        return f"{words}, its first {model.freeze_blocks} blocks frozen, which keeps the class maps on the objects"
     return f"{words}, trained as a whole on {device.type}"
 
 
