@@ -29,7 +29,7 @@ demo: $(STAMP)
 	$(BIN)/afa demo --out runs/demo $(if $(SMOKE),--smoke)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto $(ARGS)
 
 parity: $(STAMP)
 	$(if $(VECTORS),,$(error name the file: make parity VECTORS=reference_vectors.npz))
