@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import mmap
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -53,11 +54,14 @@ def test_memory_does_not_grow_with_steps_and_images(
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read the way Linux tells it")
 def test_growing_memory_is_noticed(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    make, kept = bench.make_batches, []
+    kept: list[mmap.mmap] = []
+    make = bench.make_batches
 
     def leaking(*arguments: object, **options: object) -> object:
         for batch in make(*arguments, **options):
-            kept.append(b"x" * 200_000)
+            # Pages of its own: what the process freed earlier would hide what comes from the heap.
+            kept.append(mmap.mmap(-1, 200_000))
+            kept[-1].write(b"x" * 200_000)
             yield batch
 
     monkeypatch.setattr(bench, "make_batches", leaking)
