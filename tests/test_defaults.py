@@ -12,9 +12,10 @@ from transformers import CLIPConfig, Dinov2WithRegistersConfig, SegformerConfig
 from afa import defaults
 from afa.config import Config, load_config
 from afa.data.layout import find_layout
-from afa.defaults import BACKBONE, backbone_of, choose_defaults, fast_precision
+from afa.defaults import BACKBONE, backbone_of, choose_defaults
 from afa.errors import AfaError
 from afa.model.backbones import BACKBONES
+from afa.runtime import resolve_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -77,7 +78,7 @@ def test_the_device_decides_the_size(tmp_path: Path) -> None:
     assert (small.model.freeze_blocks, large.model.freeze_blocks) == (6, 6)
     assert (small.augment.crop_size, small.schedule.batch_size) == (336, 8)
     assert (large.augment.crop_size, large.schedule.batch_size) == (448, 8)
-    assert (large.train.precision, small.train.precision) == ("bf16", fast_precision(CPU))
+    assert (large.train.precision, small.train.precision) == ("bf16", resolve_precision(CPU, "auto"))
 
 
 @pytest.mark.parametrize("device", [CPU, GPU])

@@ -19,6 +19,7 @@ from afa.errors import AfaError
 from afa.model.backbones import BACKBONES, BackboneSpec
 from afa.model.mit import MitSize
 from afa.model.vit import TOKEN_FAMILIES
+from afa.runtime import resolve_precision
 
 BACKBONE: Final = "dinov2_small_reg"
 """Encoder where none is asked for: its weights are free to use, and know objects better than any other small ones."""
@@ -77,7 +78,7 @@ def choose_defaults(
         chosen |= {"augment.short_side": _SCRATCH_SIDE, "evaluation.short_side": _SCRATCH_SIDE, "data.workers": -1}
     else:
         assert spec is not None
-        chosen |= _crop(spec, device) | {"train.precision": fast_precision(device), "train.eval_steps": 0}
+        chosen |= _crop(spec, device) | {"train.precision": resolve_precision(device, "auto"), "train.eval_steps": 0}
         chosen |= {"train.save_steps": 200 if device.type == "cpu" else 500}
     batch_size = load_config(None, chosen | stated, preset=preset).schedule.batch_size
     most = _SCRATCH_STEPS if scratch else _MAX_STEPS[device.type]
@@ -117,16 +118,6 @@ def backbone_of(weights: str) -> str | None:
     if not isinstance(stored, dict):
         return None
     return next((name for name, spec in BACKBONES.items() if _fits(spec, stored)), None)
-
-
-def fast_precision(device: torch.device) -> str:
-    """`bf16` where the device computes in it natively, else `fp32`."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    if device.type == "cpu":
-        checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-        return "bf16" if any(check is not None and check() for check in checks) else "fp32"
-    return "fp32"
 
 
 def can_fetch(hub_id: str) -> bool:

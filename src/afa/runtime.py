@@ -62,7 +62,7 @@ def resolve_precision(device: torch.device, precision: str) -> str:
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         # PyTorch has no public word for it; without this one the CPU counts as slow.
         supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
