@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import ast
-import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +15,11 @@ from PIL import Image
 
 from afa.config import config_to_toml
 from afa.training.loop import train
+from opened import Opened
 from tiny import assert_same_weights, start_python, tiny_config
 
 PACKAGE = Path(__file__).parents[1] / "src" / "afa"
 MASKS = "SegmentationClassAug"
-
-
-class Opened:
-    """Paths that this process opens while `paths` is a list. An audit hook stays for good, so there is only one."""
-
-    paths: list[str] | None = None
-    installed = False
-
-    @classmethod
-    def hook(cls, event: str, arguments: tuple[Any, ...]) -> None:
-        if cls.paths is not None and event in ("open", "os.listdir", "os.scandir"):
-            cls.paths.append(os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes)) else "")
-
-    @classmethod
-    @contextmanager
-    def recorded(cls) -> Iterator[list[str]]:
-        if not cls.installed:
-            sys.addaudithook(cls.hook)
-            cls.installed = True
-        cls.paths = []
-        try:
-            yield cls.paths
-        finally:
-            cls.paths = None
 
 
 def run_training(root: Path, run: Path, **keys: Any) -> None:

@@ -3,10 +3,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import unicodedata
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from afa.data.layout import Layout, find_layout, open_scored, open_tagged
 from afa.data.palette import write_index_png
 from afa.data.voc import ScoredImages, TaggedImages
 from afa.errors import AfaError
+from opened import Opened
 
 CLASSES = ("bird", "cat", "dog")
 
@@ -331,30 +330,6 @@ def test_training_has_no_way_to_the_masks(tmp_path: Path) -> None:
         assert type(images) is TaggedImages
         assert not any("masks" in str(images.image_path(i)) for i in range(len(images)))
     assert isinstance(layout.scored(), ScoredImages)
-
-
-class Opened:
-    """Paths that this process opens or lists while `paths` is a list. An audit hook stays for good: there is one."""
-
-    paths: list[str] | None = None
-    installed = False
-
-    @classmethod
-    def hook(cls, event: str, arguments: tuple[Any, ...]) -> None:
-        if cls.paths is not None and event in ("open", "os.listdir", "os.scandir"):
-            cls.paths.append(os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes, Path)) else "")
-
-    @classmethod
-    @contextmanager
-    def recorded(cls) -> Iterator[list[str]]:
-        if not cls.installed:
-            sys.addaudithook(cls.hook)
-            cls.installed = True
-        cls.paths = []
-        try:
-            yield cls.paths
-        finally:
-            cls.paths = None
 
 
 @pytest.mark.parametrize("make", [with_masks, lambda root: (class_folders(root), with_masks(root))])

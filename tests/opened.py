@@ -1,0 +1,34 @@
+"""Which files a piece of code opens: for tests that training has no way to a mask."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class Opened:
+    """Paths that this process opens or lists while `paths` is a list. An audit hook stays for good: there is one."""
+
+    paths: list[str] | None = None
+    installed = False
+
+    @classmethod
+    def hook(cls, event: str, arguments: tuple[Any, ...]) -> None:
+        if cls.paths is not None and event in ("open", "os.listdir", "os.scandir"):
+            cls.paths.append(os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes, Path)) else "")
+
+    @classmethod
+    @contextmanager
+    def recorded(cls) -> Iterator[list[str]]:
+        if not cls.installed:
+            sys.addaudithook(cls.hook)
+            cls.installed = True
+        cls.paths = []
+        try:
+            yield cls.paths
+        finally:
+            cls.paths = None
