@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import tarfile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -84,8 +85,8 @@ def test_index_png_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: py
     old = np.ones((2, 2), dtype=np.uint8)
     write_index_png(path, old)
 
-    def full_disk(image: Image.Image, target: Path, **options: object) -> None:
-        target.write_bytes(b"half")
+    def full_disk(image: Image.Image, target: BinaryIO, **options: object) -> None:
+        target.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full_disk)

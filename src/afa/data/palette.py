@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from afa.errors import AfaError
+from afa.data.output import write_whole
 from afa.types import IGNORE_INDEX
 
 
@@ -92,13 +90,4 @@ def write_index_png(path: Path, label: NDArray[np.uint8]) -> None:
     assert label.ndim == 2, label.shape
     image = Image.fromarray(label)
     image.putpalette(voc_palette().tobytes())
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(partial, format="PNG")
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        reason = error.strerror or error
-        raise AfaError(f"{path}: cannot be written ({reason}); free space or choose another folder") from None
+    write_whole(path, lambda file: image.save(file, format="PNG"))

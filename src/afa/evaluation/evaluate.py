@@ -93,17 +93,17 @@ class EvaluationResult:
 
     def to_json(self) -> dict[str, Any]:
         """What `--json` writes: everything but the matrix, scores in percent with two decimals."""
-        boundary = {name: _rounded(iou) for name, iou in self.boundary_per_class.items()}
+        boundary = {name: rounded(iou) for name, iou in self.boundary_per_class.items()}
         return {
-            "miou": _rounded(self.miou),
-            "per_class": {name: _rounded(iou) for name, iou in self.per_class.items()},
+            "miou": rounded(self.miou),
+            "per_class": {name: rounded(iou) for name, iou in self.per_class.items()},
             "protocol": self.protocol,
             "labels": self.labels,
             "supervision": self.supervision,
             "num_images": self.num_images,
             "seconds": round(self.seconds, 2),
             **({"refinement": self.refinement} if self.refinement else {}),
-            **{name: _rounded(value) for name, value in self.extras.items()},
+            **{name: rounded(value) for name, value in self.extras.items()},
             **({"boundary_per_class": boundary} if boundary else {}),
         }
 
@@ -394,5 +394,6 @@ def _by_name(ious: Sequence[float | None], classes: Sequence[str]) -> dict[str, 
     return dict(zip(("background", *classes), percent, strict=True))
 
 
-def _rounded(percent: float | None) -> float | None:
+def rounded(percent: float | None) -> float | None:
+    """A score as `--json` writes it: two decimals; None where there is none or it is NaN."""
     return None if percent is None or math.isnan(percent) else round(percent, 2)

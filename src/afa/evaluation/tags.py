@@ -16,7 +16,7 @@ from torch import Tensor
 from afa.config import Config, Precision
 from afa.data.voc import TaggedImages
 from afa.errors import AfaError
-from afa.evaluation.evaluate import group_by_size, image_progress, read_ahead, resolve_batch_size
+from afa.evaluation.evaluate import group_by_size, image_progress, read_ahead, resolve_batch_size, rounded
 from afa.evaluation.protocols import CRF, PROTOCOLS, check_choice, host_tensor, logit_maps, view_sizes
 from afa.model.network import AfaNetwork
 from afa.runtime import Processes
@@ -44,8 +44,8 @@ class TagResult:
         """What `--json` writes, scores in percent with two decimals; `miou` is null: no mask was there to tell."""
         return {
             "miou": None,
-            "tag_f1": _rounded(self.tag_f1),
-            "per_class": {name: _rounded(f1) for name, f1 in self.per_class.items()},
+            "tag_f1": rounded(self.tag_f1),
+            "per_class": {name: rounded(f1) for name, f1 in self.per_class.items()},
             "protocol": self.protocol,
             "labels": "tags",
             "num_images": self.num_images,
@@ -143,7 +143,3 @@ def evaluate_tags(
 
 def _f1(hits: int, either: int) -> float | None:
     return 100 * 2 * hits / either if either else None
-
-
-def _rounded(percent: float | None) -> float | None:
-    return None if percent is None else round(percent, 2)

@@ -7,7 +7,6 @@ happens to a single image is up to `afa.inference.predictor` and `afa.evaluation
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from afa.config import Config, EvaluationConfig, Precision
 from afa.data.images import find_images, image_name, read_image
+from afa.data.output import write_whole
 from afa.data.palette import overlay as lay_over
 from afa.data.palette import write_index_png
 from afa.data.voc import TaggedImages
@@ -399,7 +399,7 @@ def _missing(
     if resume and next(masks.rglob("*.png"), None) is not None:
         raise AfaError(f"{path}: missing, so nothing says what made the masks in {masks}; {otherwise} folder")
     text = json.dumps(now, indent=1) + "\n"
-    _write_whole(path, lambda file: file.write(text.encode()))
+    write_whole(path, lambda file: file.write(text.encode()))
     return names
 
 
@@ -476,26 +476,10 @@ def _write_label(
     # The mask comes last: where it is, everything else is.
     if overlay:
         picture = Image.fromarray(lay_over(image, label))
-        _write_whole(out_dir / "overlays" / f"{name}.jpg", lambda file: picture.save(file, format="JPEG", quality=90))
+        write_whole(out_dir / "overlays" / f"{name}.jpg", lambda file: picture.save(file, format="JPEG", quality=90))
     write_index_png(out_dir / "masks" / f"{name}.png", label)
 
 
 def _write_scores(path: Path, prediction: Prediction) -> None:
     half = prediction.scores.astype(np.float16)
-    _write_whole(path, lambda file: np.savez_compressed(file, scores=half, classes=np.array(prediction.classes)))
-
-
-def _write_whole(path: Path, save: Callable[[BinaryIO], object]) -> None:
-    """Write a file under another name and rename it, so that it is never seen half written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            save(file)
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise AfaError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder"
-        ) from None
+    write_whole(path, lambda file: np.savez_compressed(file, scores=half, classes=np.array(prediction.classes)))
