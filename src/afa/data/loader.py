@@ -106,7 +106,7 @@ def train_batches(
     features: FeatureFunction | None = None,
     device: torch.device | None = None,
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield the training batches of steps `start_step` to `max_steps` - 1.
 
     Args:
@@ -127,7 +127,8 @@ def train_batches(
 
     Returns:
         Iterator of batches with batch_size / world_size images each, on the CPU; with a device, image and valid box
-        are there, and tags, which a training step counts before it copies them, still on the CPU.
+        are there, and tags, which a training step counts before it copies them, still on the CPU. Closing it ends its
+        threads.
 
     Raises:
         AfaError: `batch_size` is not a multiple of `world_size`; during iteration, an image cannot be read.
@@ -300,7 +301,9 @@ def _in_order(prepare: Callable[[int], _T], steps: range, *, workers: int) -> Ge
         pool.shutdown(cancel_futures=True)
 
 
-def _resampled(decoded: Generator[_Decoded, None, None], device: torch.device, crop_size: int) -> Iterator[Batch]:
+def _resampled(
+    decoded: Generator[_Decoded, None, None], device: torch.device, crop_size: int
+) -> Generator[Batch, None, None]:
     """Copy batches to the device and augment them there, each while the one before is being used."""
     side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 

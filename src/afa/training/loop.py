@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from afa.training.feature_cache import prepare_features
 from afa.training.metrics import MetricsLog
 from afa.training.schedule import learning_rate, phase
 from afa.training.step import LossFunction, StepLosses, compute_losses
+from afa.types import Batch
 
 _FREE_KEYS = frozenset(
     {"data.root", "data.workers", "data.cache_gib", "data.feature_dir", "evaluation.batch_size"}
@@ -189,7 +192,7 @@ class _Trainer:
     def run_steps(self, start: int, seconds_before: float, *, progress: bool) -> float:
         """Do steps `start` .. max_steps - 1; returns the seconds of training, earlier ones included."""
         config, schedule = self.config, self.config.schedule
-        batches = train_batches(
+        loaded = train_batches(
             self.images,
             augment=config.augment,
             batch_size=schedule.batch_size,
@@ -203,18 +206,20 @@ class _Trainer:
             features=None if self.engine.features is None else self.engine.features.read,
             device=self.device if self.device.type == "cuda" else None,
         )
+        batches: Iterator[Batch] = loaded
         if config.train.supervision == "masks":
             from afa.training.supervised import with_masks
 
             assert isinstance(self.images, ScoredImages)
-            batches = with_masks(batches, self.images, config=config, start_step=start, processes=self.processes)
+            batches = with_masks(loaded, self.images, config=config, start_step=start, processes=self.processes)
         sums = _Sums()
         began = time.perf_counter()
         line_began, line_step, told = began, start, began
         step = start
         bar = progress_bar(enabled=progress, extra="loss")
         self.network.train()
-        with bar, interrupts() as asked_to_stop:
+        # An error keeps this frame alive, and with it whatever still prepares batches, unless that is ended here.
+        with bar, interrupts() as asked_to_stop, contextlib.closing(loaded):
             task = bar.add_task("training", total=schedule.max_steps, completed=start, rate="", loss="")
             for batch in batches:
                 sums.add(self.engine.take_step(step, batch))
