@@ -232,7 +232,8 @@ def test_leaving_early_stops_the_workers(images: TaggedImages, device: torch.dev
 
 
 CTRL_C = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import numpy as np
 from pathlib import Path
 from afa.config import AugmentConfig
