@@ -7,11 +7,12 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+from afa.build import build_network
 from afa.config import load_config
 from afa.report.paper_tables import PAPER_TABLES
 
@@ -41,12 +42,13 @@ def test_rows_are_the_demo_with_the_keys_of_their_file(bench: ModuleType, tmp_pa
     demo = load_config(preset="demo")
 
     def config(name: str) -> Any:
-        return bench.row_config(name, root=tmp_path, seed=1, steps=130)
+        return bench.row_config(name, root=tmp_path, weights="encoder", seed=1, steps=200)
 
     full = config("table2/par_afa_reg")
-    assert (full.schedule.max_steps, full.schedule.cls_steps, full.schedule.refined_steps) == (130, 30, 115)
+    assert (full.schedule.max_steps, full.schedule.cls_steps, full.schedule.refined_steps) == (200, 20, 60)
     assert full.pseudo == demo.pseudo
     assert full.loss.energy_weight > 0
+    assert full.model.weights == "encoder"
     assert config("table2/par_afa").loss == demo.loss
     baseline = config("table2/baseline")
     assert (baseline.pseudo.refinement, baseline.pseudo.propagation) == ("none", "none")
@@ -63,6 +65,7 @@ def test_finished_runs_and_scores_are_kept(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained: list[tuple[Path, bool]] = []
+    pretrained: list[Path] = []
 
     def train(config: Any, run: Path, *, resume: bool, progress: bool) -> None:
         trained.append((run, resume))
@@ -71,14 +74,22 @@ def test_finished_runs_and_scores_are_kept(
             (run / "evaluation" / f"{labels}.json").write_text(json.dumps({"miou": 50.0 + config.train.seed}))
         (run / "report.json").write_text("{}")
 
+    def pretrain(config: Any, run: Path, **_: Any) -> Any:
+        pretrained.append(run)
+        assert config.schedule.cls_steps == config.schedule.max_steps == 7
+        return SimpleNamespace(network=build_network(config.model, 5))
+
     monkeypatch.setattr(bench, "train_and_report", train)
-    monkeypatch.setattr(bench, "write_shapes", lambda root, **_: root.mkdir(parents=True))
+    monkeypatch.setattr(bench, "train", pretrain)
+    monkeypatch.setattr(bench, "write_shapes", lambda root, **_: None)
     command = ["--out", str(tmp_path), "--seeds", "2", "--steps", "10", "--tables", "1", "3"]
+    command += ["--pretraining-steps", "7"]
     assert bench.main(command) == 0
     assert len(trained) == 2 * 9
     assert not any(resume for _, resume in trained)
     lines = capsys.readouterr().out.splitlines()
     assert "| 3 | AFA | propagated | 66.5 | 50.5 ± 0.7 | 2 |" in lines
+    assert "| 3 | AFA > w/o propagation | +2.1 | +0.0 ± 0.0 | 0 of 2 |" in lines
     assert lines == (tmp_path / "table.md").read_text().splitlines()
     # A run that was killed goes on; finished ones stay.
     killed = trained[0][0]
@@ -86,3 +97,17 @@ def test_finished_runs_and_scores_are_kept(
     (killed / "config.toml").touch()
     assert bench.main(command) == 0
     assert trained[18:] == [(killed, True)]
+    assert len(pretrained) == 1
+    weights = load_config(None, {"model.weights": str(tmp_path / "pretraining7" / "encoder")}, preset="demo").model
+    assert build_network(weights, 5).backbone.channels == (16, 32, 64, 128)
+
+
+def test_orderings_are_those_of_the_papers_figures(bench: ModuleType) -> None:
+    rows = {(row.table, row.name): row for row in bench.ROWS}
+    for table, better, worse in bench.ORDERINGS:
+        first, second = rows[table, better], rows[table, worse]
+        assert first.paper > second.paper
+    scores = {row: [row.paper, row.paper] for row in bench.ROWS}
+    lines = bench.orderings_text(scores).splitlines()[2:]
+    assert len(lines) == len(bench.ORDERINGS)
+    assert all(line.endswith("| 2 of 2 |") for line in lines)

@@ -96,9 +96,24 @@ def test_gradient_reaches_every_level_and_every_weight() -> None:
     features = [feature.requires_grad_() for feature in random_features(SIZES[0])]
     decoder = random_decoder().train()
     decoder(features).square().sum().backward()
-    for tensor in (*features, *decoder.parameters()):
+    biases = [layer.bias for layer in decoder.projections]
+    moved = [tensor for tensor in decoder.parameters() if all(tensor is not bias for bias in biases)]
+    assert len(moved) == 4 + 1 + 2 + 2
+    for tensor in (*features, *moved):
         assert tensor.grad is not None
         assert tensor.grad.abs().max() > 0
+
+
+def test_a_bias_that_batch_statistics_take_away_is_not_moved_by_rounding() -> None:
+    features = random_features(SIZES[0])
+    decoder = random_decoder().train()
+    decoder(features).square().sum().backward()
+    for layer in decoder.projections:
+        assert torch.equal(layer.bias.grad, torch.zeros_like(layer.bias))
+    decoder.eval()(features).square().sum().backward()
+    for layer in decoder.projections:
+        assert layer.bias.grad is not None
+        assert layer.bias.grad.abs().max() > 1e-3
 
 
 def test_dropout_takes_whole_channels_before_the_class_layer() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv2d, interpolate
 
 from afa.model.norm import DistributedBatchNorm2d
 
@@ -14,9 +16,10 @@ class MlpDecoder(nn.Module):
     """All-MLP segmentation decoder.
 
     SegFormer projects each level, upsamples, concatenates and fuses by a 1x1 convolution. A 1x1 convolution of a
-    concatenation is the sum of one convolution per part, and it commutes with bilinear upsampling, so
-    each level is fused at its own resolution and only the sum happens at stride 4: the same function for a fraction
-    of the work.
+    concatenation is the sum of one convolution per part; it commutes with bilinear upsampling; and nothing stands
+    between projection and fusion. So the two layers of a level are one whose weight is the product of theirs, every
+    level goes through it at its own resolution, levels of one resolution are added there, and only the sum happens at
+    stride 4: the same function for a fraction of the work.
 
     Args:
         channels: Channels of each feature level, finest first.
@@ -44,14 +47,36 @@ class MlpDecoder(nn.Module):
             (B, K, h_0, w_0) logits.
         """
         size = features[0].shape[2:]
-        fuse_weights = self.fuse.weight.chunk(len(features), dim=1)
-        total: Tensor | None = None
-        for level, feature in enumerate(features):
-            fused = nn.functional.conv2d(self.projections[level](feature), fuse_weights[level])
+        exporting = torch.compiler.is_exporting()
+        weights, bias = self._fused_layers(features[0].device)
+        sums: list[Tensor] = []
+        for feature, weight in zip(features, weights, strict=True):
+            fused = conv2d(feature.contiguous(memory_format=torch.channels_last), weight, None if sums else bias)
             # An exported program must hold for every size.
-            if torch.compiler.is_exporting() or fused.shape[2:] != size:
-                fused = nn.functional.interpolate(fused, size=size, mode="bilinear", align_corners=False)
-            total = fused if total is None else total + fused
-        assert total is not None
-        logits: Tensor = self.classify(self.dropout(nn.functional.relu(self.norm(total))))
+            if sums and not exporting and fused.shape == sums[-1].shape:
+                sums[-1] = sums[-1] + fused
+            else:
+                sums.append(fused)
+        total = sums[0]
+        for coarse in sums[1:]:
+            # At stride 4 fresh memory costs more than the sum: nothing needs the first term again.
+            total.add_(interpolate(coarse, size=size, mode="bilinear", align_corners=False))
+        logits: Tensor = self.classify(self.dropout(self.norm(total).relu_()))
         return logits
+
+    def _fused_layers(self, device: torch.device) -> tuple[list[Tensor], Tensor]:
+        """(width, channels[i], 1, 1) weight of each level and (width,) bias of their sum, in the weights' precision."""
+        # Under autocast the products would be rounded before anything is convolved.
+        rounds = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+        with torch.autocast(device.type, enabled=False) if rounds else contextlib.nullcontext():
+            fuses = self.fuse.weight[:, :, 0, 0].chunk(len(self.projections), dim=1)
+            weights, biases = [], []
+            for fuse, projection in zip(fuses, self.projections, strict=True):
+                assert isinstance(projection, nn.Conv2d)
+                assert projection.bias is not None
+                weights.append((fuse @ projection.weight[:, :, 0, 0])[:, :, None, None])
+                biases.append(fuse @ projection.bias)
+            bias = torch.stack(biases).sum(0)
+        # Batch normalization takes the bias away again. Its gradient is 0; computed, it is rounding, of which AdamW
+        # makes whole steps.
+        return weights, bias.detach() + 0 * bias if self.norm.training else bias

@@ -20,6 +20,7 @@ from transformers import SegformerConfig, SegformerModel
 from afa.errors import AfaError
 from afa.model.attention import ATTENTION_NAME, mark_recorded
 from afa.model.backbone import Backbone, BackboneOutput, join_attention
+from afa.model.layers import speed_up
 from afa.model.weights import init_from_scratch, load_pretrained
 from afa.types import RawAttention
 
@@ -89,6 +90,7 @@ class MixTransformer(Backbone):
                 "use at most that many"
             )
         self.encoder = _load_encoder(size, weights, drop_path)
+        speed_up(self.encoder)
         self.channels = shape.channels
         self.strides = (4, 8, 16, 16)
         self.num_attention_maps = shape.heads[-1] * attention_blocks
@@ -105,8 +107,13 @@ class MixTransformer(Backbone):
         sink: list[RawAttention] | None = [] if attention else None
         features: list[Tensor] = []
         hidden = image
-        for stage in self.encoder.stages:
-            hidden = stage(hidden, attention_sink=sink)
+        stages: Any = self.encoder.stages
+        for stage in stages:
+            hidden, height, width = stage.patch_embeddings(hidden)
+            for block in stage.blocks:
+                hidden = block(hidden, height, width, attention_sink=sink)
+            # Left channels-last, as tokens are: transformers' own stage copies them here.
+            hidden = stage.layer_norm(hidden).unflatten(1, (height, width)).permute(0, 3, 1, 2)
             features.append(hidden)
         return BackboneOutput(tuple(features), join_attention(sink) if sink else None)
 

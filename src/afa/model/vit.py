@@ -34,6 +34,7 @@ from transformers import (
 from afa.errors import AfaError
 from afa.model.attention import attention_forward
 from afa.model.backbone import Backbone, BackboneOutput, FrozenTokens, join_attention
+from afa.model.layers import speed_up
 from afa.model.weights import init_from_scratch, load_pretrained
 from afa.types import IMAGE_MEAN, IMAGE_STD, RawAttention
 
@@ -518,6 +519,7 @@ def _build_encoder(name: str, weights: str, drop_path: float) -> Any:
     if getattr(encoder.embeddings, "mask_token", None) is not None:
         # Only its pretraining needs it; here it would be a parameter without a gradient.
         encoder.embeddings.mask_token = None
+    speed_up(encoder)
     if "drop_path_rate" in settings and drop_path > 0:
         for index, block in enumerate(encoder.encoder.layer):
             block.drop_path.drop_prob = drop_path * index / max(1, size.depth - 1)

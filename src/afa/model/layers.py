@@ -1,0 +1,134 @@
+"""Layers of transformers' encoders under other arithmetic: the same weights and results, laid out for speed.
+
+`speed_up` gives the layers of an encoder the classes below. Names, parameters and results stay those of transformers,
+up to rounding; what changes is how a layer asks PyTorch for its result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, gelu, linear
+from transformers.activations import GELUActivation
+from transformers.models.segformer.modeling_segformer import (
+    SegformerDepthWiseConv,
+    SegformerMixMLP,
+    SegformerSequenceReduction,
+)
+
+_PIECE_BYTES = 1 << 24
+
+
+class PointwiseLinear(nn.Linear):
+    """A linear layer over tokens that is a 1x1 convolution on a CPU in float32.
+
+    oneDNN's convolution adds the bias as it goes and keeps its speed where there are few channels; the matrix product
+    that PyTorch takes for a linear layer writes the bias into the result first.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        if not _pays(input):
+            return linear(input, self.weight, self.bias)
+        # One long column of pixels, channels last: neither reshaping copies anything.
+        column = input.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)
+        output = conv2d(column, self.weight[:, :, None, None], self.bias)
+        return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], self.out_features)
+
+
+class SparingGelu(GELUActivation):
+    """GELU that overwrites its input where no gradient is wanted: fresh memory costs more than the function."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply to any shape."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return gelu(input)
+        overwritten: Tensor = torch.ops.aten.gelu_(input)
+        return overwritten
+
+
+class DepthwiseConv(SegformerDepthWiseConv):
+    """MiT's convolution inside its Mix-FFN, of a view that is channels-last for a single image, too.
+
+    Seen the other way round, (B, C, N) split into (B, C, H, W), the strides of a single image read as those of a
+    contiguous one, and PyTorch copies it.
+    """
+
+    def forward(self, hidden_states: Tensor, height: int, width: int) -> Tensor:
+        """Convolve (B, H * W, C) tokens."""
+        convolved: Tensor = self.dwconv(_as_image(hidden_states, height, width)).flatten(2).transpose(1, 2)
+        return convolved
+
+
+class MixMlp(SegformerMixMLP):
+    """MiT's Mix-FFN, which on a CPU and without gradient takes few images at a time.
+
+    Between its layers stand four times the channels of its input. In pieces of `_PIECE_BYTES` they lie in memory that
+    was just given back; as a whole, in fresh memory that the system has to clear first.
+    """
+
+    def forward(self, hidden_states: Tensor, height: int, width: int) -> Tensor:
+        """Map (B, H * W, C) tokens."""
+        if torch.is_grad_enabled() or not _eager_cpu(hidden_states):
+            return self._map(hidden_states, height, width)
+        needed = height * width * self.fc1.out_features * hidden_states.element_size()
+        pieces = torch.split(hidden_states, max(1, _PIECE_BYTES // needed))
+        if len(pieces) == 1:
+            return self._map(hidden_states, height, width)
+        mapped = torch.empty_like(hidden_states)
+        for piece, place in zip(pieces, torch.split(mapped, len(pieces[0])), strict=True):
+            place.copy_(self._map(piece, height, width))
+        return mapped
+
+    def _map(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        mapped: Tensor = super().forward(tokens, height, width)  # type: ignore[no-untyped-call]
+        return mapped
+
+
+class SequenceReduction(SegformerSequenceReduction):
+    """MiT's strided convolution before keys and values, of the same view."""
+
+    def forward(self, hidden_states: Tensor, height: int, width: int) -> Tensor:
+        """Reduce (B, H * W, C) tokens to (B, H / r * W / r, C)."""
+        image = self.sequence_reduction(_as_image(hidden_states, height, width))
+        reduced: Tensor = self.layer_norm(image.flatten(2).transpose(1, 2))
+        return reduced
+
+
+_FASTER: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: PointwiseLinear,
+    GELUActivation: SparingGelu,
+    SegformerDepthWiseConv: DepthwiseConv,
+    SegformerMixMLP: MixMlp,
+    SegformerSequenceReduction: SequenceReduction,
+}
+
+
+def speed_up(encoder: nn.Module) -> None:
+    """Give the layers of an encoder the classes of this module, in place.
+
+    Args:
+        encoder: Encoder of transformers. Layers of other classes, subclasses included, stay as they are.
+    """
+    for module in encoder.modules():
+        faster = _FASTER.get(type(module))
+        if faster is not None:
+            # A class of the same state: assigning it keeps parameters, hooks, names and copies as they are.
+            module.__class__ = faster
+
+
+def _as_image(tokens: Tensor, height: int, width: int) -> Tensor:
+    """View (B, H * W, C) tokens as a (B, C, H, W) image, channels last."""
+    image: Tensor = tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # type: ignore[no-untyped-call]
+    return image
+
+
+def _eager_cpu(input: Tensor) -> bool:
+    """Whether the next operation runs at once, on a CPU."""
+    return input.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _pays(input: Tensor) -> bool:
+    """Whether a linear layer is better a convolution."""
+    plain = input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return plain and input.numel() > 0 and _eager_cpu(input) and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]

@@ -1,0 +1,143 @@
+"""The faster layers against those of transformers and PyTorch that they stand for."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Dinov2Config, Dinov2Model, SegformerConfig, SegformerModel
+from transformers.activations import GELUActivation
+
+from afa.model import layers
+from afa.model.layers import DepthwiseConv, MixMlp, PointwiseLinear, SequenceReduction, SparingGelu, speed_up
+
+
+def plain_encoder() -> SegformerModel:
+    torch.manual_seed(0)
+    config = SegformerConfig(
+        hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 3, 4], strides=[4, 2, 2, 1]
+    )
+    return SegformerModel(config).eval()
+
+
+def both(encoder: nn.Module) -> tuple[nn.Module, nn.Module]:
+    faster = copy.deepcopy(encoder)
+    speed_up(faster)
+    return encoder, faster
+
+
+def random_image(batch: int, side: int = 64) -> Tensor:
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_mit_gives_the_same_features_and_gradients(batch: int) -> None:
+    plain, faster = both(plain_encoder())
+    image = random_image(batch)
+    outputs = [encoder(image).last_hidden_state for encoder in (plain, faster)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    for output in outputs:
+        output.square().mean().backward()
+    gradients = dict(plain.named_parameters())
+    for name, parameter in faster.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_mit_without_gradient_gives_the_same_features(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Small enough that every stage but the last takes one or two images at a time.
+    monkeypatch.setattr(layers, "_PIECE_BYTES", 20_000)
+    plain, faster = both(plain_encoder())
+    image = random_image(batch)
+    kept = image.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            faster(image).last_hidden_state, plain(image).last_hidden_state, rtol=1e-4, atol=1e-5
+        )
+    assert torch.equal(image, kept)
+
+
+def test_plain_vision_transformers_give_the_same_features() -> None:
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28)
+    plain, faster = both(Dinov2Model(config).eval())
+    image = random_image(2, side=28)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            faster(image).last_hidden_state, plain(image).last_hidden_state, rtol=1e-4, atol=1e-5
+        )
+    assert {type(module) for module in faster.modules()} >= {PointwiseLinear, SparingGelu}
+
+
+def test_every_layer_of_mit_is_replaced_and_no_name_changes() -> None:
+    plain, faster = both(plain_encoder())
+    kinds = {type(module) for module in faster.modules()}
+    assert kinds >= {PointwiseLinear, SparingGelu, DepthwiseConv, MixMlp, SequenceReduction}
+    assert not kinds & set(layers._FASTER)
+    assert list(faster.state_dict()) == list(plain.state_dict())
+
+
+def test_layers_of_other_classes_stay() -> None:
+    class Special(nn.Linear):
+        pass
+
+    module = nn.Sequential(Special(2, 2), nn.ReLU())
+    speed_up(module)
+    assert type(module[0]) is Special
+
+
+def test_linear_takes_any_number_of_leading_dimensions_and_no_bias() -> None:
+    torch.manual_seed(0)
+    for bias in (True, False):
+        plain = nn.Linear(6, 10, bias=bias)
+        faster = copy.deepcopy(plain)
+        speed_up(nn.ModuleList([faster]))
+        for shape in ((6,), (5, 6), (2, 3, 6), (2, 3, 4, 6), (0, 6)):
+            tokens = torch.randn(shape)
+            torch.testing.assert_close(faster(tokens), plain(tokens))
+        strided = torch.randn(2, 6, 3).transpose(1, 2)
+        torch.testing.assert_close(faster(strided), plain(strided))
+
+
+def test_linear_in_other_precisions_is_a_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("convolved")
+
+    monkeypatch.setattr(layers, "conv2d", refuse)
+    layer = PointwiseLinear(6, 10)
+    tokens = torch.randn(4, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(tokens).dtype == torch.bfloat16
+    assert layer.double()(tokens.double()).dtype == torch.float64
+
+
+def test_gelu_overwrites_its_input_only_without_gradient() -> None:
+    layer = SparingGelu()
+    values = torch.linspace(-3, 3, 50)
+    expected = nn.functional.gelu(values)
+    kept = values.clone()
+    torch.testing.assert_close(layer(kept), expected)
+    assert torch.equal(kept, values)
+    with torch.no_grad():
+        overwritten = layer(kept)
+    torch.testing.assert_close(overwritten, expected)
+    assert overwritten.data_ptr() == kept.data_ptr()
+    assert type(GELUActivation()) is GELUActivation
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", ["dwconv", "sequence_reduction"])
+def test_convolutions_see_tokens_as_a_channels_last_image(batch: int, name: str) -> None:
+    """A single image read as contiguous would be copied, once for each of these convolutions."""
+    _, faster = both(plain_encoder())
+    seen: list[Tensor] = []
+    for path, module in faster.named_modules():
+        if path.endswith(f".{name}") and isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    faster(random_image(batch))
+    assert len(seen) >= 3
+    for image in seen:
+        assert image.stride(0) == image[0].numel()
+        assert image.is_contiguous(memory_format=torch.channels_last)
