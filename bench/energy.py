@@ -1,6 +1,6 @@
 """Time of the energy loss, forward and backward, with each way to filter.
 
-    python bench/energy.py [--device cuda] [--data VOC_DIR] [--methods lattice exact_half]
+    python bench/energy.py [--device cuda] [--data VOC_DIR] [--methods lattice exact_half] [--step mit_b1]
 
 A batch of crops (8 of 512 pixels, 21 classes): generated images, or with --data photographs of JPEGImages. Logits have
 the size of the image, as the cross-entropy of a training step has them already. On a CPU only the lattice is timed
@@ -9,6 +9,9 @@ unless told otherwise: the exact filter takes about a minute there.
 An estimate, not a measurement, for the exact filter in half precision: 8 x (256 x 256)^2 = 3.4e10 pairs, each with an
 exponential and, at a head size of 32, 64 multiply-adds, are some 10 ms of an H100's exponentials (about 4e12 a second)
 and as much again of its tensor cores. The backward pass filters nothing.
+
+With --step whole training steps of the refined phase with that encoder learn from the same images, the energy loss
+included, and the last line is its share of them: the time of the first method alone over that of a step.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +27,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from afa.build import build_network
 from afa.data.shapes import draw_shapes
 from afa.filtering.energy import energy_loss
+from afa.training.schedule import phase
+from afa.types import Batch
+from step import STEPS, WARMUPS, OurStep, seconds_of, step_config  # type: ignore[import-not-found]
 
 NUM_CLASSES = 21
 
@@ -39,7 +47,26 @@ def make_images(size: int, batch: int, data: Path | None) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
-def main() -> None:
+def step_seconds(backbone: str, image: Tensor, device: torch.device, repeats: int) -> float:
+    """Median time of a whole step of the refined phase with the energy loss, on (B, 3, H, H) images in [0, 1]."""
+    size = image.shape[2]
+    config = step_config(backbone=backbone, crop=size, batch=len(image), keys={"loss.energy_weight": 0.01})
+    torch.manual_seed(0)
+    step = OurStep(build_network(config.model, NUM_CLASSES - 1), config, device)
+    tags = torch.zeros(len(image), NUM_CLASSES - 1)
+    for i in range(len(image)):
+        tags[i, torch.randperm(NUM_CLASSES - 1)[: 1 + i % 3]] = 1
+    boxes = torch.tensor([[0, size, 0, size]] * len(image))
+    batch = Batch((255 * image.cpu()).to(torch.uint8), tags, boxes, ("",) * len(image))
+    kind = phase(STEPS["refined"], config.schedule, config.loss)
+    assert kind.want_refined
+    for _ in range(WARMUPS if device.type == "cuda" else 1):
+        step(batch, kind, STEPS["refined"])
+    times = [seconds_of(lambda: step(batch, kind, STEPS["refined"]), device) for _ in range(repeats)]
+    return float(statistics.median(times))
+
+
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--data", type=Path, help="VOC folder (default: generated images)")
@@ -48,7 +75,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed repeats of each (default 5)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
     parser.add_argument("--methods", nargs="+", choices=["lattice", "exact", "exact_half"])
-    arguments = parser.parse_args()
+    parser.add_argument("--step", metavar="BACKBONE", help="also time training steps with this encoder")
+    arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     is_gpu = device.type == "cuda"
@@ -66,6 +94,7 @@ def main() -> None:
         f"{arguments.batch} crops of {arguments.size} px, {NUM_CLASSES} classes, "
         f"{torch.cuda.get_device_name() if is_gpu else f'{arguments.threads} threads'}, torch {torch.__version__}"
     )
+    medians = []
     for method in methods:
         seconds = []
         for _ in range(arguments.repeats + 1):
@@ -78,8 +107,12 @@ def main() -> None:
             if is_gpu:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
-        median = statistics.median(seconds[1:])  # the first one warms up
-        print(f"energy {loss.item():.4f}: forward+backward {1000 * median:.1f} ms ({method})")
+        medians.append(statistics.median(seconds[1:]))  # the first one warms up
+        print(f"energy {loss.item():.4f}: forward+backward {1000 * medians[-1]:.1f} ms ({method})")
+    if arguments.step:
+        whole = step_seconds(arguments.step, image, device, arguments.repeats)
+        print(f"training step with {arguments.step}, fp32, refined phase: {1000 * whole:.1f} ms")
+        print(f"energy loss ({methods[0]}): {100 * medians[0] / whole:.1f} % of a training step")
 
 
 if __name__ == "__main__":
