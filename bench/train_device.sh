@@ -3,7 +3,7 @@
 #
 #   DATA=VOC2012 CONFIG=configs/voc_mit_b1.toml bash bench/train_device.sh OUT SECONDS
 #
-# OUT      folder of everything that is written: check.txt, step_*.txt, energy.txt, predict.txt, run/, summary.txt
+# OUT      folder of everything that is written: check.txt, step_*.txt, energy.txt, crf.txt, predict.txt, run/, summary.txt
 # SECONDS  time for training (default 600). Called again with the same OUT it goes on where it stopped, exactly; what
 #          OUT holds already is not measured again.
 # DATA     data set of the configuration; without it the generated images of `afa demo` are learned.
@@ -33,7 +33,8 @@ setting=(--device cuda --backbone mit_b1 --crop 512 --batch 8 --phase all)
 once step_fp32.txt "$python" bench/step.py "${setting[@]}" --precision fp32 --json "$out/step_fp32.json"
 once step_bf16.txt "$python" bench/step.py "${setting[@]}" --precision bf16 --json "$out/step_bf16.json"
 once step_bf16_compiled.txt "$python" bench/step.py "${setting[@]}" --precision bf16 --compile --json "$out/step_bf16_compiled.json"
-once energy.txt "$python" bench/energy.py --device cuda
+once energy.txt "$python" bench/energy.py --device cuda --step mit_b1
+once crf.txt "$python" bench/crf.py --device cuda
 once predict.txt "$python" bench/predict.py --device cuda
 
 # Ctrl-C lets a run finish its step and save: that is how it is told that its time is over.
@@ -47,7 +48,7 @@ timeout --signal=INT --kill-after=60 "$seconds" "$python" "${job[@]}" ${EXTRA:-}
 "$python" -m afa report "$out/run" || true
 {
     cat "$out/device.txt"
-    for file in check step_fp32 step_bf16 step_bf16_compiled energy predict; do
+    for file in check step_fp32 step_bf16 step_bf16_compiled energy crf predict; do
         [ -s "$out/$file.txt" ] && echo "$file: $(tail -1 "$out/$file.txt")"
     done
     tail -1 "$out/train.txt"

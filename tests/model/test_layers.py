@@ -141,3 +141,28 @@ def test_convolutions_see_tokens_as_a_channels_last_image(batch: int, name: str)
     for image in seen:
         assert image.stride(0) == image[0].numel()
         assert image.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_layer_norm_keeps_to_the_precision_of_autocast_only_without_gradient() -> None:
+    torch.manual_seed(0)
+    layer = nn.LayerNorm(32)
+    nn.init.uniform_(layer.weight, 0.5, 2)
+    nn.init.uniform_(layer.bias, -1, 1)
+    plain, faster = both(layer)
+    tokens = 5 + 3 * torch.randn(4, 7, 32)
+    exact = plain(tokens).detach()
+    assert torch.equal(faster(tokens), exact)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(faster(tokens), exact)
+        with torch.no_grad():
+            low = faster(tokens.bfloat16())
+    assert low.dtype == torch.bfloat16
+    # Input and result are rounded to 8 bits, the input's mean of 5 included; the sums are not.
+    assert float((low - exact).abs().max()) < 0.05
+
+
+def test_layer_norm_under_autocast_without_weights_is_pytorchs() -> None:
+    plain, faster = both(nn.LayerNorm(32, elementwise_affine=False))
+    tokens = torch.randn(3, 32)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(faster(tokens), plain(tokens))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, gelu, linear
+from torch.nn.functional import conv2d, gelu, layer_norm, linear
 from transformers.activations import GELUActivation
 from transformers.models.segformer.modeling_segformer import (
     SegformerDepthWiseConv,
@@ -17,6 +17,24 @@ from transformers.models.segformer.modeling_segformer import (
 )
 
 _PIECE_BYTES = 1 << 24
+
+
+class LowLayerNorm(nn.LayerNorm):
+    """Layer norm that, without gradient under autocast, reads and writes autocast's precision.
+
+    Autocast computes it in float32 from one end to the other, and every layer behind it makes a copy in its own
+    precision. The sums inside are float32 either way.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize the last dimensions."""
+        kind = input.device.type
+        if torch.is_grad_enabled() or not _rounds(kind) or self.weight is None or torch.compiler.is_compiling():
+            return super().forward(input)
+        dtype = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return layer_norm(input.to(dtype), self.normalized_shape, self.weight.to(dtype), bias, self.eps)
 
 
 class PointwiseLinear(nn.Linear):
@@ -96,6 +114,7 @@ class SequenceReduction(SegformerSequenceReduction):
 
 
 _FASTER: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LayerNorm: LowLayerNorm,
     nn.Linear: PointwiseLinear,
     GELUActivation: SparingGelu,
     SegformerDepthWiseConv: DepthwiseConv,
@@ -121,6 +140,11 @@ def _as_image(tokens: Tensor, height: int, width: int) -> Tensor:
     """View (B, H * W, C) tokens as a (B, C, H, W) image, channels last."""
     image: Tensor = tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # type: ignore[no-untyped-call]
     return image
+
+
+def _rounds(kind: str) -> bool:
+    """Whether autocast rounds on devices of this kind."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _eager_cpu(input: Tensor) -> bool:
