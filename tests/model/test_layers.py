@@ -161,6 +161,13 @@ def test_layer_norm_keeps_to_the_precision_of_autocast_only_without_gradient() -
     assert float((low - exact).abs().max()) < 0.05
 
 
+def test_layer_norm_under_autocast_to_float16_is_pytorchs() -> None:
+    plain, faster = both(nn.LayerNorm(32))
+    tokens = 1e5 * torch.randn(3, 32)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
+        assert torch.equal(faster(tokens), plain(tokens))
+
+
 def test_layer_norm_under_autocast_without_weights_is_pytorchs() -> None:
     plain, faster = both(nn.LayerNorm(32, elementwise_affine=False))
     tokens = torch.randn(3, 32)

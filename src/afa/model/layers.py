@@ -20,21 +20,20 @@ _PIECE_BYTES = 1 << 24
 
 
 class LowLayerNorm(nn.LayerNorm):
-    """Layer norm that, without gradient under autocast, reads and writes autocast's precision.
+    """Layer norm that, without gradient under autocast to bfloat16, reads and writes bfloat16.
 
     Autocast computes it in float32 from one end to the other, and every layer behind it makes a copy in its own
-    precision. The sums inside are float32 either way.
+    precision. The sums inside are float32 either way. (float16 lacks the range of what stands before a norm.)
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize the last dimensions."""
-        kind = input.device.type
-        if torch.is_grad_enabled() or not _rounds(kind) or self.weight is None or torch.compiler.is_compiling():
+        kind, low = input.device.type, torch.bfloat16
+        if torch.is_grad_enabled() or self.weight is None or torch.compiler.is_compiling() or not _rounds(kind, low):
             return super().forward(input)
-        dtype = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
-            bias = None if self.bias is None else self.bias.to(dtype)
-            return layer_norm(input.to(dtype), self.normalized_shape, self.weight.to(dtype), bias, self.eps)
+            bias = None if self.bias is None else self.bias.to(low)
+            return layer_norm(input.to(low), self.normalized_shape, self.weight.to(low), bias, self.eps)
 
 
 class PointwiseLinear(nn.Linear):
@@ -142,9 +141,10 @@ def _as_image(tokens: Tensor, height: int, width: int) -> Tensor:
     return image
 
 
-def _rounds(kind: str) -> bool:
-    """Whether autocast rounds on devices of this kind."""
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+def _rounds(kind: str, dtype: torch.dtype) -> bool:
+    """Whether autocast rounds to this precision on devices of this kind."""
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return on and torch.get_autocast_dtype(kind) == dtype
 
 
 def _eager_cpu(input: Tensor) -> bool:
