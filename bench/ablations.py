@@ -39,7 +39,7 @@ CONFIGS: Final = Path(__file__).parents[1] / "configs"
 NUM_TRAIN, NUM_VAL, IMAGE_SIZE = 800, 200, 128
 NUM_PRETRAIN: Final = 2000
 _PRETRAINING: Final[dict[str, Any]] = {"model.pooling": "gmp"}
-"""What sets the pretraining apart from the demo preset. With gap the tags of single objects are not learnt in 1,500
+"""What sets the pretraining apart from the demo preset. With gap the tags of single objects are not learnt in 800
 steps (docs/log.md)."""
 _PRETRAINING_SEED: Final = 1000
 _ENERGY: Final = 2.0
@@ -195,7 +195,7 @@ def run_of(row: Row, *, out: Path, encoder: Path, seed: int, steps: int) -> Path
     root = out / "data" / f"seed{seed}"
     write_shapes(root, num_train=NUM_TRAIN, num_val=NUM_VAL, image_size=IMAGE_SIZE, seed=seed)
     config = row_config(row.config, root=root, weights=str(encoder), seed=seed, steps=steps)
-    run = out / f"steps{steps}" / run_name(config) / f"seed{seed}"
+    run = encoder.parent / f"steps{steps}" / run_name(config) / f"seed{seed}"
     if not (run / "report.json").is_file():
         say(f"table {row.table}, {row.name}, seed {seed}: {run}")
         train_and_report(config, run, resume=(run / "config.toml").is_file(), progress=False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate
 
+from afa.model.layers import under_autocast
 from afa.model.norm import DistributedBatchNorm2d
 
 
@@ -67,8 +68,8 @@ class MlpDecoder(nn.Module):
     def _fused_layers(self, device: torch.device) -> tuple[list[Tensor], Tensor]:
         """(width, channels[i], 1, 1) weight of each level and (width,) bias of their sum, in the weights' precision."""
         # Under autocast the products would be rounded before anything is convolved.
-        rounds = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-        with torch.autocast(device.type, enabled=False) if rounds else contextlib.nullcontext():
+        rounded = under_autocast(device.type)
+        with torch.autocast(device.type, enabled=False) if rounded else contextlib.nullcontext():
             fuses = self.fuse.weight[:, :, 0, 0].chunk(len(self.projections), dim=1)
             weights, biases = [], []
             for fuse, projection in zip(fuses, self.projections, strict=True):

@@ -29,7 +29,8 @@ class LowLayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize the last dimensions."""
         kind, low = input.device.type, torch.bfloat16
-        if torch.is_grad_enabled() or self.weight is None or torch.compiler.is_compiling() or not _rounds(kind, low):
+        rounds = under_autocast(kind) and torch.get_autocast_dtype(kind) == low
+        if not rounds or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.weight is None:
             return super().forward(input)
         with torch.autocast(kind, enabled=False):
             bias = None if self.bias is None else self.bias.to(low)
@@ -141,10 +142,9 @@ def _as_image(tokens: Tensor, height: int, width: int) -> Tensor:
     return image
 
 
-def _rounds(kind: str, dtype: torch.dtype) -> bool:
-    """Whether autocast rounds to this precision on devices of this kind."""
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return on and torch.get_autocast_dtype(kind) == dtype
+def under_autocast(kind: str) -> bool:
+    """Whether autocast is on for devices of this kind; some kinds have none."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _eager_cpu(input: Tensor) -> bool:
@@ -154,5 +154,5 @@ def _eager_cpu(input: Tensor) -> bool:
 
 def _pays(input: Tensor) -> bool:
     """Whether a linear layer is better a convolution."""
-    plain = input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    plain = input.dtype == torch.float32 and not under_autocast("cpu")
     return plain and input.numel() > 0 and _eager_cpu(input) and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
