@@ -27,7 +27,7 @@ class LowLayerNorm(nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize the last dimensions."""
+        """Normalize tokens of any shape over their last dimensions."""
         kind, low = input.device.type, torch.bfloat16
         rounds = under_autocast(kind) and torch.get_autocast_dtype(kind) == low
         if not rounds or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.weight is None:
@@ -45,7 +45,7 @@ class PointwiseLinear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map (..., in_features) to (..., out_features)."""
+        """Map tokens of any shape, (..., in_features) to (..., out_features)."""
         if not _pays(input):
             return linear(input, self.weight, self.bias)
         # One long column of pixels, channels last: neither reshaping copies anything.
