@@ -217,14 +217,18 @@ def score_of(row: Row, run: Path) -> float:
     return float(json.loads(path.read_text(encoding="utf-8"))["miou"])
 
 
+def mean_text(values: Sequence[float], form: str = ".1f") -> str:
+    """Mean, and standard deviation where there is more than one value."""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}"
+
+
 def table_text(scores: dict[Row, list[float]]) -> str:
     """The rows as a Markdown table."""
     lines = ["| table | row | scored | paper | here | seeds |", "|---|---|---|---|---|---|"]
     for row, values in scores.items():
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
         scored = " ".join(word for word in (row.labels, row.refinement, row.protocol.removeprefix("single")) if word)
-        here = f"{statistics.mean(values):.1f}{spread}"
-        lines.append(f"| {row.table} | {row.name} | {scored} | {row.paper} | {here} | {len(values)} |")
+        lines.append(f"| {row.table} | {row.name} | {scored} | {row.paper} | {mean_text(values)} | {len(values)} |")
     return "\n".join(lines)
 
 
@@ -233,17 +237,13 @@ def orderings_text(scores: dict[Row, list[float]]) -> str:
     by_name = {(row.table, row.name): row for row in scores}
     lines = ["| table | ordering | paper | here, mean of seeds | seeds where it holds |", "|---|---|---|---|---|"]
     for table, better, worse in ORDERINGS:
-        rows = [by_name.get((table, name)) for name in (better, worse)]
-        if rows[0] is None or rows[1] is None or not scores[rows[1]]:
+        if (table, better) not in by_name:
             continue
-        # Seeds go in step; the better row may be one ahead while the rest is still running.
-        gains = [first - second for first, second in zip(scores[rows[0]], scores[rows[1]], strict=False)]
-        if not gains:
-            continue
-        spread = f" ± {statistics.stdev(gains):.1f}" if len(gains) > 1 else ""
+        first, second = by_name[table, better], by_name[table, worse]
+        gains = [one - other for one, other in zip(scores[first], scores[second], strict=True)]
         holds = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
-        paper = f"{rows[0].paper - rows[1].paper:+.1f}"
-        lines.append(f"| {table} | {better} > {worse} | {paper} | {statistics.mean(gains):+.1f}{spread} | {holds} |")
+        paper = f"{first.paper - second.paper:+.1f}"
+        lines.append(f"| {table} | {better} > {worse} | {paper} | {mean_text(gains, '+.1f')} | {holds} |")
     return "\n".join(lines)
 
 

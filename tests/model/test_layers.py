@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model, SegformerConfig, SegformerModel
-from transformers.activations import GELUActivation
 
 from afa.model import layers
 from afa.model.layers import DepthwiseConv, MixMlp, PointwiseLinear, SequenceReduction, SparingGelu, speed_up
@@ -124,7 +123,6 @@ def test_gelu_overwrites_its_input_only_without_gradient() -> None:
         overwritten = layer(kept)
     torch.testing.assert_close(overwritten, expected)
     assert overwritten.data_ptr() == kept.data_ptr()
-    assert type(GELUActivation()) is GELUActivation
 
 
 @pytest.mark.parametrize("batch", [1, 2])
