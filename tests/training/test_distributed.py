@@ -19,7 +19,7 @@ from tiny import NO_DROPOUT, final_weights, start_python, tiny_config, tiny_flag
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 TOLERANCE = 1e-5
-"""Largest difference of a weight after six steps, over the largest weight of its tensor (measured: 2.4e-6 and 5.1e-6)."""
+"""Largest difference of a weight after six steps, over the largest of its tensor (measured: 2.4e-6 and 5.1e-6)."""
 
 IDLE = re.compile(r"k_proj\.bias$")
 """What the loss does not depend on: softmax ignores a bias of the keys. Its gradient is rounding, which AdamW turns
