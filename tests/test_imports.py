@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "afa"
 # A part may import the parts of lower levels and itself. Within a level only the listed pairs may meet.
 LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "types"}),
-    frozenset({"config"}),
+    frozenset({"config", "kernels"}),
     frozenset({"data", "model", "pseudo", "losses", "filtering", "runtime"}),
     frozenset({"build", "formats"}),
     frozenset({"training", "evaluation", "inference"}),

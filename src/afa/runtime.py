@@ -81,6 +81,17 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def one_cast(device: torch.device) -> Iterator[None]:
+    """Let all passes inside share the copies of weights that autocast makes: it keeps them until its outermost context
+    ends. What runs outside of `autocast` in here keeps its own precision."""
+    if torch.amp.is_autocast_available(device.type):
+        with torch.autocast(device.type, enabled=False):
+            yield
+    else:
+        yield
+
+
 @dataclass(frozen=True)
 class Processes:
     """The processes of a run.

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from afa.config import PseudoConfig
+from afa.kernels import fused
 from afa.pseudo import par as par_module
-from afa.pseudo.par import fused, refine, refinement_kernel
+from afa.pseudo.par import refine, refinement_kernel
 from afa.pseudo.pipeline import Refiner
 
 DILATIONS = (1, 2, 4)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from afa.build import build_network
 from afa.config import Config
-from afa.pseudo import par as par_module
+from afa import kernels
 from afa.training.engine import TrainingEngine
 from afa.training.schedule import phase
 from afa.training.step import compute_losses, gradients_are_finite
@@ -48,7 +48,7 @@ def make_network(settings: Config) -> Any:
 def test_losses_never_ask_for_a_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """On tensors that have no values: to read one, or to make a shape that depends on one, raises."""
     settings = config(tmp_path, **{"loss.energy_weight": 0.01})
-    monkeypatch.setattr(par_module, "_HAS_TRITON", False)
+    monkeypatch.setattr(kernels, "_HAS_TRITON", False)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no such device
     network = make_network(settings).train().to("meta")
     batch = make_batch(0, settings.augment.crop_size).to(torch.device("meta"))

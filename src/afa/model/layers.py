@@ -12,29 +12,51 @@ from torch.nn.functional import conv2d, gelu, layer_norm, linear
 from transformers.activations import GELUActivation
 from transformers.models.segformer.modeling_segformer import (
     SegformerDepthWiseConv,
+    SegformerLayer,
     SegformerMixMLP,
     SegformerSequenceReduction,
 )
 
+from afa.kernels import fused
+
 _PIECE_BYTES = 1 << 24
+_FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class LowLayerNorm(nn.LayerNorm):
-    """Layer norm that, without gradient under autocast to bfloat16, reads and writes bfloat16.
+    """Layer norm that, without gradient under autocast to bfloat16, reads and writes bfloat16; on a GPU one kernel.
 
     Autocast computes it in float32 from one end to the other, and every layer behind it makes a copy in its own
     precision. The sums inside are float32 either way. (float16 lacks the range of what stands before a norm.)
     """
 
+    inner = False
+    """Whether everything behind it casts what it reads: then it may write bfloat16 with gradient, too."""
+
     def forward(self, input: Tensor) -> Tensor:
         """Normalize tokens of any shape over their last dimensions."""
         kind, low = input.device.type, torch.bfloat16
-        rounds = under_autocast(kind) and torch.get_autocast_dtype(kind) == low
-        if not rounds or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.weight is None:
+        if torch.compiler.is_compiling() or self.weight is None:
+            return super().forward(input)
+        casts = under_autocast(kind)
+        rounds = casts and torch.get_autocast_dtype(kind) == low
+        if fused(input.device) and len(self.normalized_shape) == 1 and input.dtype in _FUSED_TYPES:
+            from afa.model.layers_triton import layer_norm as fused_layer_norm
+
+            short = rounds and (self.inner or not torch.is_grad_enabled())
+            dtype = low if short else torch.float32 if casts else input.dtype
+            return fused_layer_norm(input, self.weight, self.bias, self.eps, dtype)
+        if not rounds or torch.is_grad_enabled():
             return super().forward(input)
         with torch.autocast(kind, enabled=False):
             bias = None if self.bias is None else self.bias.to(low)
             return layer_norm(input.to(low), self.normalized_shape, self.weight.to(low), bias, self.eps)
+
+
+class InnerLayerNorm(LowLayerNorm):
+    """A `LowLayerNorm` inside a block of MiT: linear layers and convolutions are all that read it."""
+
+    inner = True
 
 
 class PointwiseLinear(nn.Linear):
@@ -79,7 +101,7 @@ class DepthwiseConv(SegformerDepthWiseConv):
 
 
 class MixMlp(SegformerMixMLP):
-    """MiT's Mix-FFN, which on a CPU and without gradient takes few images at a time.
+    """MiT's Mix-FFN, which on a CPU and without gradient takes few images at a time; on a GPU with fused kernels.
 
     Between its layers stand four times the channels of its input. In pieces of `_PIECE_BYTES` they lie in memory that
     was just given back; as a whole, in fresh memory that the system has to clear first.
@@ -99,6 +121,13 @@ class MixMlp(SegformerMixMLP):
         return mapped
 
     def _map(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        if fused(tokens.device) and not torch.compiler.is_compiling() and isinstance(self.activation_fn, GELUActivation):
+            from afa.model.layers_triton import depthwise_gelu
+
+            convolution = self.dwconv.dwconv
+            hidden = depthwise_gelu(self.fc1(tokens), convolution.weight, convolution.bias, height, width)
+            fused_map: Tensor = self.dropout(self.fc2(self.dropout(hidden)))
+            return fused_map
         mapped: Tensor = super().forward(tokens, height, width)  # type: ignore[no-untyped-call]
         return mapped
 
@@ -134,6 +163,11 @@ def speed_up(encoder: nn.Module) -> None:
         if faster is not None:
             # A class of the same state: assigning it keeps parameters, hooks, names and copies as they are.
             module.__class__ = faster
+    for module in encoder.modules():
+        if isinstance(module, SegformerLayer | SegformerSequenceReduction):
+            for part in module.children():
+                if type(part) is LowLayerNorm:
+                    part.__class__ = InnerLayerNorm
 
 
 def _as_image(tokens: Tensor, height: int, width: int) -> Tensor:

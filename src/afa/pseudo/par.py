@@ -6,8 +6,6 @@ A kernel over dilated neighbors is computed once per image; any number of score 
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
 import warnings
 from collections.abc import Sequence
 from typing import Literal
@@ -16,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from afa.kernels import fused
+
 _TINY = 1e-8
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 
 
@@ -119,14 +117,6 @@ def refine(
     if scores.device.type == "cpu" and extent is None:
         return _refine_sparse(scores, kernel, dilations, iterations)
     return _refine_dense(scores, kernel, dilations, iterations, extent)
-
-
-def fused(device: torch.device) -> bool:
-    """Whether refinement runs as fused kernels there: on CUDA, where Triton is installed.
-
-    Setting `TRITON_INTERPRET=1` before the start runs the same kernels on a CPU, very slowly, to test them.
-    """
-    return (device.type == "cuda" or _INTERPRETED) and _HAS_TRITON
 
 
 @torch.no_grad()

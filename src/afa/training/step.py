@@ -16,6 +16,7 @@ from afa.losses import TotalFunction, affinity_loss, classification_loss, segmen
 from afa.pseudo.affinity import affinity_label, token_label
 from afa.pseudo.cam import ScoreFunction
 from afa.pseudo.pipeline import TrainingLabels, training_labels
+from afa.runtime import one_cast
 from afa.training.schedule import Phase
 from afa.types import Batch, NetworkOutput, normalize_image
 
@@ -88,7 +89,32 @@ def compute_losses(
     Returns:
         Losses; `total` = cls + lambda_1 seg + lambda_2 aff + lambda_3 reg (paper Eq. 12).
     """
+    with one_cast(batch.image.device):
+        return _compute_losses(
+            forward,
+            score,
+            batch,
+            config=config,
+            phase=phase,
+            num_slots=num_slots,
+            total=total,
+            num_processes=num_processes,
+        )
+
+
+def _compute_losses(
+    forward: ForwardFunction,
+    score: ScoreFunction,
+    batch: Batch,
+    *,
+    config: Config,
+    phase: Phase,
+    num_slots: int | None,
+    total: TotalFunction | None,
+    num_processes: int,
+) -> StepLosses:
     image = batch.image.float() / 255
+    # The training pass comes first: the copies of weights that autocast makes for it carry gradients, and serve all.
     output = forward(normalize_image(image), phase.segmentation, phase.affinity)
     cls = classification_loss(output.image_logits, batch.tags)
     loss = cls
@@ -139,5 +165,5 @@ def compute_losses(
 
 def gradients_are_finite(parameters: list[torch.nn.Parameter]) -> Tensor:
     """Whether every gradient is finite: a boolean scalar on the parameters' device, not waited for."""
-    norms = [parameter.grad.norm() for parameter in parameters if parameter.grad is not None]
-    return torch.stack(norms).sum().isfinite()
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients).isfinite()

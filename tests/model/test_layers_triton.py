@@ -1,0 +1,162 @@
+"""The fused layers against PyTorch's: in Triton's interpreter on a CPU, and compiled on a GPU."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import SegformerConfig, SegformerModel
+
+from afa import kernels
+from afa.kernels import fused
+from afa.model.layers import InnerLayerNorm, LowLayerNorm, speed_up
+
+SHAPES = ((64, 11, 13), (20, 8, 9), (80, 3, 2), (1, 17, 1))
+"""Channels, height and width of images of tokens: whole and partial tiles and blocks."""
+
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+"""Largest norm of a difference, relative to the norm. The interpreter cuts bfloat16 off instead of rounding."""
+
+
+def differences(
+    first: Callable[..., Tensor], second: Callable[..., Tensor], values: list[Tensor], dtype: torch.dtype
+) -> Iterator[float]:
+    """How far results and gradients lie apart: the first of tokens in `dtype`, the second in float64."""
+    grad: Tensor | None = None
+    found: list[list[Tensor]] = []
+    for function, kind, other in ((second, torch.float64, torch.float64), (first, dtype, torch.float32)):
+        rounded = [values[0].to(dtype).to(kind), *(value.to(other) for value in values[1:])]
+        leaves = [value.detach().clone().requires_grad_() for value in rounded]
+        result = function(*leaves)
+        if grad is None:
+            grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).to(result.device).to(dtype)
+        result.backward(grad.to(result.dtype))
+        found.append([result.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+    assert len(found[0]) == len(found[1]) == 1 + len(values)
+    for exact, fast in zip(*found, strict=True):
+        yield float((fast.double() - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+def check_kernels(device: str) -> None:
+    """Compare both kernels with PyTorch for all shapes, with and without bias, in each precision."""
+    from afa.model.layers_triton import depthwise_gelu, layer_norm
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    generator = torch.Generator().manual_seed(0)
+    for dtype, tolerance in TOLERANCES.items():
+        for channels, height, width in SHAPES:
+            tokens = draw(2, height * width, channels)
+            for bias in ([draw(channels)], []):
+
+                def convolve(tokens: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+                    image = tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # noqa: B023
+                    mapped = F.conv2d(image, weight, *bias, padding=1, groups=len(weight))
+                    return F.gelu(mapped).flatten(2).transpose(1, 2)
+
+                def convolve_fused(tokens: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+                    return depthwise_gelu(tokens, weight, bias[0] if bias else None, height, width)  # noqa: B023
+
+                def normalize(tokens: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+                    return F.layer_norm(tokens, weight.shape, weight, bias[0] if bias else None, 1e-5)
+
+                def normalize_fused(tokens: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+                    return layer_norm(tokens, weight, bias[0] if bias else None, 1e-5, tokens.dtype)
+
+                for what, first, second, weight in (
+                    ("depthwise", convolve_fused, convolve, draw(channels, 1, 3, 3)),
+                    ("norm", normalize_fused, normalize, draw(channels)),
+                ):
+                    if what == "norm" and channels == 1:
+                        continue  # of one channel nothing is left
+                    for part, difference in enumerate(differences(first, second, [tokens, weight, *bias], dtype)):
+                        assert difference < tolerance, (what, dtype, channels, len(bias), part, difference)
+    # Without gradient nothing is kept, and the result is the same.
+    tokens, weight = draw(1, 6, 4), draw(4, 1, 3, 3)
+    kept = depthwise_gelu(tokens.requires_grad_(), weight, None, 2, 3)
+    with torch.no_grad():
+        assert torch.equal(depthwise_gelu(tokens, weight, None, 2, 3), kept)
+    assert layer_norm(draw(0, 3, 4), draw(4), None, 1e-5, torch.float32).shape == (0, 3, 4)
+    assert depthwise_gelu(draw(0, 6, 4), weight, None, 2, 3).shape == (0, 6, 4)
+
+
+def encoders() -> tuple[SegformerModel, SegformerModel]:
+    torch.manual_seed(0)
+    config = SegformerConfig(
+        hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 3, 4], strides=[4, 2, 2, 1]
+    )
+    plain = SegformerModel(config).eval()
+    faster = copy.deepcopy(plain)
+    speed_up(faster)
+    return plain, faster
+
+
+def check_encoder(device: str) -> None:
+    """A whole encoder: its features and gradients, then its precisions under autocast."""
+    assert fused(torch.device(device))
+    plain, faster = (encoder.to(device) for encoder in encoders())
+    image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).to(device)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        outputs = [encoder(image).last_hidden_state for encoder in (plain, faster)]
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-4)
+        for output in outputs:
+            output.square().mean().backward()
+    gradients = dict(plain.named_parameters())
+    for name, parameter in faster.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-2, atol=1e-5, msg=name)
+    for precise in (True, False):
+        written = precisions(faster, image, gradient=precise)
+        assert written[InnerLayerNorm] == {torch.bfloat16}
+        assert written[LowLayerNorm] == {torch.float32 if precise else torch.bfloat16}
+
+
+def precisions(encoder: nn.Module, image: Tensor, *, gradient: bool) -> dict[type[nn.Module], set[torch.dtype]]:
+    """What norms of each kind write under autocast to bfloat16."""
+    written: dict[type[nn.Module], set[torch.dtype]] = {}
+    handles = [
+        module.register_forward_hook(lambda norm, _, out: written.setdefault(type(norm), set()).add(out.dtype))
+        for module in encoder.modules()
+        if isinstance(module, nn.LayerNorm)
+    ]
+    with torch.set_grad_enabled(gradient), torch.autocast(image.device.type, dtype=torch.bfloat16):
+        encoder(image)
+    for handle in handles:
+        handle.remove()
+    return written
+
+
+def test_interpreted_kernels_equal_pytorch() -> None:
+    pytest.importorskip("triton")
+    command = "import test_layers_triton as t; t.check_kernels('cpu'); t.check_encoder('cpu')"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", command], env=environment, check=True)
+    assert not fused(torch.device("cpu"))
+
+
+@pytest.mark.gpu
+def test_compiled_kernels_equal_pytorch() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    check_kernels("cuda")
+    check_encoder("cuda")
+
+
+@pytest.mark.gpu
+def test_a_gpu_without_triton_takes_the_plain_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    monkeypatch.setattr(kernels, "_HAS_TRITON", False)
+    plain, faster = (encoder.to("cuda") for encoder in encoders())
+    image = torch.randn(2, 3, 64, 64, device="cuda")
+    outputs = [encoder(image).last_hidden_state for encoder in (plain, faster)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-2, atol=1e-3)
