@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "afa"
 LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "types"}),
     frozenset({"config", "kernels"}),
+    frozenset({"resize", "resize_triton"}),
     frozenset({"data", "model", "pseudo", "losses", "filtering", "runtime"}),
     frozenset({"build", "formats"}),
     frozenset({"training", "evaluation", "inference"}),
@@ -31,6 +32,7 @@ WITHIN_LEVEL = {
     ("inference", "evaluation"),
     ("pseudo", "filtering"),
     ("losses", "filtering"),
+    ("resize", "resize_triton"),
     ("recipe", "check"),
 }
 HEAVY = {"torch", "transformers", "numpy", "PIL", "tensorboard"}

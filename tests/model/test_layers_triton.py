@@ -19,10 +19,10 @@ from afa import kernels
 from afa.kernels import fused
 from afa.model.layers import InnerLayerNorm, LowLayerNorm, speed_up
 
-SHAPES = ((64, 11, 13), (20, 8, 9), (80, 3, 2), (1, 17, 1))
-"""Channels, height and width of images of tokens: whole and partial tiles and blocks."""
+SHAPES = ((20, 7, 9), (16, 3, 8), (1, 9, 1))
+"""Channels, height and width of images of tokens: whole and partial blocks."""
 
-TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 1.5e-2}
 """Largest norm of a difference, relative to the norm. The interpreter cuts bfloat16 off instead of rounding."""
 
 
@@ -47,7 +47,7 @@ def differences(
 
 def check_kernels(device: str) -> None:
     """Compare both kernels with PyTorch for all shapes, with and without bias, in each precision."""
-    from afa.model.layers_triton import depthwise_gelu, layer_norm
+    from afa.model.layers_triton import depthwise_gelu, layer_norm, linear
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
@@ -75,10 +75,14 @@ def check_kernels(device: str) -> None:
                 for what, first, second, weight in (
                     ("depthwise", convolve_fused, convolve, draw(channels, 1, 3, 3)),
                     ("norm", normalize_fused, normalize, draw(channels)),
+                    ("linear", linear, F.linear, draw(min(3, channels), channels)),
                 ):
                     if what == "norm" and channels == 1:
                         continue  # of one channel nothing is left
-                    for part, difference in enumerate(differences(first, second, [tokens, weight, *bias], dtype)):
+                    if what == "linear" and (not bias or dtype != torch.float32):
+                        continue  # takes a bias, and half precision under autocast alone
+                    inputs = [tokens, weight, *(each[: len(weight)] for each in bias)]
+                    for part, difference in enumerate(differences(first, second, inputs, dtype)):
                         assert difference < tolerance, (what, dtype, channels, len(bias), part, difference)
     # Without gradient nothing is kept, and the result is the same.
     tokens, weight = draw(1, 6, 4), draw(4, 1, 3, 3)
@@ -136,7 +140,10 @@ def precisions(encoder: nn.Module, image: Tensor, *, gradient: bool) -> dict[typ
 
 def test_interpreted_kernels_equal_pytorch() -> None:
     pytest.importorskip("triton")
-    command = "import test_layers_triton as t; t.check_kernels('cpu'); t.check_encoder('cpu')"
+    command = (
+        "import test_layers_triton as t, afa.model.layers_triton as l; l._ROWS = 4; l._COLUMNS = 8; l._CHANNELS = 16; "
+        "t.check_kernels('cpu'); t.check_encoder('cpu')"
+    )
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", command], env=environment, check=True)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from afa import kernels
 from afa.config import PseudoConfig
 from afa.kernels import fused
-from afa.pseudo import par as par_module
 from afa.pseudo.par import refine, refinement_kernel
 from afa.pseudo.pipeline import Refiner
 
@@ -105,5 +105,5 @@ def test_compiled_kernels_equal_the_plain_code(monkeypatch: pytest.MonkeyPatch) 
     assert fused(torch.device("cuda"))
     expected = results()
     assert_equal(results("cuda"), expected)
-    monkeypatch.setattr(par_module, "_HAS_TRITON", False)
+    monkeypatch.setattr(kernels, "_HAS_TRITON", False)
     assert_equal(results("cuda"), expected)

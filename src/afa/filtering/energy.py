@@ -10,6 +10,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from afa.filtering.crf import bilateral_features
 from afa.filtering.gaussian import FilterMethod, gaussian_filter
+from afa.kernels import fused
 from afa.types import IGNORE_INDEX
 
 
@@ -66,11 +67,28 @@ def energy_loss(
         rows = (probabilities * inside[:, None]).flatten(2).transpose(1, 2)
         # Colors and positions are bounded, so the exact filter need not look at them, which would wait for a GPU.
         reach = math.hypot(width / xy_bandwidth, height / xy_bandwidth, math.sqrt(3) * 255 / rgb_bandwidth)
-        gathered = gaussian_filter(features, rows, method=method, reach=reach).transpose(1, 2).contiguous()
-        pull = gathered.view_as(probabilities).mul_((gate * inside)[:, None])
+        if method == "exact_half" and fused(image.device):
+            gathered = _filter_inside(features, rows, inside.flatten(1), reach)
+        else:
+            gathered = gaussian_filter(features, rows, method=method, reach=reach)
+        pull = gathered.transpose(1, 2).contiguous().view_as(probabilities).mul_((gate * inside)[:, None])
     energy = (probabilities * pull).sum()
     # Twice the gradient at once the value.
     return (2 * energy - energy.detach()) * (-factor / len(image))
+
+
+def _filter_inside(features: Tensor, rows: Tensor, inside: Tensor, reach: float) -> Tensor:
+    """`gaussian_filter` among the points that `inside` (B, N) holds for, 0 at the others, which cost no time.
+
+    Takes the rows (B, N, K) of the others to be 0. Shapes depend on no value, so nothing waits for the device.
+    """
+    count = inside.sum(1)
+    # Where each point goes: those inside to the front, in their order.
+    place = torch.where(inside, inside.cumsum(1) - 1, count[:, None] + (~inside).cumsum(1) - 1)[..., None]
+    to_features, to_rows = place.expand_as(features), place.expand_as(rows)
+    moved = torch.empty_like(features).scatter_(1, to_features, features)
+    values = torch.empty_like(rows).scatter_(1, to_rows, rows)
+    return gaussian_filter(moved, values, method="exact_half", reach=reach, count=count).gather(1, to_rows)
 
 
 def _inside(valid_box: Tensor, height: int, width: int) -> Tensor:

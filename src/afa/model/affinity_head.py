@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from afa.kernels import fused
 from afa.types import RawAttention
 
 
@@ -40,6 +41,11 @@ class AffinityHead(nn.Module):
         query, key = attention.query, attention.key
         weight = (self.mix.weight.view(1, -1, 1, 1) * scale).to(query.dtype)
         joined = [part.transpose(1, 2).flatten(2) for part in (query * weight, key)]
-        mixed = (joined[0] @ joined[1].transpose(1, 2)).float()
+        mixed = joined[0] @ joined[1].transpose(1, 2)
         assert self.mix.bias is not None
+        if fused(mixed.device) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            from afa.model.affinity_triton import symmetric_sigmoid
+
+            return symmetric_sigmoid(mixed, self.mix.bias)
+        mixed = mixed.float()
         return torch.sigmoid(mixed + mixed.transpose(1, 2) + self.mix.bias.float())

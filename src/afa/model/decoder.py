@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, interpolate
+from torch.nn.functional import conv2d
 
 from afa.model.layers import under_autocast
 from afa.model.norm import DistributedBatchNorm2d
+from afa.resize import sum_levels
 
 
 class MlpDecoder(nn.Module):
@@ -47,7 +48,6 @@ class MlpDecoder(nn.Module):
         Returns:
             (B, K, h_0, w_0) logits.
         """
-        size = features[0].shape[2:]
         exporting = torch.compiler.is_exporting()
         weights, bias = self._fused_layers(features[0].device)
         sums: list[Tensor] = []
@@ -58,11 +58,7 @@ class MlpDecoder(nn.Module):
                 sums[-1] = sums[-1] + fused
             else:
                 sums.append(fused)
-        total = sums[0]
-        for coarse in sums[1:]:
-            # At stride 4 fresh memory costs more than the sum: nothing needs the first term again.
-            total.add_(interpolate(coarse, size=size, mode="bilinear", align_corners=False))
-        logits: Tensor = self.classify(self.dropout(self.norm(total).relu_()))
+        logits: Tensor = self.classify(self.dropout(self.norm(sum_levels(sums)).relu_()))
         return logits
 
     def _fused_layers(self, device: torch.device) -> tuple[list[Tensor], Tensor]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, gelu, layer_norm, linear
+from torch.nn.functional import conv2d, gelu, layer_norm, linear, pad, pixel_unshuffle
 from transformers.activations import GELUActivation
 from transformers.models.segformer.modeling_segformer import (
     SegformerDepthWiseConv,
     SegformerLayer,
     SegformerMixMLP,
+    SegformerOverlapPatchEmbeddings,
     SegformerSequenceReduction,
 )
 
@@ -40,7 +41,7 @@ class LowLayerNorm(nn.LayerNorm):
             return super().forward(input)
         casts = under_autocast(kind)
         rounds = casts and torch.get_autocast_dtype(kind) == low
-        if fused(input.device) and len(self.normalized_shape) == 1 and input.dtype in _FUSED_TYPES:
+        if _takes_kernels(input) and len(self.normalized_shape) == 1:
             from afa.model.layers_triton import layer_norm as fused_layer_norm
 
             short = rounds and (self.inner or not torch.is_grad_enabled())
@@ -60,7 +61,7 @@ class InnerLayerNorm(LowLayerNorm):
 
 
 class PointwiseLinear(nn.Linear):
-    """A linear layer over tokens that is a 1x1 convolution on a CPU in float32.
+    """A linear layer over tokens that is a 1x1 convolution on a CPU in float32, and sums its bias' gradient fast on a GPU.
 
     oneDNN's convolution adds the bias as it goes and keeps its speed where there are few channels; the matrix product
     that PyTorch takes for a linear layer writes the bias into the result first.
@@ -68,12 +69,40 @@ class PointwiseLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map tokens of any shape, (..., in_features) to (..., out_features)."""
+        if torch.is_grad_enabled() and self.bias is not None and _takes_kernels(input):
+            from afa.model.layers_triton import linear as fused_linear
+
+            return fused_linear(input, self.weight, self.bias)
         if not _pays(input):
             return linear(input, self.weight, self.bias)
         # One long column of pixels, channels last: neither reshaping copies anything.
         column = input.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)
         output = conv2d(column, self.weight[:, :, None, None], self.bias)
         return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], self.out_features)
+
+
+class StemConv(nn.Conv2d):
+    """MiT's first convolution, 7x7 at stride 4 over RGB, on a GPU as one of 2x2 over squares of 4x4 pixels.
+
+    The same weights with a row and a column of zeros before them. Three input channels suit no GPU's matrix units, 48
+    do, and the result is channels-last, as all that follows wants it.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve (B, 3, H, W) to (B, C, ceil(H / 4), ceil(W / 4))."""
+        if input.device.type != "cuda" or torch.compiler.is_compiling():
+            return super().forward(input)
+        return self.over_squares(input)
+
+    def over_squares(self, input: Tensor) -> Tensor:
+        """`forward` over squares of pixels, on any device."""
+        kind = input.device.type
+        if under_autocast(kind):
+            input = input.to(torch.get_autocast_dtype(kind))
+        height, width = input.shape[2:]
+        squares = pixel_unshuffle(pad(input, (4, -width % 4, 4, -height % 4)), 4)
+        weight = pixel_unshuffle(pad(self.weight, (1, 0, 1, 0)), 4)
+        return conv2d(squares.contiguous(memory_format=torch.channels_last), weight, self.bias)
 
 
 class SparingGelu(GELUActivation):
@@ -121,7 +150,7 @@ class MixMlp(SegformerMixMLP):
         return mapped
 
     def _map(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        if fused(tokens.device) and not torch.compiler.is_compiling() and isinstance(self.activation_fn, GELUActivation):
+        if _takes_kernels(tokens) and isinstance(self.activation_fn, GELUActivation):
             from afa.model.layers_triton import depthwise_gelu
 
             convolution = self.dwconv.dwconv
@@ -164,10 +193,18 @@ def speed_up(encoder: nn.Module) -> None:
             # A class of the same state: assigning it keeps parameters, hooks, names and copies as they are.
             module.__class__ = faster
     for module in encoder.modules():
+        if isinstance(module, SegformerOverlapPatchEmbeddings) and _is_stem(module.proj):
+            module.proj.__class__ = StemConv
         if isinstance(module, SegformerLayer | SegformerSequenceReduction):
             for part in module.children():
                 if type(part) is LowLayerNorm:
                     part.__class__ = InnerLayerNorm
+
+
+def _is_stem(layer: nn.Conv2d) -> bool:
+    """Whether `StemConv` computes the same."""
+    found = (layer.in_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return type(layer) is nn.Conv2d and found == (3, (7, 7), (4, 4), (3, 3), (1, 1), 1)
 
 
 def _as_image(tokens: Tensor, height: int, width: int) -> Tensor:
@@ -179,6 +216,11 @@ def _as_image(tokens: Tensor, height: int, width: int) -> Tensor:
 def under_autocast(kind: str) -> bool:
     """Whether autocast is on for devices of this kind; some kinds have none."""
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _takes_kernels(input: Tensor) -> bool:
+    """Whether fused kernels take a tensor."""
+    return fused(input.device) and input.dtype in _FUSED_TYPES and not torch.compiler.is_compiling()
 
 
 def _eager_cpu(input: Tensor) -> bool:

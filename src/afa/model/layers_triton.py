@@ -18,14 +18,20 @@ from torch import Tensor
 _ELEMENTS = 2048
 """Elements of a layer norm that one program holds."""
 
-_TILE = 8
-"""Side of the square of pixels that one program convolves."""
+_COLUMNS = 16
+"""Columns of pixels that one program convolves."""
 
-_MAX_CHANNELS = 64
-"""Channels of such a square."""
+_ROWS = 16
+"""Rows of pixels that one program convolves, one after the other."""
 
-_STRIP = 4
-"""Squares, one below the other, over which one program sums a weight's gradient."""
+_CHANNELS = 64
+"""Channels that one program convolves or sums."""
+
+_SUM_ROWS = 64
+"""Rows that one program sums at a time."""
+
+_SUM_PROGRAMS = 128
+"""At most how many programs share the rows of a sum."""
 
 
 def layer_norm(tokens: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
@@ -67,6 +73,58 @@ def depthwise_gelu(tokens: Tensor, weight: Tensor, bias: Tensor | None, height: 
         return activated
     result: Tensor = _DepthwiseGelu.apply(tokens, weight, bias, height, width)  # type: ignore[no-untyped-call]
     return result
+
+
+def linear(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Map tokens as `torch.nn.functional.linear` does, in autocast's precision where that is on; with gradient.
+
+    The products are PyTorch's. Only the bias' gradient, a sum over all tokens, is a kernel.
+
+    Args:
+        tokens: (..., I).
+        weight: (O, I).
+        bias: (O,).
+
+    Returns:
+        (..., O).
+    """
+    kind = tokens.device.type
+    if torch.is_autocast_enabled(kind):
+        tokens = tokens.to(torch.get_autocast_dtype(kind))
+    mapped: Tensor = _Linear.apply(tokens, weight, bias)  # type: ignore[no-untyped-call]
+    return mapped
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, weight)
+        return torch.nn.functional.linear(tokens, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        tokens, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1]).contiguous()
+        grad_tokens = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_tokens = (rows @ weight.to(rows.dtype)).view(tokens.shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (rows.t() @ tokens.reshape(-1, tokens.shape[-1])).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = _column_sums(rows).to(weight.dtype)
+        return grad_tokens, grad_weight, grad_bias
+
+
+def _column_sums(rows: Tensor) -> Tensor:
+    """(N, C) -> (C,) float32."""
+    count, channels = rows.shape
+    programs = max(1, min(_SUM_PROGRAMS, triton.cdiv(count, _SUM_ROWS)))
+    partial = rows.new_empty(programs, channels, dtype=torch.float32)
+    if channels:
+        _column_sums_kernel[(triton.cdiv(channels, _CHANNELS), programs)](
+            rows, partial, count, channels, ROWS=_SUM_ROWS, BLOCK=_CHANNELS
+        )
+    return partial.sum(0)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -177,13 +235,12 @@ def _convolve(
 ) -> None:
     """Write the convolution and its GELU, or one of them; `flip` turns the weights by half a turn."""
     batch, _, channels = tokens.shape
-    block = _channel_block(channels)
-    tiles = triton.cdiv(height, _TILE) * triton.cdiv(width, _TILE)
-    grid = (triton.cdiv(channels, block), tiles, batch)
+    taps = weight.reshape(channels, 9)
+    taps = (taps.flip(1) if flip else taps).t().contiguous()
     if tokens.numel():
-        _depthwise_kernel[grid](
+        _depthwise_kernel[_depthwise_grid(tokens, height, width)](
             tokens,
-            weight,
+            taps,
             weight if bias is None else bias,
             tokens if convolved is None else convolved,
             tokens if activated is None else activated,
@@ -193,33 +250,35 @@ def _convolve(
             BIAS=bias is not None,
             CONVOLVED=convolved is not None,
             ACTIVATED=activated is not None,
-            FLIP=flip,
-            TILE=_TILE,
-            BLOCK=block,
+            EXACT=tokens.dtype == torch.float32,
+            ROWS=_ROWS,
+            COLUMNS=_COLUMNS,
+            BLOCK=_CHANNELS,
         )
 
 
 def _weight_sums(tokens: Tensor, grad: Tensor, height: int, width: int) -> Tensor:
-    """(16, C) float32: gradients of the nine weights of each channel, then of its bias; the rest is padding."""
+    """(10, C) float32: gradients of the nine weights of each channel, then of its bias."""
     batch, _, channels = tokens.shape
-    block = _channel_block(channels)
-    columns, strips = triton.cdiv(width, _TILE), triton.cdiv(height, _TILE * _STRIP)
-    partial = grad.new_zeros(batch, strips * columns, 16, channels, dtype=torch.float32)
+    grid = _depthwise_grid(tokens, height, width)
+    partial = grad.new_empty(batch * grid[1], 10, channels, dtype=torch.float32)
     if tokens.numel():
-        _depthwise_weight_kernel[(triton.cdiv(channels, block), strips * columns, batch)](
-            tokens, grad, partial, height, width, channels, TILE=_TILE, STRIP=_STRIP, BLOCK=block
+        _depthwise_weight_kernel[grid](
+            tokens, grad, partial, height, width, channels, ROWS=_ROWS, COLUMNS=_COLUMNS, BLOCK=_CHANNELS
         )
-    return partial.sum((0, 1))
+    return partial.sum(0)
+
+
+def _depthwise_grid(tokens: Tensor, height: int, width: int) -> tuple[int, int, int]:
+    """Blocks of channels, blocks of pixels, images."""
+    blocks = triton.cdiv(height, _ROWS) * triton.cdiv(width, _COLUMNS)
+    return triton.cdiv(tokens.shape[2], _CHANNELS), blocks, tokens.shape[0]
 
 
 def _norm_blocks(channels: int) -> tuple[int, int]:
     """Channels, padded to a power of two, and rows of one program."""
     padded = triton.next_power_of_2(channels)
     return padded, max(1, _ELEMENTS // padded)
-
-
-def _channel_block(channels: int) -> int:
-    return min(_MAX_CHANNELS, triton.next_power_of_2(channels))
 
 
 @triton.jit
@@ -288,9 +347,43 @@ def _norm_backward_kernel(
 
 
 @triton.jit
+def _column_sums_kernel(rows, partial, count, channels, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    known = channel < channels
+    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for first in range(tl.program_id(1) * ROWS, count, tl.num_programs(1) * ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        place = row.to(tl.int64) * channels + channel
+        total += tl.load(rows + place, mask=(row < count) & known, other=0).to(tl.float32)
+    kept = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(partial + tl.program_id(1) * channels + kept, tl.sum(total, 0), mask=kept < channels)
+
+
+@triton.jit
+def _pixels(image, row, column, height, width, channels, channel, known):
+    """(COLUMNS, BLOCK) float32 pixels of one row, 0 outside the image."""
+    row = row + column * 0  # the interpreter takes no scalar for a mask
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width) & known
+    return tl.load(image + (row * width + column) * channels + channel, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def _gelu(x, EXACT: tl.constexpr):
+    """x times the normal distribution's share below x; for half precision with an erf that errs by up to 1.5e-7."""
+    if EXACT:
+        result = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    else:
+        # Abramowitz & Stegun 7.1.26, of |x| / sqrt(2).
+        t = 1.0 / (1.0 + 0.231641888 * tl.abs(x))
+        series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+        result = tl.maximum(x, 0.0) - 0.5 * tl.abs(x) * series * tl.exp2(-0.7213475204444817 * x * x)
+    return result
+
+
+@triton.jit
 def _depthwise_kernel(
     tokens,
-    weight,
+    taps,
     bias,
     convolved,
     activated,
@@ -300,36 +393,53 @@ def _depthwise_kernel(
     BIAS: tl.constexpr,
     CONVOLVED: tl.constexpr,
     ACTIVATED: tl.constexpr,
-    FLIP: tl.constexpr,
-    TILE: tl.constexpr,
+    EXACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # Down the rows: each row of the input is read once, and adds to the three rows of the result that it is next to.
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     known = channel < channels
-    columns = tl.cdiv(width, TILE)
-    pixel = tl.arange(0, TILE * TILE)[:, None]
-    y = tl.program_id(1) // columns * TILE + pixel // TILE
-    x = tl.program_id(1) % columns * TILE + pixel % TILE
+    across = tl.cdiv(width, COLUMNS)
+    first = tl.program_id(1) // across * ROWS
+    column = tl.program_id(1) % across * COLUMNS + tl.arange(0, COLUMNS)[:, None]
     start = tl.program_id(2).to(tl.int64) * height * width * channels
-    place = (y * width + x) * channels + channel
-    total = tl.zeros([TILE * TILE, BLOCK], dtype=tl.float32)
-    for tap in tl.static_range(9):
-        dy = tap // 3 - 1
-        dx = tap % 3 - 1
-        inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width) & known
-        neighbor = tl.load(tokens + start + place + (dy * width + dx) * channels, mask=inside, other=0)
-        factor = tl.load(weight + channel * 9 + (8 - tap if FLIP else tap), mask=known, other=0)
-        total += neighbor.to(tl.float32) * factor.to(tl.float32)
+    tokens += start
+    convolved += start
+    activated += start
+    w0 = tl.load(taps + channel, mask=known, other=0).to(tl.float32)
+    w1 = tl.load(taps + channels + channel, mask=known, other=0).to(tl.float32)
+    w2 = tl.load(taps + 2 * channels + channel, mask=known, other=0).to(tl.float32)
+    w3 = tl.load(taps + 3 * channels + channel, mask=known, other=0).to(tl.float32)
+    w4 = tl.load(taps + 4 * channels + channel, mask=known, other=0).to(tl.float32)
+    w5 = tl.load(taps + 5 * channels + channel, mask=known, other=0).to(tl.float32)
+    w6 = tl.load(taps + 6 * channels + channel, mask=known, other=0).to(tl.float32)
+    w7 = tl.load(taps + 7 * channels + channel, mask=known, other=0).to(tl.float32)
+    w8 = tl.load(taps + 8 * channels + channel, mask=known, other=0).to(tl.float32)
+    level = tl.zeros([COLUMNS, BLOCK], dtype=tl.float32)
     if BIAS:
-        total += tl.load(bias + channel, mask=known, other=0).to(tl.float32)
-    inside = (y < height) & (x < width) & known
-    if CONVOLVED:
-        tl.store(convolved + start + place, total.to(convolved.dtype.element_ty), mask=inside)
-    if ACTIVATED:
-        # GELU of the rounded convolution: what its gradient is taken at.
-        total = total.to(activated.dtype.element_ty).to(tl.float32)
-        total = 0.5 * total * (1 + tl.erf(total * 0.7071067811865476))
-        tl.store(activated + start + place, total.to(activated.dtype.element_ty), mask=inside)
+        level += tl.load(bias + channel, mask=known, other=0).to(tl.float32)
+    inside = (column < width) & known
+    above = level
+    here = level
+    for step in range(ROWS + 2):
+        row = first - 1 + step
+        left = _pixels(tokens, row, column - 1, height, width, channels, channel, known)
+        middle = _pixels(tokens, row, column, height, width, channels, channel, known)
+        right = _pixels(tokens, row, column + 1, height, width, channels, channel, known)
+        done = above + w6 * left + w7 * middle + w8 * right
+        above = here + w3 * left + w4 * middle + w5 * right
+        here = level + w0 * left + w1 * middle + w2 * right
+        row = row - 1 + column * 0
+        written = inside & (row >= first) & (row < height)
+        place = (row * width + column) * channels + channel
+        if CONVOLVED:
+            tl.store(convolved + place, done.to(convolved.dtype.element_ty), mask=written)
+        if ACTIVATED:
+            # GELU of the rounded convolution: what its gradient is taken at.
+            done = done.to(activated.dtype.element_ty).to(tl.float32)
+            tl.store(activated + place, _gelu(done, EXACT).to(activated.dtype.element_ty), mask=written)
 
 
 @triton.jit
@@ -340,29 +450,52 @@ def _depthwise_weight_kernel(
     height,
     width,
     channels,
-    TILE: tl.constexpr,
-    STRIP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     known = channel < channels
-    columns = tl.cdiv(width, TILE)
-    pixel = tl.arange(0, TILE * TILE)[:, None]
-    x = tl.program_id(1) % columns * TILE + pixel % TILE
+    across = tl.cdiv(width, COLUMNS)
+    first = tl.program_id(1) // across * ROWS
+    column = tl.program_id(1) % across * COLUMNS + tl.arange(0, COLUMNS)[:, None]
     start = tl.program_id(2).to(tl.int64) * height * width * channels
-    line = tl.arange(0, 16)[:, None]
-    sums = tl.zeros([16, BLOCK], dtype=tl.float32)
-    for square in range(STRIP):
-        y = (tl.program_id(1) // columns * STRIP + square) * TILE + pixel // TILE
-        place = (y * width + x) * channels + channel
-        inside = (y < height) & (x < width) & known
-        g = tl.load(grad + start + place, mask=inside, other=0).to(tl.float32)
-        sums += tl.where(line == 9, tl.sum(g, 0)[None, :], 0)
-        for tap in tl.static_range(9):
-            dy = tap // 3 - 1
-            dx = tap % 3 - 1
-            within = inside & (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
-            neighbor = tl.load(tokens + start + place + (dy * width + dx) * channels, mask=within, other=0)
-            sums += tl.where(line == tap, tl.sum(g * neighbor.to(tl.float32), 0)[None, :], 0)
+    tokens += start
+    grad += start
+    zero = tl.zeros([COLUMNS, BLOCK], dtype=tl.float32)
+    s0, s1, s2, s3, s4, s5, s6, s7, s8, s9 = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
+    # Gradients of the rows above, at and below the row of the input; rows of other programs count as 0.
+    above = zero
+    here = zero
+    for step in range(ROWS + 2):
+        row = first - 1 + step
+        last = tl.minimum(first + ROWS, height)
+        below = _pixels(grad, row + 1, column, last, width, channels, channel, known)
+        left = _pixels(tokens, row, column - 1, height, width, channels, channel, known)
+        middle = _pixels(tokens, row, column, height, width, channels, channel, known)
+        right = _pixels(tokens, row, column + 1, height, width, channels, channel, known)
+        s0 += below * left
+        s1 += below * middle
+        s2 += below * right
+        s3 += here * left
+        s4 += here * middle
+        s5 += here * right
+        s6 += above * left
+        s7 += above * middle
+        s8 += above * right
+        s9 += below
+        above = here
+        here = below
     program = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(partial + (program * 16 + line) * channels + channel, sums, mask=known & (line < 16))
+    line = partial + program * 10 * channels + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    kept = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK) < channels
+    tl.store(line, tl.sum(s0, 0), mask=kept)
+    tl.store(line + channels, tl.sum(s1, 0), mask=kept)
+    tl.store(line + 2 * channels, tl.sum(s2, 0), mask=kept)
+    tl.store(line + 3 * channels, tl.sum(s3, 0), mask=kept)
+    tl.store(line + 4 * channels, tl.sum(s4, 0), mask=kept)
+    tl.store(line + 5 * channels, tl.sum(s5, 0), mask=kept)
+    tl.store(line + 6 * channels, tl.sum(s6, 0), mask=kept)
+    tl.store(line + 7 * channels, tl.sum(s7, 0), mask=kept)
+    tl.store(line + 8 * channels, tl.sum(s8, 0), mask=kept)
+    tl.store(line + 9 * channels, tl.sum(s9, 0), mask=kept)

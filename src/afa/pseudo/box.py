@@ -1,13 +1,16 @@
 """Resizing to and from a box that differs by image, for a whole batch at once and without asking for its numbers.
 
 A crop, a bilinear resize and a paste are linear along each axis, so for a batch of boxes they are two batched matrix
-products whose shapes depend on the canvas alone: a GPU never waits for the host to read a box.
+products whose shapes depend on the canvas alone: a device never waits for the host to read a box. On a GPU they are one
+kernel.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from afa.kernels import fused
 
 
 def axis_weights(
@@ -50,6 +53,27 @@ def axis_weights(
     return weights.scatter_add_(2, (high + in_start[:, None])[:, :, None], (part * inside)[:, :, None])
 
 
-def resize_box(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Apply `axis_weights` of both axes: (B, P, h, w), (B, H, h), (B, W, w) -> (B, P, H, W) float32."""
+def move_box(maps: Tensor, size: tuple[int, int], *, source: Tensor, target: Tensor, align_corners: bool) -> Tensor:
+    """Cut a box out of each image, resize it, and paste it into another box of an empty canvas.
+
+    Args:
+        maps: (B, P, h, w) floating.
+        size: (H, W) of the canvas.
+        source: (B, 4) int64 (top, bottom, left, right) of the box in `maps`, half open, not empty.
+        target: (B, 4) int64 of the box in the result, likewise.
+        align_corners: As `torch.nn.functional.interpolate` has it.
+
+    Returns:
+        (B, P, H, W) float32, 0 outside the box.
+    """
+    if fused(maps.device):
+        from afa.pseudo.box_triton import move_box as fused_move
+
+        return fused_move(maps, size, source=source, target=target, align_corners=align_corners)
+    weights = []
+    for axis, (out_size, in_size) in enumerate(zip(size, maps.shape[2:], strict=True)):
+        (start, end), (first, last) = (box[:, 2 * axis : 2 * axis + 2].unbind(1) for box in (source, target))
+        spans = {"out_start": first, "out_length": last - first, "in_start": start, "in_length": end - start}
+        weights.append(axis_weights(out_size, in_size, **spans, align_corners=align_corners))
+    rows, columns = weights
     return rows[:, None] @ maps.float() @ columns.transpose(1, 2)[:, None]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
+from afa.resize import resize
 from afa.types import NetworkOutput, normalize_image
 
 ScoreFunction = Callable[[Tensor, bool], NetworkOutput]
@@ -71,7 +71,7 @@ def scale_view(image: Tensor, scale: float) -> Tensor:
     if scale == 1.0:
         return image
     size = (int(image.shape[2] * scale), int(image.shape[3] * scale))
-    return interpolate(image, size=size, mode="bilinear", align_corners=False)
+    return resize(image, size)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def fuse_scores(scores: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     for score in scores:
         plain, flipped = score.chunk(2)
         mirrored = torch.cat([plain, flipped.flip(-1)])
-        plain, flipped = interpolate(mirrored, size=size, mode="bilinear", align_corners=False).chunk(2)
+        plain, flipped = resize(mirrored, size).chunk(2)
         positive = torch.maximum(plain, flipped).relu()
         total = positive if total is None else total + positive
     assert total is not None

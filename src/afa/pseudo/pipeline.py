@@ -20,13 +20,13 @@ from torch.nn.functional import interpolate
 from afa.config import PseudoConfig
 from afa.filtering.crf import dense_crf
 from afa.kernels import fused
-from afa.pseudo.affinity import window_mask
-from afa.pseudo.box import axis_weights, resize_box
+from afa.pseudo.box import move_box
 from afa.pseudo.cam import CamResult, ScoreFunction, multi_scale_cam
 from afa.pseudo.labels import cam_label, ignore_outside, merge_labels, threshold_label
 from afa.pseudo.par import refine, refinement_kernel
 from afa.pseudo.scores import PresentClasses, best_slot, mask_scores, present_classes, present_scores, with_background
-from afa.pseudo.walk import mean_attention_affinity, propagate, take_step, transition
+from afa.pseudo.walk import mean_attention_affinity, propagate, spread
+from afa.resize import resize
 from afa.types import IGNORE_INDEX
 
 PSEUDO_KINDS = ("cam", "propagated", "cam_label", "propagated_label", "initial_label", "refined_label")
@@ -101,26 +101,13 @@ class Refiner:
 
     def _refine_boxes(self, scores: Tensor, valid_box: Tensor) -> Tensor:
         """All boxes at once: each box's small image lies in the top left of a canvas that fits the largest."""
-        small_size = self.small_size
-        to_small: list[Tensor] = []
-        to_small_aligned: list[Tensor] = []
-        to_canvas: list[Tensor] = []
-        lengths: list[Tensor] = []
-        for axis, (canvas, small) in enumerate(zip(self.size, small_size, strict=True)):
-            start, end = valid_box[:, 2 * axis], valid_box[:, 2 * axis + 1]
-            small_length = ((end - start) // self.config.refinement_stride).clamp(min=1)
-            box = {"start": start, "length": end - start}
-            corner = {"start": torch.zeros_like(start), "length": small_length}
-            inward = {f"out_{key}": value for key, value in corner.items()} | {f"in_{k}": v for k, v in box.items()}
-            outward = {f"out_{key}": value for key, value in box.items()} | {f"in_{k}": v for k, v in corner.items()}
-            to_small.append(axis_weights(small, canvas, **inward, align_corners=False))
-            to_small_aligned.append(axis_weights(small, canvas, **inward, align_corners=True))
-            to_canvas.append(axis_weights(canvas, small, **outward, align_corners=False))
-            lengths.append(small_length)
-        extent = torch.stack(lengths, 1)
-        kernel = self._kernel(resize_box(self.image, *to_small), extent)
-        refined = self._refine(resize_box(scores, *to_small_aligned), kernel, extent)
-        return resize_box(refined, *to_canvas)
+        extent = torch.stack([valid_box[:, 1] - valid_box[:, 0], valid_box[:, 3] - valid_box[:, 2]], 1)
+        extent = (extent // self.config.refinement_stride).clamp(min=1)
+        corner = torch.stack([torch.zeros_like(extent), extent], 2).flatten(1)
+        image = move_box(self.image, self.small_size, source=valid_box, target=corner, align_corners=False)
+        small = move_box(scores, self.small_size, source=valid_box, target=corner, align_corners=True)
+        refined = self._refine(small, self._kernel(image, extent), extent)
+        return move_box(refined, self.size, source=corner, target=valid_box, align_corners=False)
 
     def _refine_crop(self, index: int, inside: tuple[slice, ...], crop: Tensor, num_sets: int) -> Tensor:
         size = (crop.shape[2], crop.shape[3])
@@ -294,12 +281,15 @@ def _refined_label(
     """`refined_label` from the (B, P - 1, H, W) CAMs of the present classes."""
     small = _resize(cam.cam, cam.grid)
     scores = _competing_scores(small, present, config)
-    affinity = _walked_affinity(cam, config)
-    mask = window_mask(*cam.grid, config.affinity_radius, affinity.device)
-    walk = transition(affinity, mask, power=config.affinity_power, epsilon=config.walk_epsilon)
-    spread = take_step(walk, scores)
+    walked = spread(
+        _walked_affinity(cam, config),
+        scores,
+        radius=config.affinity_radius,
+        power=config.affinity_power,
+        epsilon=config.walk_epsilon,
+    )
     on_canvas = config.refinement_region == "canvas"
-    refined = refiner.on_canvas(spread, num_sets=2) if on_canvas else refiner.in_box(spread, valid_box, num_sets=2)
+    refined = refiner.on_canvas(walked, num_sets=2) if on_canvas else refiner.in_box(walked, valid_box, num_sets=2)
     if crf is not None:
         refined = torch.cat([_through_crf(each, present.valid, refiner, crf) for each in refined.chunk(2, 1)], 1)
     return ignore_outside(_decide(refined, present, config), valid_box)
@@ -443,4 +433,4 @@ def _decide(scores: Tensor, present: PresentClasses, config: PseudoConfig) -> Te
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if maps.shape[2:] == size:
         return maps
-    return interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    return resize(maps, size)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from afa.kernels import fused
 from afa.pseudo.affinity import window_mask
 from afa.pseudo.scores import present_scores, with_background
 
@@ -77,10 +78,35 @@ def propagate(
     Source:
         Paper Eq. 7; softmax and background: method.md section 5.
     """
-    mask = window_mask(*grid, radius, affinity.device)
-    walk = transition(affinity, mask, power=power, epsilon=epsilon)
     small = interpolate(cam, size=grid, mode="bilinear", align_corners=False)
-    return take_step(walk, present_scores(with_background(small, background), tags, softmax=softmax))
+    scores = present_scores(with_background(small, background), tags, softmax=softmax)
+    return spread(affinity, scores, radius=radius, power=power, epsilon=epsilon)
+
+
+def spread(affinity: Tensor, scores: Tensor, *, radius: int, power: float, epsilon: float) -> Tensor:
+    """Spread scores over the affinity: one step of the walk.
+
+    On a GPU with Triton this is one kernel over the pairs within the radius; its sums, in float32, differ from those
+    of the plain code by rounding.
+
+    Args:
+        affinity: (B, hw, hw) non-negative, of the dtype of the scores.
+        scores: (B, P, h, w).
+        radius: Chebyshev radius of the walk, tokens; not negative.
+        power: alpha of Eq. 6.
+        epsilon: Added to each degree.
+
+    Returns:
+        (B, P, h, w) `take_step` along the `transition` of the affinity within the radius.
+    """
+    wants_gradient = torch.is_grad_enabled() and (affinity.requires_grad or scores.requires_grad)
+    # To the power of 0 the pairs beyond the radius count as well, and double precision is for checks.
+    if fused(affinity.device) and power > 0 and affinity.dtype != torch.float64 and not wants_gradient:
+        from afa.pseudo.walk_triton import step
+
+        return step(affinity, scores, radius=radius, power=power, epsilon=epsilon)
+    mask = window_mask(scores.shape[2], scores.shape[3], radius, affinity.device)
+    return take_step(transition(affinity, mask, power=power, epsilon=epsilon), scores)
 
 
 def take_step(walk: Tensor, scores: Tensor) -> Tensor:

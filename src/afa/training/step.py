@@ -8,7 +8,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from afa.config import Config
 from afa.filtering.energy import energy_loss
@@ -16,6 +15,7 @@ from afa.losses import TotalFunction, affinity_loss, classification_loss, segmen
 from afa.pseudo.affinity import affinity_label, token_label
 from afa.pseudo.cam import ScoreFunction
 from afa.pseudo.pipeline import TrainingLabels, training_labels
+from afa.resize import resize
 from afa.runtime import one_cast
 from afa.training.schedule import Phase
 from afa.types import Batch, NetworkOutput, normalize_image
@@ -136,7 +136,7 @@ def _compute_losses(
     if phase.segmentation:
         assert output.seg_logits is not None
         assert target is not None
-        logits = interpolate(output.seg_logits, size=target.shape[1:], mode="bilinear", align_corners=False)
+        logits = resize(output.seg_logits, target.shape[1:])
         seg = segmentation_loss(logits, target, form=config.loss.segmentation_form, total=total)
         loss = loss + num_processes * config.loss.segmentation_weight * seg
         if config.loss.energy_weight > 0:

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from afa.config import Config, DataConfig
 from afa.data.layout import find_layout
@@ -25,6 +24,7 @@ from afa.evaluation.evaluate import read_ahead
 from afa.losses import TotalFunction, classification_loss, segmentation_loss
 from afa.pseudo.cam import ScoreFunction
 from afa.pseudo.pipeline import TrainingLabels
+from afa.resize import resize
 from afa.runtime import Processes
 from afa.training.schedule import Phase
 from afa.training.step import ForwardFunction, StepLosses
@@ -165,7 +165,7 @@ def supervised_losses(
     output = forward(normalize_image(batch.image.float() / 255), True, False)
     assert output.seg_logits is not None
     cls = classification_loss(output.image_logits, batch.tags)
-    logits = interpolate(output.seg_logits, size=batch.mask.shape[1:], mode="bilinear", align_corners=False)
+    logits = resize(output.seg_logits, batch.mask.shape[1:])
     seg = segmentation_loss(logits, batch.mask.long(), form="plain", total=total)
     return StepLosses(
         total=cls + num_processes * seg,
