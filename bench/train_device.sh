@@ -8,6 +8,7 @@
 #          OUT holds already is not measured again.
 # DATA     data set of the configuration; without it the generated images of `afa demo` are learned.
 # EXTRA    further arguments of afa train, such as "--model.weights FOLDER --train.compile true".
+# SKIP     names of measurements to leave out, such as "step_bf16_compiled", which compiles for minutes.
 # PYTHON   interpreter with afa and its test dependencies (default: .venv/bin/python, else python3).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,6 +20,7 @@ mkdir -p "$out"
 
 once() { # once FILE COMMAND...: run the command unless FILE tells that it has run; a failure is kept and said
     local file="$out/$1"
+    case " ${SKIP:-} " in *" ${1%.txt} "*) return 0 ;; esac
     shift
     [ -s "$file" ] && return 0
     echo "== $*"
@@ -28,14 +30,14 @@ once() { # once FILE COMMAND...: run the command unless FILE tells that it has r
 }
 
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; print(torch.cuda.get_device_name())' | tee "$out/device.txt"
-once check.txt "$python" -m pytest -q -p no:cacheprovider -m gpu tests/pseudo tests/training tests/filtering tests/data/test_loader.py
+once check.txt "$python" -m pytest -q -p no:cacheprovider -m gpu tests/model tests/pseudo tests/training tests/filtering tests/data/test_loader.py tests/test_resize_triton.py
 setting=(--device cuda --backbone mit_b1 --crop 512 --batch 8 --phase all)
 once step_fp32.txt "$python" bench/step.py "${setting[@]}" --precision fp32 --json "$out/step_fp32.json"
 once step_bf16.txt "$python" bench/step.py "${setting[@]}" --precision bf16 --json "$out/step_bf16.json"
-once step_bf16_compiled.txt "$python" bench/step.py "${setting[@]}" --precision bf16 --compile --json "$out/step_bf16_compiled.json"
 once energy.txt "$python" bench/energy.py --device cuda --step mit_b1
 once crf.txt "$python" bench/crf.py --device cuda
 once predict.txt "$python" bench/predict.py --device cuda
+once step_bf16_compiled.txt "$python" bench/step.py "${setting[@]}" --precision bf16 --compile --json "$out/step_bf16_compiled.json"
 
 # Ctrl-C lets a run finish its step and save: that is how it is told that its time is over.
 if [ -n "${DATA:-}" ]; then

@@ -40,7 +40,7 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         (B, P, H, W), contiguous.
     """
-    resized: Tensor = _Resize.apply(maps, size)  # type: ignore[no-untyped-call]
+    resized: Tensor = _Resize.apply(maps, size)
     return resized
 
 
@@ -55,7 +55,7 @@ def sum_levels(fine: Tensor, first: Tensor, second: Tensor | None = None) -> Ten
     Returns:
         (B, P, H, W), channels-last.
     """
-    total: Tensor = _SumLevels.apply(fine, first, second)  # type: ignore[no-untyped-call]
+    total: Tensor = _SumLevels.apply(fine, first, second)
     return total
 
 
@@ -165,7 +165,7 @@ def _level_grid(out: Tensor) -> tuple[int, int, int]:
 
 @triton.jit
 def _source(position, scale, size):
-    """Where a position of the result lies in the input: the position at or before it, the next, the next one's share."""
+    """The positions of the input before and after a position of the result, and the second one's share."""
     place = tl.minimum(tl.maximum((position.to(tl.float32) + 0.5) * scale - 0.5, 0.0), size - 1.0)
     low = place.to(tl.int32)
     return low, tl.minimum(low + 1, size - 1), place - low.to(tl.float32)

@@ -87,6 +87,27 @@ def test_layers_of_other_classes_stay() -> None:
     assert type(module[0]) is Special
 
 
+@pytest.mark.parametrize("size", [(64, 64), (37, 50), (33, 4), (1, 2)])
+def test_stem_over_squares_of_pixels_is_the_same_convolution(size: tuple[int, int]) -> None:
+    stem = plain_encoder().stages[0].patch_embeddings.proj
+    results, gradients = [], []
+    image = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    for convolve in (stem, lambda image: layers.StemConv._over_squares(stem, image)):
+        stem.zero_grad()
+        results.append(convolve(image))
+        results[-1].square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in stem.parameters()])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
+    assert results[1].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_stem_is_only_the_convolution_that_it_stands_for() -> None:
+    _, faster = both(plain_encoder())
+    kinds = [type(stage.patch_embeddings.proj) for stage in faster.stages]
+    assert kinds == [layers.StemConv, nn.Conv2d, nn.Conv2d, nn.Conv2d]
+
+
 def test_linear_takes_any_number_of_leading_dimensions_and_no_bias() -> None:
     torch.manual_seed(0)
     for bias in (True, False):

@@ -61,10 +61,11 @@ class InnerLayerNorm(LowLayerNorm):
 
 
 class PointwiseLinear(nn.Linear):
-    """A linear layer over tokens that is a 1x1 convolution on a CPU in float32, and sums its bias' gradient fast on a GPU.
+    """A linear layer over tokens that is a 1x1 convolution on a CPU in float32.
 
     oneDNN's convolution adds the bias as it goes and keeps its speed where there are few channels; the matrix product
-    that PyTorch takes for a linear layer writes the bias into the result first.
+    that PyTorch takes for a linear layer writes the bias into the result first. On a GPU the gradient of the bias has a
+    kernel of its own.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -92,10 +93,9 @@ class StemConv(nn.Conv2d):
         """Convolve (B, 3, H, W) to (B, C, ceil(H / 4), ceil(W / 4))."""
         if input.device.type != "cuda" or torch.compiler.is_compiling():
             return super().forward(input)
-        return self.over_squares(input)
+        return self._over_squares(input)
 
-    def over_squares(self, input: Tensor) -> Tensor:
-        """`forward` over squares of pixels, on any device."""
+    def _over_squares(self, input: Tensor) -> Tensor:
         kind = input.device.type
         if under_autocast(kind):
             input = input.to(torch.get_autocast_dtype(kind))

@@ -18,14 +18,20 @@ from torch import Tensor
 _ELEMENTS = 2048
 """Elements of a layer norm that one program holds."""
 
-_COLUMNS = 16
+_COLUMNS = 8
 """Columns of pixels that one program convolves."""
 
 _ROWS = 16
 """Rows of pixels that one program convolves, one after the other."""
 
 _CHANNELS = 64
-"""Channels that one program convolves or sums."""
+"""Channels that one program convolves."""
+
+_SUM_COLUMNS = 16
+"""Columns of pixels over which one program sums the gradients of the weights."""
+
+_SUM_CHANNELS = 32
+"""Channels of them."""
 
 _SUM_ROWS = 64
 """Rows that one program sums at a time."""
@@ -47,7 +53,7 @@ def layer_norm(tokens: Tensor, weight: Tensor, bias: Tensor | None, eps: float, 
     Returns:
         (..., C).
     """
-    normalized: Tensor = _LayerNorm.apply(tokens, weight, bias, eps, dtype)  # type: ignore[no-untyped-call]
+    normalized: Tensor = _LayerNorm.apply(tokens, weight, bias, eps, dtype)
     return normalized
 
 
@@ -71,7 +77,7 @@ def depthwise_gelu(tokens: Tensor, weight: Tensor, bias: Tensor | None, height: 
         activated = torch.empty_like(tokens)
         _convolve(tokens, weight, bias, height, width, activated=activated)
         return activated
-    result: Tensor = _DepthwiseGelu.apply(tokens, weight, bias, height, width)  # type: ignore[no-untyped-call]
+    result: Tensor = _DepthwiseGelu.apply(tokens, weight, bias, height, width)
     return result
 
 
@@ -91,7 +97,7 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     kind = tokens.device.type
     if torch.is_autocast_enabled(kind):
         tokens = tokens.to(torch.get_autocast_dtype(kind))
-    mapped: Tensor = _Linear.apply(tokens, weight, bias)  # type: ignore[no-untyped-call]
+    mapped: Tensor = _Linear.apply(tokens, weight, bias)
     return mapped
 
 
@@ -193,9 +199,7 @@ class _LayerNorm(torch.autograd.Function):
 
 class _DepthwiseGelu(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int
-    ) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> Tensor:
         tokens = tokens.contiguous()
         out = torch.empty_like(tokens)
         convolved = torch.empty_like(tokens)
@@ -234,11 +238,11 @@ def _convolve(
     flip: bool = False,
 ) -> None:
     """Write the convolution and its GELU, or one of them; `flip` turns the weights by half a turn."""
-    batch, _, channels = tokens.shape
+    channels = tokens.shape[2]
     taps = weight.reshape(channels, 9)
     taps = (taps.flip(1) if flip else taps).t().contiguous()
     if tokens.numel():
-        _depthwise_kernel[_depthwise_grid(tokens, height, width)](
+        _depthwise_kernel[_depthwise_grid(tokens, height, width, _COLUMNS, _CHANNELS)](
             tokens,
             taps,
             weight if bias is None else bias,
@@ -260,19 +264,19 @@ def _convolve(
 def _weight_sums(tokens: Tensor, grad: Tensor, height: int, width: int) -> Tensor:
     """(10, C) float32: gradients of the nine weights of each channel, then of its bias."""
     batch, _, channels = tokens.shape
-    grid = _depthwise_grid(tokens, height, width)
+    grid = _depthwise_grid(tokens, height, width, _SUM_COLUMNS, _SUM_CHANNELS)
     partial = grad.new_empty(batch * grid[1], 10, channels, dtype=torch.float32)
     if tokens.numel():
         _depthwise_weight_kernel[grid](
-            tokens, grad, partial, height, width, channels, ROWS=_ROWS, COLUMNS=_COLUMNS, BLOCK=_CHANNELS
+            tokens, grad, partial, height, width, channels, ROWS=_ROWS, COLUMNS=_SUM_COLUMNS, BLOCK=_SUM_CHANNELS
         )
     return partial.sum(0)
 
 
-def _depthwise_grid(tokens: Tensor, height: int, width: int) -> tuple[int, int, int]:
+def _depthwise_grid(tokens: Tensor, height: int, width: int, columns: int, channels: int) -> tuple[int, int, int]:
     """Blocks of channels, blocks of pixels, images."""
-    blocks = triton.cdiv(height, _ROWS) * triton.cdiv(width, _COLUMNS)
-    return triton.cdiv(tokens.shape[2], _CHANNELS), blocks, tokens.shape[0]
+    blocks = triton.cdiv(height, _ROWS) * triton.cdiv(width, columns)
+    return triton.cdiv(tokens.shape[2], channels), blocks, tokens.shape[0]
 
 
 def _norm_blocks(channels: int) -> tuple[int, int]:
@@ -465,11 +469,12 @@ def _depthwise_weight_kernel(
     zero = tl.zeros([COLUMNS, BLOCK], dtype=tl.float32)
     s0, s1, s2, s3, s4, s5, s6, s7, s8, s9 = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
     # Gradients of the rows above, at and below the row of the input; rows of other programs count as 0.
+    last = tl.minimum(first + ROWS, height)
     above = zero
-    here = zero
+    # Zeros too, but not the same value: of two that start as one and hand each other on, Triton 3.6 keeps one constant.
+    here = _pixels(grad, last, column, last, width, channels, channel, known)
     for step in range(ROWS + 2):
         row = first - 1 + step
-        last = tl.minimum(first + ROWS, height)
         below = _pixels(grad, row + 1, column, last, width, channels, channel, known)
         left = _pixels(tokens, row, column - 1, height, width, channels, channel, known)
         middle = _pixels(tokens, row, column, height, width, channels, channel, known)

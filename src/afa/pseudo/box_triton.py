@@ -16,7 +16,7 @@ _LINE = 128
 
 
 def move_box(maps: Tensor, size: tuple[int, int], *, source: Tensor, target: Tensor, align_corners: bool) -> Tensor:
-    """As `afa.pseudo.box.move_box`, whose arguments these are."""
+    """Cut boxes out of (B, P, h, w) maps, resize and paste them; see `afa.pseudo.box.move_box`."""
     batch, planes, height, width = maps.shape
     maps = maps.contiguous()
     out = maps.new_empty(batch, planes, *size, dtype=torch.float32)
