@@ -80,7 +80,7 @@ def main(words: Sequence[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     is_gpu = device.type == "cuda"
-    methods = arguments.methods or (["lattice", "exact_half", "exact"] if is_gpu else ["lattice"])
+    methods = arguments.methods or (["exact_half", "lattice", "exact"] if is_gpu else ["lattice"])
 
     image = make_images(arguments.size, arguments.batch, arguments.data).to(device)
     generator = torch.Generator().manual_seed(0)

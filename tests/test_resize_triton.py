@@ -40,21 +40,21 @@ def check_resizing(device: str) -> None:
 
     for dtype, tolerance in ((torch.float32, 5e-6), (torch.bfloat16, 1e-2)):
         for small, large in SIZES[: None if dtype == torch.float32 else 1]:
-            maps = draw(2, 3, *small).to(dtype).requires_grad_()
+            maps = draw(1, 2, *small).to(dtype).requires_grad_()
             exact = maps.detach().double().requires_grad_()
-            grad = draw(2, 3, *large).to(dtype)
+            grad = draw(1, 2, *large).to(dtype)
             result, expected = resize(maps, large), interpolated(exact, large)
             result.backward(grad)
             expected.backward(grad.double())
             assert result.is_contiguous()
             assert_near(result.detach(), expected.detach(), tolerance)
             assert_near(maps.grad, exact.grad, tolerance)
-        for sizes in (((9, 20), (5, 9), (9, 10)), ((9, 20), (3, 20))):
-            levels = [draw(2, 66, *size).to(dtype).requires_grad_() for size in sizes]
+        for sizes in (((5, 18), (3, 9), (5, 9)), ((5, 18), (2, 18))):
+            levels = [draw(2, 20, *size).to(dtype).requires_grad_() for size in sizes]
             exacts = [level.detach().double().requires_grad_() for level in levels]
             total = sum_levels(levels)
             expected = exacts[0] + sum(interpolated(level, sizes[0]) for level in exacts[1:])
-            grad = draw(2, 66, *sizes[0]).to(dtype)
+            grad = draw(2, 20, *sizes[0]).to(dtype)
             total.backward(grad)
             expected.backward(grad.double())
             assert total.is_contiguous(memory_format=torch.channels_last)
@@ -66,7 +66,7 @@ def check_resizing(device: str) -> None:
 
 def test_interpreted_kernels_equal_interpolate() -> None:
     pytest.importorskip("triton")
-    command = "import test_resize_triton as t; t.check_resizing('cpu')"
+    command = "import test_resize_triton as t, afa.resize_triton as r; r._CHANNELS = 16; t.check_resizing('cpu')"
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", command], env=environment, check=True)

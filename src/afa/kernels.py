@@ -7,6 +7,9 @@ import os
 
 import torch
 
+MOST_BLOCKS = 65_535
+"""Blocks that a CUDA grid can have along its second and its third axis."""
+
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

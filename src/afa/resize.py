@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from afa.kernels import fused
+from afa.kernels import MOST_BLOCKS, fused
 
 
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -55,4 +55,4 @@ def sum_levels(levels: Sequence[Tensor]) -> Tensor:
 
 def _takes_kernels(maps: Tensor) -> bool:
     plain = torch.compiler.is_compiling() or maps.dtype not in (torch.float32, torch.bfloat16, torch.float16)
-    return fused(maps.device) and not plain
+    return fused(maps.device) and not plain and maps.shape[0] * maps.shape[1] <= MOST_BLOCKS

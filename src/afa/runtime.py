@@ -83,8 +83,14 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_cast(device: torch.device) -> Iterator[None]:
-    """Let all passes inside share the copies of weights that autocast makes: it keeps them until its outermost context
-    ends. What runs outside of `autocast` in here keeps its own precision."""
+    """Let all passes of the network inside share the copies of weights that autocast makes.
+
+    It keeps them until its outermost context ends, which is this one. What runs in here outside of `autocast` keeps its
+    own precision.
+
+    Args:
+        device: Where the network is.
+    """
     if torch.amp.is_autocast_available(device.type):
         with torch.autocast(device.type, enabled=False):
             yield
