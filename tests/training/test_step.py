@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate, multilabel_soft_margin_loss
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from afa.build import build_network
 from afa.config import Config, ModelConfig, load_config
 from afa.filtering.energy import energy_loss
 from afa.model.network import AfaNetwork
 from afa.pseudo import pipeline
+from afa.runtime import autocast
 from afa.training import step as step_module
 from afa.training.schedule import Phase, phase
 from afa.training.step import StepLosses, compute_losses, gradients_are_finite
@@ -73,6 +76,53 @@ def recorder() -> Recorder:
     # A classifier of random weights tells nothing apart; a larger one gives CAMs with structure.
     torch.nn.init.normal_(network.classifier.weight, std=1.0)
     return Recorder(network.train())
+
+
+class CastCounter(TorchDispatchMode):
+    """Counts the copies in bfloat16 that are made of chosen tensors."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.places = {tensor.data_ptr() for tensor in tensors}
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        low = kwargs.get("dtype") == torch.bfloat16
+        if func is torch.ops.aten._to_copy.default and low and args[0].data_ptr() in self.places:
+            self.count += 1
+        return func(*args, **kwargs)
+
+
+def test_passes_share_the_casts_of_weights_and_lose_no_gradient(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With contexts of their own, as without `one_cast`, passes compute the same from more casts."""
+    network, batch = recorder.network, make_batch(FULL, FULL)
+    kind = phase(REFINED_STEP, config_with().schedule, config_with().loss)
+    weights = [module.weight for module in network.backbone.modules() if isinstance(module, torch.nn.Conv2d)]
+
+    def forward(image: Tensor, segmentation: bool, affinity: bool) -> NetworkOutput:
+        with autocast(torch.device("cpu"), "bf16"):
+            return recorder.forward(image, segmentation, affinity)
+
+    def score(image: Tensor, affinity: bool) -> NetworkOutput:
+        with autocast(torch.device("cpu"), "bf16"):
+            return recorder.score(image, affinity)
+
+    def learn() -> tuple[int, list[Tensor]]:
+        network.zero_grad()
+        with CastCounter(weights) as counter:
+            losses = compute_losses(forward, score, batch, config=config_with(), phase=kind)
+        losses.total.backward()  # type: ignore[no-untyped-call]
+        return counter.count, [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+
+    count, gradients = learn()
+    assert count == len(weights)
+    monkeypatch.setattr(step_module, "one_cast", lambda device: nullcontext())
+    separate, expected = learn()
+    assert separate == (1 + len(recorder.scores) // 2) * len(weights)
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
 
 
 @dataclass
