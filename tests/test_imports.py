@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "afa"
 # A part may import the parts of lower levels and itself. Within a level only the listed pairs may meet.
 LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "types"}),
-    frozenset({"config", "kernels"}),
+    frozenset({"config", "kernels", "kernels_triton"}),
     frozenset({"resize", "resize_triton"}),
     frozenset({"data", "model", "pseudo", "losses", "filtering", "runtime"}),
     frozenset({"build", "formats"}),
@@ -32,6 +32,7 @@ WITHIN_LEVEL = {
     ("inference", "evaluation"),
     ("pseudo", "filtering"),
     ("losses", "filtering"),
+    ("kernels", "kernels_triton"),
     ("resize", "resize_triton"),
     ("recipe", "check"),
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import sys
 
 import torch
 
@@ -15,8 +17,29 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def fused(device: torch.device) -> bool:
-    """Whether fused kernels run on a device: on CUDA, where Triton is installed.
+    """Whether fused kernels run on a device: on CUDA, where Triton is installed and can build kernels.
 
     Setting `TRITON_INTERPRET=1` before the start runs the same kernels on a CPU, very slowly, to test them.
     """
-    return (device.type == "cuda" or _INTERPRETED) and _HAS_TRITON
+    if not _HAS_TRITON:
+        return False
+    return _INTERPRETED or (device.type == "cuda" and _builds_kernels(device))
+
+
+@functools.cache
+def _builds_kernels(device: torch.device) -> bool:
+    """Whether Triton builds and starts a kernel; told once if not. It wants a C compiler and Python's headers."""
+    try:
+        from afa.kernels_triton import try_kernel
+
+        try_kernel(device)
+    except Exception as error:
+        reason = (str(error) or repr(error)).strip().splitlines()[0]
+        print(
+            f"fused GPU kernels are off, computing goes on without them and slower: {reason}; Triton needs a C "
+            "compiler and the headers of Python (on Debian: gcc and python3-dev)",
+            file=sys.stderr,
+            flush=True,
+        )
+        return False
+    return True
