@@ -29,6 +29,8 @@ def fused(device: torch.device) -> bool:
 @functools.cache
 def _builds_kernels(device: torch.device) -> bool:
     """Whether Triton builds and starts a kernel; told once if not. It wants a C compiler and Python's headers."""
+    # Triton 3.9 warns where this is not said, and later versions no longer join products with sums by themselves.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     try:
         from afa.kernels_triton import try_kernel
 
