@@ -89,6 +89,10 @@ def check_kernels(device: str) -> None:
     kept = depthwise_gelu(tokens.requires_grad_(), weight, None, 2, 3)
     with torch.no_grad():
         assert torch.equal(depthwise_gelu(tokens, weight, None, 2, 3), kept)
+    scale = draw(4)
+    kept = layer_norm(tokens, scale, None, 1e-5, torch.float32)
+    with torch.no_grad():
+        assert torch.equal(layer_norm(tokens, scale, None, 1e-5, torch.float32), kept)
     assert layer_norm(draw(0, 3, 4), draw(4), None, 1e-5, torch.float32).shape == (0, 3, 4)
     assert depthwise_gelu(draw(0, 6, 4), weight, None, 2, 3).shape == (0, 6, 4)
 

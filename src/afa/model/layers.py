@@ -21,6 +21,7 @@ from transformers.models.segformer.modeling_segformer import (
 from afa.kernels import fused
 
 _PIECE_BYTES = 1 << 24
+_FEW_VALUES = 1 << 20  # as of one image, where the host takes longer to start a kernel of ours than it saves
 _FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -41,7 +42,8 @@ class LowLayerNorm(nn.LayerNorm):
             return super().forward(input)
         casts = under_autocast(kind)
         rounds = casts and torch.get_autocast_dtype(kind) == low
-        if _takes_kernels(input) and len(self.normalized_shape) == 1:
+        pays = torch.is_grad_enabled() or input.numel() > _FEW_VALUES
+        if pays and _takes_kernels(input) and len(self.normalized_shape) == 1:
             from afa.model.layers_triton import layer_norm as fused_layer_norm
 
             short = rounds and (self.inner or not torch.is_grad_enabled())

@@ -53,6 +53,8 @@ def layer_norm(tokens: Tensor, weight: Tensor, bias: Tensor | None, eps: float, 
     Returns:
         (..., C).
     """
+    if not torch.is_grad_enabled():
+        return _normalize(tokens.contiguous(), weight, bias, eps, dtype)
     normalized: Tensor = _LayerNorm.apply(tokens, weight, bias, eps, dtype)
     return normalized
 
@@ -141,24 +143,7 @@ class _LayerNorm(torch.autograd.Function):
         tokens = tokens.contiguous()
         ctx.save_for_backward(tokens, weight)
         ctx.eps = eps
-        channels = tokens.shape[-1]
-        rows = tokens.numel() // channels
-        out = torch.empty_like(tokens, dtype=dtype)
-        padded, block = _norm_blocks(channels)
-        if rows:
-            _norm_kernel[(triton.cdiv(rows, block),)](
-                tokens,
-                weight,
-                weight if bias is None else bias,
-                out,
-                rows,
-                eps,
-                CHANNELS=channels,
-                BIAS=bias is not None,
-                PADDED=padded,
-                ROWS=block,
-            )
-        return out
+        return _normalize(tokens, weight, bias, eps, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
@@ -277,6 +262,27 @@ def _depthwise_grid(tokens: Tensor, height: int, width: int, columns: int, chann
     """Blocks of channels, blocks of pixels, images."""
     blocks = triton.cdiv(height, _ROWS) * triton.cdiv(width, columns)
     return triton.cdiv(tokens.shape[2], channels), blocks, tokens.shape[0]
+
+
+def _normalize(tokens: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    channels = tokens.shape[-1]
+    rows = tokens.numel() // channels
+    out = torch.empty_like(tokens, dtype=dtype)
+    padded, block = _norm_blocks(channels)
+    if rows:
+        _norm_kernel[(triton.cdiv(rows, block),)](
+            tokens,
+            weight,
+            weight if bias is None else bias,
+            out,
+            rows,
+            eps,
+            CHANNELS=channels,
+            BIAS=bias is not None,
+            PADDED=padded,
+            ROWS=block,
+        )
+    return out
 
 
 def _norm_blocks(channels: int) -> tuple[int, int]:
