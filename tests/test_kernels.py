@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from afa import kernels
 from afa.kernels import fused
+from interpreted import interpret
 
 CUDA = torch.device("cuda")
 
@@ -54,12 +51,11 @@ def test_where_the_kernel_starts_the_others_do(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_kernel_runs_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
     command = (
         "import torch; from afa.kernels_triton import _fill_kernel; out = torch.zeros(1); _fill_kernel[(1,)](out); "
         "assert out.item() == 1"
     )
-    subprocess.run([sys.executable, "-c", command], env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
+    interpret(command, __file__)
 
 
 @pytest.mark.gpu

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +9,7 @@ from torch.nn.functional import interpolate
 
 from afa.kernels import fused
 from afa.resize import resize, sum_levels
+from interpreted import interpret
 
 SIZES = (((4, 5), (16, 20)), ((7, 3), (10, 33)), ((1, 6), (9, 6)), ((9, 8), (5, 3)), ((3, 2), (10, 14)))
 """Sizes of maps before and after: whole and broken factors, edges, smaller ones."""
@@ -65,12 +61,8 @@ def check_resizing(device: str) -> None:
 
 
 def test_interpreted_kernels_equal_interpolate() -> None:
-    pytest.importorskip("triton")
     command = "import test_resize_triton as t, afa.resize_triton as r; r._CHANNELS = 16; t.check_resizing('cpu')"
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", command], env=environment, check=True)
-    assert not fused(torch.device("cpu"))
+    interpret(command, __file__)
 
 
 @pytest.mark.gpu

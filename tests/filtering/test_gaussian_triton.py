@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +10,7 @@ from afa import kernels
 from afa.filtering.energy import energy_loss
 from afa.filtering.gaussian import FilterMethod, gaussian_filter
 from afa.kernels import fused
+from interpreted import interpret
 
 POINTS = 150
 """Neither of the kernel's blocks divides it."""
@@ -128,14 +124,10 @@ def check_energy(device: str) -> None:
 
 
 def test_interpreted_kernel_equals_all_pairs() -> None:
-    pytest.importorskip("triton")
     command = (
         "import test_gaussian_triton as t; t.check_sums('cpu'); t.check_pairs_kernel('cpu'); t.check_energy('cpu')"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", command], env=environment, check=True)
-    assert not fused(torch.device("cpu"))
+    interpret(command, __file__)
 
 
 @pytest.mark.parametrize("method", ["exact", "exact_half", "lattice"])

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from afa.kernels import fused
 from afa.model import affinity_head
 from afa.model.affinity_head import AffinityHead
 from afa.types import RawAttention
+from interpreted import interpret
 
 SIZES = (1, 12, 64, 65, 150)
 """Rows of the matrices: less than a tile, whole tiles, partial ones."""
@@ -64,12 +62,8 @@ def check_head(device: str) -> None:
 
 
 def test_interpreted_kernel_equals_the_plain_code() -> None:
-    pytest.importorskip("triton")
     command = "import test_affinity_triton as t; t.check('cpu')"
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", command], env=environment, check=True)
-    assert not fused(torch.device("cpu"))
+    interpret(command, __file__)
 
 
 @pytest.mark.gpu

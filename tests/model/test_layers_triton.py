@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +14,7 @@ from transformers import SegformerConfig, SegformerModel
 from afa import kernels
 from afa.kernels import fused
 from afa.model.layers import InnerLayerNorm, LowLayerNorm, speed_up
+from interpreted import interpret
 
 SHAPES = ((20, 7, 9), (16, 3, 8), (1, 9, 1))
 """Channels, height and width of images of tokens: whole and partial blocks."""
@@ -143,15 +140,11 @@ def precisions(encoder: nn.Module, image: Tensor, *, gradient: bool) -> dict[typ
 
 
 def test_interpreted_kernels_equal_pytorch() -> None:
-    pytest.importorskip("triton")
     command = (
         "import test_layers_triton as t, afa.model.layers_triton as l; l._ROWS = 4; l._COLUMNS = 8; l._CHANNELS = 16; "
         "t.check_kernels('cpu'); t.check_encoder('cpu')"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", command], env=environment, check=True)
-    assert not fused(torch.device("cpu"))
+    interpret(command, __file__)
 
 
 @pytest.mark.gpu

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from afa.config import PseudoConfig
 from afa.kernels import fused
 from afa.pseudo.par import refine, refinement_kernel
 from afa.pseudo.pipeline import Refiner
+from interpreted import interpret
 
 DILATIONS = (1, 2, 4)
 EXTENT = torch.tensor([[14, 23], [19, 11]])
@@ -60,14 +58,10 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def test_interpreted_kernels_equal_the_plain_code(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
     command = (
         "import torch, test_par_triton as t; assert t.fused(torch.device('cpu')); torch.save(t.results(), 'out.pt')"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", command], cwd=tmp_path, env=environment, check=True)
-    assert not fused(torch.device("cpu"))
+    interpret(command, __file__, folder=tmp_path)
     assert_equal(torch.load(tmp_path / "out.pt"), results())
 
 

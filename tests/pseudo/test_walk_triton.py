@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +11,7 @@ from afa.kernels import fused
 from afa.pseudo import walk as walk_module
 from afa.pseudo.affinity import window_mask
 from afa.pseudo.walk import spread, take_step, transition
+from interpreted import interpret
 
 CASES = (
     # Rows and columns of tokens, score maps, radius, power, epsilon.
@@ -80,11 +76,7 @@ def check(device: str) -> None:
 
 
 def test_interpreted_kernel_equals_the_plain_code() -> None:
-    pytest.importorskip("triton")
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", "import test_walk_triton as t; t.check('cpu')"], env=environment, check=True)
-    assert not fused(torch.device("cpu"))
+    interpret("import test_walk_triton as t; t.check('cpu')", __file__)
 
 
 @pytest.mark.gpu
