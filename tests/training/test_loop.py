@@ -119,6 +119,20 @@ def test_the_seed_is_what_makes_runs_differ(tiny_data: Path, tmp_path: Path) -> 
     assert not torch.equal(a["classifier.weight"], c["classifier.weight"])
 
 
+@pytest.mark.parametrize("loss", [0.5, 0.3])
+def test_an_affinity_that_has_learnt_nothing_is_told_once(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], loss: float
+) -> None:
+    def constant(affinity: Tensor, *_: Any, **__: Any) -> Tensor:
+        return 0 * affinity.sum() + loss
+
+    monkeypatch.setattr("afa.training.step.affinity_loss", constant)
+    train(tiny_config(tiny_data), tmp_path / "run", device=CPU, progress=True)
+    told = [line for line in capsys.readouterr().err.splitlines() if "the affinity has learnt nothing" in line]
+    assert len(told) == (1 if loss == 0.5 else 0)
+    assert all("step 5:" in line and "loss 0.50" in line and "attention_scaling" in line for line in told)
+
+
 def test_evaluation_on_the_way_changes_nothing(tiny_data: Path, tmp_path: Path) -> None:
     run_training(tiny_config(tiny_data), tmp_path / "without")
     run_training(tiny_config(tiny_data, {"train.eval_steps": 1, "train.eval_images": 2}), tmp_path / "with")

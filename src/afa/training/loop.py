@@ -47,6 +47,9 @@ _FREE_KEYS = frozenset(
 """Keys that may differ between a run and its resumption: none of them changes the weights."""
 
 
+_UNLEARNT_AFFINITY = 0.47
+"""Balanced affinity loss from which on an affinity counts as unlearnt: 0.5 is that of any constant one."""
+
 _LOSSES = ("cls_loss", "seg_loss", "aff_loss", "reg_loss")
 """Keys of the losses in metrics.jsonl, beside their weighted sum."""
 
@@ -215,7 +218,7 @@ class _Trainer:
         sums = _Sums()
         began = time.perf_counter()
         line_began, line_step, told = began, start, began
-        step = start
+        step, warned = start, False
         bar = progress_bar(enabled=progress, extra="loss")
         self.network.train()
         # An error keeps this frame alive, and with it whatever still prepares batches, unless that is ended here.
@@ -231,6 +234,9 @@ class _Trainer:
                     self.engine.check(step - 1)
                     line = self._log_line(step, sums, rate, seconds_before + now - began)
                     sums, line_began, line_step = _Sums(), now, step
+                    if progress and not warned and (warning := _affinity_warning(line, config.loss.affinity_form)):
+                        warned = True
+                        say(warning)
                     text = _describe(line)
                     bar.update(task, rate=f"{rate:.1f} images/s", loss=text)
                     if progress and not bar.console.is_terminal and now - told > 10:
@@ -375,6 +381,18 @@ def _write_environment(
         "threads": torch.get_num_threads(),
     }
     write_atomically(run / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def _affinity_warning(line: dict[str, Any], form: str) -> str | None:
+    """What to say of an affinity that labels are made from before it has learnt anything, if a log line shows one."""
+    known = line["phase"] == "refined" and form == "balanced" and line["aff_loss"] is not None
+    if not known or line["aff_loss"] < _UNLEARNT_AFFINITY:
+        return None
+    return (
+        f"warning: step {line['step']}: the affinity has learnt nothing (loss {line['aff_loss']:.2f}; one that is the "
+        "same everywhere has 0.50), so refined labels will be poor; its logits are probably too large to move: try "
+        "--model.attention_scaling true or another --train.seed"
+    )
 
 
 def _describe(line: dict[str, Any]) -> str:
