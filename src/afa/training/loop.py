@@ -234,7 +234,7 @@ class _Trainer:
                     self.engine.check(step - 1)
                     line = self._log_line(step, sums, rate, seconds_before + now - began)
                     sums, line_began, line_step = _Sums(), now, step
-                    if progress and not warned and (warning := _affinity_warning(line, config.loss.affinity_form)):
+                    if progress and not warned and (warning := _affinity_warning(line, config)):
                         warned = True
                         say(warning)
                     text = _describe(line)
@@ -383,15 +383,16 @@ def _write_environment(
     write_atomically(run / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
-def _affinity_warning(line: dict[str, Any], form: str) -> str | None:
+def _affinity_warning(line: dict[str, Any], config: Config) -> str | None:
     """What to say of an affinity that labels are made from before it has learnt anything, if a log line shows one."""
-    known = line["phase"] == "refined" and form == "balanced" and line["aff_loss"] is not None
+    walks = line["phase"] == "refined" and config.pseudo.propagation == "affinity"
+    known = walks and config.loss.affinity_form == "balanced" and line["aff_loss"] is not None
     if not known or line["aff_loss"] < _UNLEARNT_AFFINITY:
         return None
+    remedy = "" if config.model.attention_scaling else "--model.attention_scaling true or "
     return (
         f"warning: step {line['step']}: the affinity has learnt nothing (loss {line['aff_loss']:.2f}; one that is the "
-        "same everywhere has 0.50), so refined labels will be poor; its logits are probably too large to move: try "
-        "--model.attention_scaling true or another --train.seed"
+        f"same everywhere has 0.50), so refined labels will be poor; try {remedy}another --train.seed"
     )
 
 
