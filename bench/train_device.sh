@@ -30,7 +30,7 @@ once() { # once FILE COMMAND...: run the command unless FILE tells that it has r
 }
 
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; print(torch.cuda.get_device_name())' | tee "$out/device.txt"
-once check.txt "$python" -m pytest -q -p no:cacheprovider -m gpu tests/model tests/pseudo tests/training tests/filtering tests/data/test_loader.py tests/test_resize_triton.py
+once check.txt "$python" -m pytest -q -p no:cacheprovider -m gpu tests/model tests/pseudo tests/training tests/filtering tests/data/test_loader.py tests/test_resize_triton.py tests/test_kernels.py
 setting=(--device cuda --backbone mit_b1 --crop 512 --batch 8 --phase all)
 once step_fp32.txt "$python" bench/step.py "${setting[@]}" --precision fp32 --json "$out/step_fp32.json"
 once step_bf16.txt "$python" bench/step.py "${setting[@]}" --precision bf16 --json "$out/step_bf16.json"

@@ -186,6 +186,57 @@ def _first(target, scale):
 
 
 @triton.jit
+def _enlarged(maps, y, x, rows, columns, scale_y, scale_x, channels, channel, inside):
+    """Float32 values at these positions of the result; `channels` lie side by side, of which `channel` are read."""
+    top, bottom, down = _source(y, scale_y, rows)
+    left, right, across = _source(x, scale_x, columns)
+    upper = tl.load(maps + (top * columns + left) * channels + channel, mask=inside, other=0).to(tl.float32)
+    upper *= 1 - across
+    upper += tl.load(maps + (top * columns + right) * channels + channel, mask=inside, other=0).to(tl.float32) * across
+    lower = tl.load(maps + (bottom * columns + left) * channels + channel, mask=inside, other=0).to(tl.float32)
+    lower *= 1 - across
+    lower += (
+        tl.load(maps + (bottom * columns + right) * channels + channel, mask=inside, other=0).to(tl.float32) * across
+    )
+    return upper * (1 - down) + lower * down
+
+
+@triton.jit
+def _gathered(
+    grad,
+    i,
+    j,
+    rows,
+    columns,
+    height,
+    width,
+    scale_y,
+    scale_x,
+    channels,
+    channel,
+    inside,
+    REACH_Y: tl.constexpr,
+    REACH_X: tl.constexpr,
+    DOWN: tl.constexpr,
+    ACROSS: tl.constexpr,
+):
+    """(DOWN, ACROSS) float32 gradients of these positions of the input; channels as in `_enlarged`."""
+    top = _first(i, scale_y)
+    left = _first(j, scale_x)
+    total = tl.zeros([DOWN, ACROSS], dtype=tl.float32)
+    for dy in range(REACH_Y):
+        y = top + dy
+        line = tl.zeros([DOWN, ACROSS], dtype=tl.float32)
+        for dx in tl.static_range(REACH_X):
+            x = left + dx
+            here = inside & (y < height) & (x < width)
+            value = tl.load(grad + (y * width + x) * channels + channel, mask=here, other=0).to(tl.float32)
+            line += value * _share(x, j, scale_x, columns)
+        total += line * _share(y, i, scale_y, rows)
+    return total
+
+
+@triton.jit
 def _resize_kernel(
     maps,
     out,
@@ -201,15 +252,9 @@ def _resize_kernel(
     y = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     x = tl.program_id(0) * LINE + tl.arange(0, LINE)[None, :]
     inside = (y < height) & (x < width)
-    top, bottom, down = _source(y, scale_y, rows)
-    left, right, across = _source(x, scale_x, columns)
     plane = tl.program_id(2).to(tl.int64)
     maps += plane * rows * columns
-    upper = tl.load(maps + top * columns + left, mask=inside, other=0).to(tl.float32) * (1 - across)
-    upper += tl.load(maps + top * columns + right, mask=inside, other=0).to(tl.float32) * across
-    lower = tl.load(maps + bottom * columns + left, mask=inside, other=0).to(tl.float32) * (1 - across)
-    lower += tl.load(maps + bottom * columns + right, mask=inside, other=0).to(tl.float32) * across
-    value = upper * (1 - down) + lower * down
+    value = _enlarged(maps, y, x, rows, columns, scale_y, scale_x, 1, 0, inside)
     tl.store(out + plane * height * width + y * width + x, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -233,35 +278,10 @@ def _resize_gradient_kernel(
     inside = (i < rows) & (j < columns)
     plane = tl.program_id(2).to(tl.int64)
     grad += plane * height * width
-    top = _first(i, scale_y)
-    left = _first(j, scale_x)
-    total = tl.zeros([ROWS, LINE], dtype=tl.float32)
-    for dy in range(REACH_Y):
-        y = top + dy
-        line = tl.zeros([ROWS, LINE], dtype=tl.float32)
-        for dx in tl.static_range(REACH_X):
-            x = left + dx
-            here = inside & (y < height) & (x < width)
-            value = tl.load(grad + y * width + x, mask=here, other=0).to(tl.float32)
-            line += value * _share(x, j, scale_x, columns)
-        total += line * _share(y, i, scale_y, rows)
-    tl.store(out + plane * rows * columns + i * columns + j, total.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _enlarged(maps, y, x, rows, columns, scale_y, scale_x, channels, channel, inside):
-    """(COLUMNS, CHANNELS) float32 of a coarser level at these positions."""
-    top, bottom, down = _source(y, scale_y, rows)
-    left, right, across = _source(x, scale_x, columns)
-    upper = tl.load(maps + (top * columns + left) * channels + channel, mask=inside, other=0).to(tl.float32)
-    upper *= 1 - across
-    upper += tl.load(maps + (top * columns + right) * channels + channel, mask=inside, other=0).to(tl.float32) * across
-    lower = tl.load(maps + (bottom * columns + left) * channels + channel, mask=inside, other=0).to(tl.float32)
-    lower *= 1 - across
-    lower += (
-        tl.load(maps + (bottom * columns + right) * channels + channel, mask=inside, other=0).to(tl.float32) * across
+    total = _gathered(
+        grad, i, j, rows, columns, height, width, scale_y, scale_x, 1, 0, inside, REACH_Y, REACH_X, ROWS, LINE
     )
-    return upper * (1 - down) + lower * down
+    tl.store(out + plane * rows * columns + i * columns + j, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -324,17 +344,23 @@ def _level_gradient_kernel(
     image = tl.program_id(2).to(tl.int64)
     inside = (j < columns) & (channel < channels)
     grad += image * height * width * channels
-    top = _first(i, scale_y)
-    left = _first(j, scale_x)
-    total = tl.zeros([COLUMNS, CHANNELS], dtype=tl.float32)
-    for dy in range(REACH_Y):
-        y = top + dy
-        line = tl.zeros([COLUMNS, CHANNELS], dtype=tl.float32)
-        for dx in tl.static_range(REACH_X):
-            x = left + dx
-            here = inside & (y < height) & (x < width)
-            value = tl.load(grad + (y * width + x) * channels + channel, mask=here, other=0).to(tl.float32)
-            line += value * _share(x, j, scale_x, columns)
-        total += line * _share(y, i, scale_y, rows)
+    total = _gathered(
+        grad,
+        i,
+        j,
+        rows,
+        columns,
+        height,
+        width,
+        scale_y,
+        scale_x,
+        channels,
+        channel,
+        inside,
+        REACH_Y,
+        REACH_X,
+        COLUMNS,
+        CHANNELS,
+    )
     place = image * rows * columns * channels + (i * columns + j) * channels + channel
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)

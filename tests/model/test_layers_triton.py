@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from test_layers import both, plain_encoder
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import SegformerConfig, SegformerModel
 
 from afa import kernels
 from afa.kernels import fused
-from afa.model.layers import InnerLayerNorm, LowLayerNorm, speed_up
+from afa.model.layers import InnerLayerNorm, LowLayerNorm
 from interpreted import interpret
 
 SHAPES = ((20, 7, 9), (16, 3, 8), (1, 9, 1))
@@ -94,21 +93,10 @@ def check_kernels(device: str) -> None:
     assert depthwise_gelu(draw(0, 6, 4), weight, None, 2, 3).shape == (0, 6, 4)
 
 
-def encoders() -> tuple[SegformerModel, SegformerModel]:
-    torch.manual_seed(0)
-    config = SegformerConfig(
-        hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 3, 4], strides=[4, 2, 2, 1]
-    )
-    plain = SegformerModel(config).eval()
-    faster = copy.deepcopy(plain)
-    speed_up(faster)
-    return plain, faster
-
-
 def check_encoder(device: str) -> None:
     """A whole encoder: its features and gradients, then its precisions under autocast."""
     assert fused(torch.device(device))
-    plain, faster = (encoder.to(device) for encoder in encoders())
+    plain, faster = (encoder.to(device) for encoder in both(plain_encoder()))
     image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(device)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         outputs = [encoder(image).last_hidden_state for encoder in (plain, faster)]
@@ -160,7 +148,7 @@ def test_a_gpu_without_triton_takes_the_plain_layers(monkeypatch: pytest.MonkeyP
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     monkeypatch.setattr(kernels, "_HAS_TRITON", False)
-    plain, faster = (encoder.to("cuda") for encoder in encoders())
+    plain, faster = (encoder.to("cuda") for encoder in both(plain_encoder()))
     image = torch.randn(2, 3, 64, 64, device="cuda")
     outputs = [encoder(image).last_hidden_state for encoder in (plain, faster)]
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-2, atol=1e-3)

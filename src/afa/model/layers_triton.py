@@ -370,6 +370,18 @@ def _column_sums_kernel(rows, partial, count, channels, ROWS: tl.constexpr, BLOC
 
 
 @triton.jit
+def _block(height, width, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """What a program of `_depthwise_grid` works on: channels, which exist, first row, columns, start of its image."""
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    known = channel < channels
+    across = tl.cdiv(width, COLUMNS)
+    first = tl.program_id(1) // across * ROWS
+    column = tl.program_id(1) % across * COLUMNS + tl.arange(0, COLUMNS)[:, None]
+    start = tl.program_id(2).to(tl.int64) * height * width * channels
+    return channel, known, first, column, start
+
+
+@triton.jit
 def _pixels(image, row, column, height, width, channels, channel, known):
     """(COLUMNS, BLOCK) float32 pixels of one row, 0 outside the image."""
     row = row + column * 0  # the interpreter takes no scalar for a mask
@@ -409,12 +421,7 @@ def _depthwise_kernel(
     BLOCK: tl.constexpr,
 ):
     # Down the rows: each row of the input is read once, and adds to the three rows of the result that it is next to.
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    known = channel < channels
-    across = tl.cdiv(width, COLUMNS)
-    first = tl.program_id(1) // across * ROWS
-    column = tl.program_id(1) % across * COLUMNS + tl.arange(0, COLUMNS)[:, None]
-    start = tl.program_id(2).to(tl.int64) * height * width * channels
+    channel, known, first, column, start = _block(height, width, channels, ROWS, COLUMNS, BLOCK)
     tokens += start
     convolved += start
     activated += start
@@ -464,12 +471,7 @@ def _depthwise_weight_kernel(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    known = channel < channels
-    across = tl.cdiv(width, COLUMNS)
-    first = tl.program_id(1) // across * ROWS
-    column = tl.program_id(1) % across * COLUMNS + tl.arange(0, COLUMNS)[:, None]
-    start = tl.program_id(2).to(tl.int64) * height * width * channels
+    channel, known, first, column, start = _block(height, width, channels, ROWS, COLUMNS, BLOCK)
     tokens += start
     grad += start
     zero = tl.zeros([COLUMNS, BLOCK], dtype=tl.float32)
