@@ -172,7 +172,6 @@ def test_resampling_on_the_device_continues_and_shares_exactly(images: TaggedIma
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_batches_on_a_gpu_are_those_of_the_cpu(images: TaggedImages) -> None:
     """And nothing waits for the device: copies and kernels are only queued."""

@@ -114,7 +114,6 @@ def test_features_that_are_not_finite_are_told(method: FilterMethod) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("method", ["exact", "exact_half"])
 def test_gpu_agrees_with_all_pairs(method: FilterMethod) -> None:
     features = image_features(xy=50.0, rgb=15.0)

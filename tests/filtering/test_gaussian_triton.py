@@ -153,8 +153,6 @@ def test_count_is_the_same_as_cutting_points_off(method: FilterMethod, normalize
 
 @pytest.mark.gpu
 def test_compiled_kernel_equals_all_pairs() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     check_sums("cuda")
     check_pairs_kernel("cuda")
     check_energy("cuda")
@@ -162,8 +160,6 @@ def test_compiled_kernel_equals_all_pairs() -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_without_triton_takes_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     features, values = points("cuda", channels=21)
     count = torch.tensor(COUNTS[1], device="cuda")
     by_kernel = gaussian_filter(features, values, method="exact_half", count=count)
@@ -174,8 +170,6 @@ def test_a_gpu_without_triton_takes_attention(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.gpu
 def test_the_kernel_waits_for_no_device_and_can_be_recorded() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     features, values = points("cuda", channels=21)
     count = torch.tensor(COUNTS[1], device="cuda")
 

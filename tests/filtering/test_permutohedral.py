@@ -202,7 +202,6 @@ def test_features_must_not_be_too_far_apart() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gpu_agrees_with_cpu() -> None:
     features, inputs = points(5000, 5, batch=2).float(), values(5000, 7, batch=2).float()
     expected = PermutohedralLattice(features).filter(inputs)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from made_masks import binary_masks, iou, paint
 from scipy import ndimage
 
 from afa.formats.contours import outline, signed_area, simplify, trace_rings
+from made_masks import binary_masks, iou, paint
 
 EVERY_NEIGHBOR = np.ones((3, 3), dtype=bool)
 

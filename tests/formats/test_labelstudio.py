@@ -8,9 +8,9 @@ from urllib.parse import parse_qs, urlsplit
 from xml.etree import ElementTree
 
 import numpy as np
-from made_masks import labels, read_label_studio, write_items
 
 from afa.formats.write import write_format
+from made_masks import labels, read_label_studio, write_items
 
 CLASSES = ('the "cat"', "<&>", "Straße")
 

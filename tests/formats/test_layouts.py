@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_masks import CLASSES, labels, write_items
 from PIL import Image
 
 from afa.config import DataConfig
 from afa.data.voc import open_scored
 from afa.errors import AfaError
 from afa.formats.write import write_format
+from made_masks import CLASSES, labels, write_items
 
 COLORS = [(10, 20, 30), (200, 0, 0), (0, 0, 255)]
 

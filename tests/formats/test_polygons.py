@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from made_masks import CLASSES, iou, labels, paint, write_items
 from numpy.typing import NDArray
 
 from afa.formats.write import write_format
+from made_masks import CLASSES, iou, labels, paint, write_items
 
 
 def smooth_labels() -> list[NDArray[np.uint8]]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from made_masks import binary_masks, read_label_studio
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from afa.formats.rle import LENGTH_BITS, alternating_counts, class_runs, coco_string, label_studio_rle
+from made_masks import binary_masks, read_label_studio
 
 # pycocotools' own arrays predate a keyword of numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

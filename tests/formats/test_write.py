@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_masks import CLASSES, labels, write_items
 
 from afa.data.palette import write_index_png
 from afa.errors import AfaError
 from afa.formats.job import MaskItem
 from afa.formats.write import FORMATS, FormatResult, mask_items, parse_formats, write_format
+from made_masks import CLASSES, labels, write_items
 
 GENERAL = [name for name in FORMATS if name != "voc_test"]  # which has classes and names of its own
 FOLDERS = [name for name, info in FORMATS.items() if "." not in info.output]

@@ -7,24 +7,11 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Dinov2Config, Dinov2Model, SegformerConfig, SegformerModel
+from transformers import Dinov2Config, Dinov2Model
 
 from afa.model import layers
 from afa.model.layers import DepthwiseConv, MixMlp, PointwiseLinear, SequenceReduction, SparingGelu, speed_up
-
-
-def plain_encoder() -> SegformerModel:
-    torch.manual_seed(0)
-    config = SegformerConfig(
-        hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 3, 4], strides=[4, 2, 2, 1]
-    )
-    return SegformerModel(config).eval()
-
-
-def both(encoder: nn.Module) -> tuple[nn.Module, nn.Module]:
-    faster = copy.deepcopy(encoder)
-    speed_up(faster)
-    return encoder, faster
+from encoders import both, plain_encoder
 
 
 def random_image(batch: int, side: int = 64) -> Tensor:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from test_layers import both, plain_encoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from afa import kernels
 from afa.kernels import fused
 from afa.model.layers import InnerLayerNorm, LowLayerNorm
+from encoders import both, plain_encoder
 from interpreted import interpret
 
 SHAPES = ((20, 7, 9), (16, 3, 8), (1, 9, 1))
@@ -137,16 +137,12 @@ def test_interpreted_kernels_equal_pytorch() -> None:
 
 @pytest.mark.gpu
 def test_compiled_kernels_equal_pytorch() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     check_kernels("cuda")
     check_encoder("cuda")
 
 
 @pytest.mark.gpu
 def test_a_gpu_without_triton_takes_the_plain_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     monkeypatch.setattr(kernels, "_HAS_TRITON", False)
     plain, faster = (encoder.to("cuda") for encoder in both(plain_encoder()))
     image = torch.randn(2, 3, 64, 64, device="cuda")

@@ -147,7 +147,6 @@ def test_form_for_other_devices_agrees_with_that_for_a_cpu() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gpu_agrees_with_cpu() -> None:
     expected = par(images((30, 28)), scores((15, 14)))
     found = par(images((30, 28)).cuda(), scores((15, 14)).cuda())

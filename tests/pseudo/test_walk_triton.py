@@ -81,15 +81,11 @@ def test_interpreted_kernel_equals_the_plain_code() -> None:
 
 @pytest.mark.gpu
 def test_compiled_kernel_equals_the_plain_code() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     check("cuda")
 
 
 @pytest.mark.gpu
 def test_a_gpu_without_triton_takes_the_plain_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     calls: list[Tensor] = []
     monkeypatch.setattr(kernels, "_HAS_TRITON", False)
     monkeypatch.setattr(walk_module, "take_step", lambda *given: calls.append(take_step(*given)) or calls[-1])

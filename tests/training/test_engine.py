@@ -80,8 +80,6 @@ def run(settings: Config, device: str, *, record: bool) -> tuple[TrainingEngine,
 
 @pytest.mark.gpu
 def test_recorded_steps_equal_plain_ones(tmp_path: Path) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     settings = config(tmp_path, **{"model.drop_path": 0.1, "loss.energy_weight": 0.01})
     plain, expected = run(settings, "cuda", record=False)
     recorded, found = run(settings, "cuda", record=True)
@@ -92,8 +90,6 @@ def test_recorded_steps_equal_plain_ones(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_steps_on_a_gpu_are_those_of_the_cpu(tmp_path: Path) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     # Which paths and channels are dropped differs by device.
     keys = {"model.drop_path": 0.0, "model.decoder_dropout": 0.0, "train.precision": "fp32"}
     settings = config(tmp_path, **keys)
@@ -105,8 +101,6 @@ def test_steps_on_a_gpu_are_those_of_the_cpu(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("record", [False, True])
 def test_steps_never_wait_for_the_gpu(tmp_path: Path, record: bool) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     settings = config(tmp_path, **{"loss.energy_weight": 0.01})
     engine, _ = run(settings, "cuda", record=record)
     batch = make_batch(0, settings.augment.crop_size).pin_memory()

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_masks import CLASSES, labels, write_items
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from afa.formats.write import write_format
+from made_masks import CLASSES, labels, write_items
 
 # pycocotools' own arrays predate a keyword of numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
