@@ -14,6 +14,7 @@ from afa.build import build_network, find_weights, load_run, load_weights, read_
 from afa.config import Config, ModelConfig, config_to_toml
 from afa.errors import AfaError
 from afa.model.network import AfaNetwork
+from mistakes import refused
 
 CPU = torch.device("cpu")
 CLASSES = ("cat", "dog", "horse")
@@ -75,7 +76,7 @@ def test_every_model_key_reaches_the_network() -> None:
 def test_initial_weights_are_loaded_only_when_asked_for() -> None:
     model = dataclasses.replace(MODEL, weights="missing/mit_tiny.pth")
     build_network(model, 3, pretrained=False)
-    with pytest.raises(AfaError, match=r"^missing/mit_tiny\.pth: no such weights file; check model\.weights$"):
+    with pytest.raises(AfaError, match=r"^missing/mit_tiny\.pth: .*model\.weights"):
         build_network(model, 3)
 
 
@@ -128,11 +129,8 @@ def test_no_weights_yet(tmp_path: Path, leftover: str) -> None:
         (run / "checkpoints").mkdir()
     if leftover == "pointer":
         (run / "checkpoints" / "latest").write_text("step_00000002\n")
-    with pytest.raises(AfaError) as caught:
+    with refused(f"{run}: ", "no weights", "train"):
         load_run(run, CPU)
-    assert (
-        str(caught.value) == f"{run}: has no weights yet (neither model.safetensors nor a checkpoint); train it first"
-    )
 
 
 # --- Loading weights -----------------------------------------------------------------------------------------------
@@ -168,7 +166,7 @@ def test_weights_with_a_key_too_many(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file(small_network().state_dict() | {"a.b": torch.zeros(1), "a.c": torch.zeros(1)}, path)
     message = assert_refused(small_network(seed=1), path)
-    assert message == "has the unmatched key 'a.b' (2 in all); it belongs to another network"
+    assert "'a.b' (2 in all); it belongs to another" in message
 
 
 def test_weights_with_a_key_too_few(tmp_path: Path) -> None:
@@ -177,15 +175,13 @@ def test_weights_with_a_key_too_few(tmp_path: Path) -> None:
     del state["classifier.weight"]
     save_file(state, path)
     message = assert_refused(small_network(seed=1), path)
-    assert message == "lacks key 'classifier.weight' (1 in all); it belongs to another network"
+    assert "lacks key 'classifier.weight' (1 in all)" in message
 
 
 def test_weights_of_other_classes(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     save_weights(run / "model.safetensors", build_network(MODEL, 5))
-    with pytest.raises(AfaError) as caught:
+    with refused(
+        run / "model.safetensors", "'classifier.weight' has shape (5, 128, 1, 1)", "(3, 128, 1, 1)", "another"
+    ):
         load_run(run, CPU)
-    assert str(caught.value) == (
-        f"{run / 'model.safetensors'}: 'classifier.weight' has shape (5, 128, 1, 1), the network needs "
-        "(3, 128, 1, 1); it belongs to another network"
-    )

@@ -109,7 +109,7 @@ def test_stated_keys_win_and_the_rest_follows(tmp_path: Path) -> None:
 def test_weights_that_cannot_be_had_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(defaults, "can_fetch", lambda hub_id: False)
     root = write_table(tmp_path / "pets", 10)
-    with pytest.raises(AfaError, match=r"^facebook/dinov2-with-registers-small: .* pass --model\.weights FOLDER"):
+    with pytest.raises(AfaError, match=r"^facebook/dinov2\S+: .*--model\.weights"):
         choose(root)
     stated = {"data.root": str(root)}
     layout = find_layout(load_config(None, stated).data)

@@ -23,6 +23,7 @@ from afa.runtime import (
     say,
     seed_step,
 )
+from mistakes import refused
 
 CPU = torch.device("cpu")
 
@@ -58,19 +59,15 @@ def test_a_process_of_torchrun_takes_its_own_gpu(machine: pytest.MonkeyPatch) ->
 
 
 def test_absent_device(machine: pytest.MonkeyPatch) -> None:
-    with pytest.raises(AfaError) as caught:
+    with refused("--device is 'cuda'", "available: auto, cpu"):
         pick_device("cuda")
-    assert str(caught.value) == ("--device is 'cuda', which this machine or this PyTorch lacks; available: auto, cpu")
     machine.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(AfaError) as caught:
+    with refused("--device is 'mps'", "available: auto, cuda, cpu"):
         pick_device("mps")
-    assert str(caught.value) == (
-        "--device is 'mps', which this machine or this PyTorch lacks; available: auto, cuda, cpu"
-    )
 
 
 def test_unknown_device() -> None:
-    with pytest.raises(AfaError, match=r"^--device is 'tpu'; use one of auto, cpu, cuda, mps$"):
+    with pytest.raises(AfaError, match=r"^--device is 'tpu'; use .*cpu, cuda"):
         pick_device("tpu")
 
 

@@ -59,7 +59,7 @@ def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(cost_module, "_time_steps", fail)
-    with pytest.raises(AfaError, match=r"does not fit .* schedule.batch_size 4 and augment.crop_size 64; lower one"):
+    with pytest.raises(AfaError, match=r"batch_size 4 .*crop_size 64; lower"):
         measure_cost(tiny_config(Path()), TAGS, device=CPU)
 
 

@@ -112,7 +112,7 @@ def test_disk_must_have_room_for_what_is_missing(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(feature_store.shutil, "disk_usage", lambda _: Usage)
     fields: dict[str, Any] = {"num_rows": 3 * 2**20, "row_size": 2**10}
-    with pytest.raises(AfaError, match=r"needs 6\.0 GiB, but the disk has 2\.0 GiB free; make room, set data\.feat"):
+    with pytest.raises(AfaError, match=r"6\.0 GiB.* 2\.0 GiB.*data\.feat"):
         FeatureStore(tmp_path, {}, **fields).reserve(1000.0, **LIMITS)
     FeatureStore(tmp_path, {}, num_done=2 * 2**20, **fields).reserve(1000.0, **LIMITS)
 
@@ -124,7 +124,7 @@ def test_full_disk_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "open", fail)
-    with pytest.raises(AfaError, match=r"rows\.bin: cannot be written \(No space left on device\); make room"):
+    with pytest.raises(AfaError, match=r"rows\.bin.*No space left.*room"):
         store.write(make_rows(0, 1))
 
 

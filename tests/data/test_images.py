@@ -184,7 +184,7 @@ def test_mask_gives_the_stored_indices(tmp_path: Path) -> None:
 )
 def test_mask_of_another_kind(tmp_path: Path, mode: str, suffix: str, found: str) -> None:
     Image.new(mode, (4, 4)).save(tmp_path / f"a.{suffix}")
-    with pytest.raises(AfaError, match=f"is a {found}; save masks as index PNG of mode P or L"):
+    with pytest.raises(AfaError, match=f"is a {found}; save .*index PNG"):
         read_mask(tmp_path / f"a.{suffix}")
 
 
@@ -199,7 +199,7 @@ def test_find_images(tmp_path: Path) -> None:
 
 
 def test_find_images_mistakes(tmp_path: Path) -> None:
-    with pytest.raises(AfaError, match=r"no image in this folder; looked for \.avif"):
+    with pytest.raises(AfaError, match=r"no image.*\.avif"):
         find_images([tmp_path])
     with pytest.raises(AfaError, match="no such image or folder"):
         find_images([tmp_path / "x.png"])

@@ -52,7 +52,7 @@ def test_a_part_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     path.write_text(json.dumps(["x" * 900] * 50))
     assert len(list(iterate_json(path))) == 50
     path.write_text(json.dumps(["x" * 5000]))
-    with pytest.raises(AfaError, match=r"a\.json: .* has a part of more than 1,000 characters, or is broken"):
+    with pytest.raises(AfaError, match=r"a\.json: .*1,000 characters.*broken"):
         list(iterate_json(path))
 
 

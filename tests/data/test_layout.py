@@ -238,7 +238,7 @@ def test_split_made_here(tmp_path: Path) -> None:
     for keys in ({"split_fraction": 0.0}, {"val_list": ""}):
         assert not found(tmp_path, **keys).has_validation
         assert len(found(tmp_path, **keys).training()) == 30
-    with pytest.raises(AfaError, match=r"no image with a tag for validation \(.*data\.split_fraction is 0\)"):
+    with pytest.raises(AfaError, match=r"validation.*data\.split_fraction is 0"):
         found(tmp_path, split_fraction=0.0).validation()
 
 
@@ -248,7 +248,7 @@ def test_other_lists(tmp_path: Path) -> None:
     data = DataConfig(root=str(tmp_path))
     assert open_tagged(data, list_file="some.txt").names == ("03", "01")
     write(tmp_path, "some.txt", "03\nx\n")
-    with pytest.raises(AfaError, match=r"some\.txt: .*tags\.csv has no image 'x' \(1 of 2 names missing\); correct"):
+    with pytest.raises(AfaError, match=r"some\.txt: .*'x' \(1 of 2 .*; correct"):
         open_tagged(data, list_file="some.txt")
 
 
@@ -306,7 +306,7 @@ def test_masks_follow_the_folders_of_the_images(tmp_path: Path) -> None:
     assert layout.scored(list_file="l.txt").mask(1).shape == (4, 6)
     shutil.rmtree(tmp_path / "masks")
     write_index_png(tmp_path / "masks" / "1.png", np.zeros((4, 6), dtype=np.uint8))
-    with pytest.raises(AfaError, match=r"1\.png: images 'cat/1' and 'dog/1' would share this mask"):
+    with pytest.raises(AfaError, match=r"1\.png: .*'cat/1' and 'dog/1'.*share"):
         found(tmp_path).scored(list_file="l.txt")
 
 
@@ -314,13 +314,13 @@ def test_scoring_without_masks(tmp_path: Path) -> None:
     layout = found(table(tmp_path))
     assert not layout.has_masks
     assert layout.has_validation
-    with pytest.raises(AfaError, match=r"no folder of masks; put index PNGs into .*masks, named as the images"):
+    with pytest.raises(AfaError, match=r"no folder.*index PNGs into .*masks"):
         layout.scored()
     (tmp_path / "masks").mkdir()
-    with pytest.raises(AfaError, match=r"masks: no \d\d\.png \(6 of 6 images for validation have no mask\); add"):
+    with pytest.raises(AfaError, match=r"masks: no \d\d\.png \(6 of 6 .*; add"):
         found(tmp_path).scored()
     with_masks(tmp_path / "more")
-    with pytest.raises(AfaError, match="the tags never have class 'yak', so what the mask values mean is not known"):
+    with pytest.raises(AfaError, match=r"class 'yak'.*mask values"):
         found(tmp_path / "more", class_subset=("yak", "dog")).scored()
 
 
@@ -398,7 +398,7 @@ def test_nothing_is_found(tmp_path: Path) -> None:
     assert "no images found" in message(tmp_path, layout="imagefolder")
     touch(tmp_path, "JPEGImages/a.jpg")
     shutil.rmtree(tmp_path / "images")
-    with pytest.raises(AfaError, match=r"lists/train\.txt: no such list; set data\.train_list"):
+    with pytest.raises(AfaError, match=r"lists/train\.txt: .*data\.train_list"):
         found(tmp_path).training()
 
 

@@ -90,7 +90,7 @@ def test_index_png_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full_disk)
-    with pytest.raises(AfaError, match=r"a\.png: cannot be written \(No space left on device\)"):
+    with pytest.raises(AfaError, match=r"a\.png: .*No space left"):
         write_index_png(path, np.zeros((2, 2), dtype=np.uint8))
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
     with Image.open(path) as image:

@@ -73,7 +73,7 @@ def test_threads_share_it() -> None:
 
 
 def test_more_than_the_system_has_is_one_line() -> None:
-    with pytest.raises(AfaError, match=r"^data\.cache_gib: no 4194304\.0 GiB of memory; set it lower, or to 0$"):
+    with pytest.raises(AfaError, match=r"^data\.cache_gib: .*4194304\.0 .*lower"):
         PixelCache(1, 2**52)
 
 

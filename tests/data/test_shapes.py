@@ -175,14 +175,14 @@ def test_existing_data_set_is_reused(folder):
 )
 def test_data_set_with_other_parameters_is_refused(folder, change):
     before = read_all(folder)
-    with pytest.raises(AfaError, match=r"shapes.json: this data set has other parameters: remove .* or choose another"):
+    with pytest.raises(AfaError, match=r"shapes\.json: .*parameters: remove"):
         write_shapes(folder, **{"num_train": 12, "num_val": 5, "image_size": 64, "seed": 3, **change})
     assert read_all(folder) == before
 
 
 def test_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(AfaError, match="holds no generated data set: choose another folder"):
+    with pytest.raises(AfaError, match="no generated data set: choose"):
         write_shapes(tmp_path, num_train=1, num_val=1)
     with pytest.raises(AfaError, match="holds no generated data set"):
         write_shapes(tmp_path / "thesis.txt", num_train=1, num_val=1)
@@ -218,7 +218,7 @@ def test_two_processes_may_write_at_once(folder, tmp_path, monkeypatch):
 
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(AfaError, match=r"file/data: cannot be written .*; free space or choose another folder"):
+    with pytest.raises(AfaError, match=r"file/data: cannot be written.*choose"):
         write_shapes(tmp_path / "file" / "data", num_train=1, num_val=1)
 
 
@@ -241,7 +241,7 @@ def test_wrong_parameters_are_refused(tmp_path, change, message):
 
 
 def test_style_that_shows_no_object_is_refused():
-    with pytest.raises(AfaError, match="leaves no object visible at 32 pixels: make the objects larger"):
+    with pytest.raises(AfaError, match=r"32 pixels: .*larger"):
         draw_shapes(np.random.default_rng(0), 32, style=ShapesStyle(object_size=(0.05, 0.1)))
 
 

@@ -221,10 +221,10 @@ def test_xml_folder(tmp_path: Path) -> None:
 def test_xml_mistakes(tmp_path: Path) -> None:
     folder = tmp_path / "Annotations"
     path = xml(folder, "a", "<annotation><object><name>gnu</name></object></annotation>")
-    with pytest.raises(AfaError, match=r"a\.xml: unknown tag 'gnu'; allowed: bird, cat, dog"):
+    with pytest.raises(AfaError, match=r"a\.xml: .*'gnu'; .*bird, cat, dog"):
         read_tags(folder, CLASSES)
     path.write_text("<annotation><object>")
-    with pytest.raises(AfaError, match=r"a\.xml: not a VOC annotation \(no element found"):
+    with pytest.raises(AfaError, match=r"a\.xml: .*VOC .*no element found"):
         read_tags(folder, CLASSES)
     path.unlink()
     assert "no .xml file in this folder" in message(folder)
@@ -234,5 +234,5 @@ def test_xml_with_entities_is_refused(tmp_path: Path) -> None:
     laughs = "".join(f'<!ENTITY l{n} "{f"&l{n - 1};" * 10}">' for n in range(1, 9))
     body = f'<?xml version="1.0"?><!DOCTYPE annotation [<!ENTITY l0 "ha">{laughs}]>'
     xml(tmp_path / "A", "a", body + "<annotation><object><name>&l8;</name></object></annotation>")
-    with pytest.raises(AfaError, match=r"a\.xml: has a document type \(annotation\); remove the DOCTYPE"):
+    with pytest.raises(AfaError, match=r"a\.xml: .*\(annotation\); .*DOCTYPE"):
         read_tags(tmp_path / "A", CLASSES)

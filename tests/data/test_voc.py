@@ -202,7 +202,7 @@ def test_evaluation_needs_no_tags(data: DataConfig, root: Path) -> None:
     (root / "lists" / "tags.csv").write_text("image,tags\na,dog\n")
     images = open_scored(data)
     assert [images.has_tags(index) for index in range(2)] == [False, True]
-    with pytest.raises(AfaError, match=r"tags\.csv: no entry for image 'c'; add its tags, or score the seg"):
+    with pytest.raises(AfaError, match=r"tags\.csv: .*image 'c'; add"):
         images.tags(0)
     (root / "lists" / "tags.csv").unlink()
     images = open_scored(data)
@@ -223,7 +223,7 @@ def test_evaluation_needs_masks(data: DataConfig, root: Path) -> None:
 
 def test_mask_of_another_size(data: DataConfig, root: Path) -> None:
     write_index_png(root / "SegmentationClassAug" / "c.png", np.zeros((6, 4), dtype=np.uint8))
-    with pytest.raises(AfaError, match=r"c\.png: the mask is 4x6 pixels and its image c\.png 6x4; give both"):
+    with pytest.raises(AfaError, match=r"mask is 4x6 .*c\.png 6x4; give"):
         open_scored(data).mask(0)
 
 
@@ -232,7 +232,7 @@ def test_mask_follows_the_upright_image(data: DataConfig, root: Path) -> None:
     exif[0x0112] = 6
     Image.new("RGB", (6, 4)).save(root / "JPEGImages" / "c.png", exif=exif)
     images = open_scored(data)
-    with pytest.raises(AfaError, match=r"the mask is 6x4 pixels and its image c\.png 4x6"):
+    with pytest.raises(AfaError, match=r"mask is 6x4 .*c\.png 4x6"):
         images.mask(0)
     write_index_png(root / "SegmentationClassAug" / "c.png", np.zeros((6, 4), dtype=np.uint8))
     assert images.mask(0).shape == images.image(0).shape[:2]
@@ -241,7 +241,7 @@ def test_mask_follows_the_upright_image(data: DataConfig, root: Path) -> None:
 def test_mask_beyond_the_classes(data: DataConfig, root: Path) -> None:
     write_index_png(root / "SegmentationClassAug" / "c.png", np.full((4, 6), 4, dtype=np.uint8))
     for chosen in (data, replace(data, class_subset=("dog",))):
-        with pytest.raises(AfaError, match=r"c\.png: the mask has value 4; use 0 for background, 1 to 3 for"):
+        with pytest.raises(AfaError, match=r"c\.png: .*value 4; use .*1 to 3"):
             open_scored(chosen).mask(0)
 
 

@@ -127,9 +127,7 @@ def test_out_size_and_read_only_or_flipped_arrays() -> None:
 
 
 def test_unknown_protocol_lists_the_known_ones() -> None:
-    with pytest.raises(
-        AfaError, match=r"^protocol is 'crf'; use one of single, multiscale, single\+crf, multiscale\+crf$"
-    ):
+    with pytest.raises(AfaError, match=r"^protocol is 'crf'; use .*single\+crf"):
         run_spy(random_image(32, 32), "crf")
 
 
@@ -173,7 +171,7 @@ def test_pseudo_label_of_a_small_image_has_its_size(monkeypatch: pytest.MonkeyPa
 
 
 def test_unknown_pseudo_label_lists_the_known_ones() -> None:
-    with pytest.raises(AfaError, match=r"^labels is 'seg'; use one of cam, propagated, initial, refined$"):
+    with pytest.raises(AfaError, match=r"^labels is 'seg'; use .*refined"):
         pseudo_label(SpyNetwork(), random_image(9, 9), np.ones(2), kind="seg", config=PseudoConfig())
 
 

@@ -75,6 +75,6 @@ def test_mistakes(network: AfaNetwork, tiny_data: Path) -> None:
     with pytest.raises(AfaError, match=r"protocol is 'best'"):
         score(network, tiny_data, protocol="best")
     few = TaggedImages(classes=("disk", "ring"), names=(), paths=(), tags=np.zeros((0, 2), dtype=bool))
-    with pytest.raises(AfaError, match=r"^the network has 5 classes and the data set 2"):
+    with pytest.raises(AfaError, match=r"network has 5 .*data set 2"):
         evaluate_tags(network, few, config=config, device=CPU, progress=False)
     assert evaluation_tags._f1(0, 0) is None

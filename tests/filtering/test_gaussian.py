@@ -109,7 +109,7 @@ def test_auto_is_exact_for_few_points_and_a_lattice_for_many() -> None:
 @pytest.mark.parametrize("method", ["exact", "lattice"])
 def test_features_that_are_not_finite_are_told(method: FilterMethod) -> None:
     features = torch.full((1, 4, 2), math.nan)
-    with pytest.raises(AfaError, match="features of the Gaussian filter are not finite"):
+    with pytest.raises(AfaError, match=r"features .*not finite"):
         gaussian_filter(features, torch.ones(1, 4, 1), method=method)
 
 

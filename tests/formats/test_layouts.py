@@ -57,7 +57,7 @@ def test_labelmap_has_no_line_for_ignored_pixels_that_do_not_occur(tmp_path: Pat
 @pytest.mark.parametrize("format", ["voc", "cvat"])
 @pytest.mark.parametrize("name", ["a:b", "#1"])
 def test_labelmap_refuses_names_that_it_cannot_hold(tmp_path: Path, format: str, name: str) -> None:
-    with pytest.raises(AfaError, match=f"class '{name}' cannot stand in labelmap.txt; rename"):
+    with pytest.raises(AfaError, match=rf"'{name}' .*labelmap\.txt; rename"):
         write_format(format, write_items(tmp_path), ("cat", name, "c"), tmp_path / "out", progress=False)
 
 

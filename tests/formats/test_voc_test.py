@@ -69,9 +69,9 @@ def test_the_same_masks_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_what_cannot_be_sent_is_refused(tmp_path: Path) -> None:
     items = write_items(tmp_path, {NAMES[1]: np.full((5, 5), 255, dtype=np.uint8)})
-    with pytest.raises(AfaError, match=r"2008_000004\.png: has ignored pixels \(255\), which voc_test cannot hold"):
+    with pytest.raises(AfaError, match=r"2008_000004\.png: .*ignored.*voc_test"):
         write(items, tmp_path / "out")
-    with pytest.raises(AfaError, match=r"^class 'zebra' is not one of PASCAL VOC's"):
+    with pytest.raises(AfaError, match=r"^class 'zebra' .*PASCAL VOC"):
         write(items, tmp_path / "out", classes=("cat", "zebra"))
     nested = [MaskItem(f"sub/{items[0].name}", items[0].image_path, items[0].mask_path)]
     with pytest.raises(AfaError, match=r"^name 'sub/2008_000001' has a folder"):
@@ -140,7 +140,7 @@ def test_no_archive(tmp_path: Path) -> None:
     with pytest.raises(AfaError, match=r"gone\.tgz: no such archive"):
         check_voc_test(tmp_path / "gone.tgz")
     (tmp_path / "text.tgz").write_text("text")
-    with pytest.raises(AfaError, match=r"text\.tgz: cannot be read as a tar archive"):
+    with pytest.raises(AfaError, match=r"text\.tgz: .*tar archive"):
         check_voc_test(tmp_path / "text.tgz")
 
 

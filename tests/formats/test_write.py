@@ -115,7 +115,7 @@ def test_folders_of_others_are_not_replaced(tmp_path: Path) -> None:
     mine = tmp_path / "out" / "yolo" / "mine.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
-    with pytest.raises(AfaError, match=r"yolo: this folder was not written by afa; move it, or choose another"):
+    with pytest.raises(AfaError, match=r"yolo: .*not written by afa; move"):
         write("yolo", items, tmp_path / "out")
     assert contents(tmp_path / "out") == {"yolo/mine.txt": b"mine"}
     (tmp_path / "out" / "coco.json").mkdir()
@@ -132,7 +132,7 @@ def test_corrected_annotations_are_not_replaced(tmp_path: Path) -> None:
     corrected = result.path / f"{items[0].name}.json"
     corrected.write_text("corrected by hand")
     os.utime(corrected, ns=(0, (result.path / ".afa-format").stat().st_mtime_ns + 1))
-    with pytest.raises(AfaError, match=r"labelme: sub/ö\.0\.json was changed after afa wrote it; move it"):
+    with pytest.raises(AfaError, match=r"labelme: sub/ö\.0\.json .*changed.*move"):
         write("labelme", items, tmp_path / "out")
     assert corrected.read_text() == "corrected by hand"
 
@@ -183,14 +183,14 @@ def test_names_that_cannot_be_written(tmp_path: Path, name: str, message: str) -
 def test_what_else_is_refused(tmp_path: Path) -> None:
     items = write_items(tmp_path)
     out = tmp_path / "out"
-    with pytest.raises(AfaError, match="unknown format 'coc'; use one of coco, cvat, hf"):
+    with pytest.raises(AfaError, match=r"format 'coc'; use .*coco, cvat"):
         write("coc", items, out)
-    with pytest.raises(AfaError, match=r"coco\.json: there is no mask to write as coco; predict some images first"):
+    with pytest.raises(AfaError, match=r"coco\.json: .*no mask .*; predict"):
         write("coco", [], out)
-    with pytest.raises(AfaError, match=r"ö\.0\.png: the mask has value 2, and there are 1 classes; write"):
+    with pytest.raises(AfaError, match=r"ö\.0\.png: .*value 2, .*1 classes; write"):
         write_format("coco", items, CLASSES[:1], out, progress=False)
     items[2].image_path.unlink()
-    with pytest.raises(AfaError, match=r"ö\.2\.jpg: no such image; keep the images"):
+    with pytest.raises(AfaError, match=r"ö\.2\.jpg: no such image; keep"):
         write("yolo", items, out)
     items[3].mask_path.unlink()
     with pytest.raises(AfaError, match=r"im 3\.png: no such image"):

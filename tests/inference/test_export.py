@@ -21,6 +21,7 @@ from afa.inference import export
 from afa.inference.export import DeployedNetwork, export_onnx, export_torch, read_check_images
 from afa.model.backbones import build_backbone
 from afa.model.network import AfaNetwork
+from mistakes import refused
 
 CLASSES = ("cat", "dining table", "Äpfel")
 SHAPES = ((1, 64, 64), (3, 33, 47), (2, 17, 100), (1, 1, 1), (2, 155, 101))
@@ -217,37 +218,35 @@ def test_one_class_in_a_thousand_pixels_is_enough_to_fail(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "parts"),
     [
-        ({"path": "network.pt"}, "network.pt: this format is written to a .onnx file; pass network.onnx"),
-        ({"opset": 17}, "--opset is 17; use 18 or newer, older ones cannot resize smoothly"),
+        ({"path": "network.pt"}, ["network.pt: ", "pass network.onnx"]),
+        ({"opset": 17}, ["--opset is 17; use 18"]),
     ],
 )
-def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
+def test_wrong_arguments(arguments: dict[str, Any], parts: list[str]) -> None:
     pytest.importorskip("onnxruntime")
     arguments = {"path": "network.onnx"} | arguments
-    with pytest.raises(AfaError) as caught:
+    with refused(*parts):
         export_onnx(make_network("mit_tiny"), Path(arguments.pop("path")), **arguments)
-    assert str(caught.value) == message
 
 
 def test_missing_packages_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
-    with pytest.raises(AfaError) as caught:
+    with refused("onnxscript; ", "afa[onnx]"):
         export_onnx(make_network("mit_tiny"), tmp_path / "network.onnx")
-    assert str(caught.value) == 'ONNX export needs the package onnxscript; pip install "afa[onnx]"'
 
 
 def test_more_than_a_file_of_onnx_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(export, "_MAX_ONNX_BYTES", 1e6)
-    with pytest.raises(AfaError, match=r"the weights exceed the 2 GB that an ONNX file can hold; export to \.pt2"):
+    with pytest.raises(AfaError, match=r"2 GB .*ONNX .*\.pt2"):
         export_onnx(make_network("mit_tiny"), tmp_path / "network.onnx")
 
 
 def test_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(AfaError, match=r"file/network\.pt2: cannot be written \(.*\); choose another place$"):
+    with pytest.raises(AfaError, match=r"file/network\.pt2: cannot.*choose"):
         export_torch(make_network("mit_tiny"), tmp_path / "file" / "network.pt2")
 
 

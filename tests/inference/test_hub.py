@@ -18,6 +18,7 @@ from afa.config import Config, config_to_toml, load_config
 from afa.errors import AfaError
 from afa.inference.hub import find_pretrained, load_pretrained, push_to_hub, save_pretrained
 from afa.inference.model_card import model_card, weights_license
+from mistakes import refused
 
 CPU = torch.device("cpu")
 CLASSES = ("cat", "dining table", "a|b_c")
@@ -181,14 +182,14 @@ def change(path: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"library": None, "model_type": "segformer"}, "is a 'segformer' model of transformers, not a network trained"),
-        ({"library": "keras"}, "is of another library, not a network trained with afa"),
-        ({"format": 2}, "format is 2, this afa reads 1; install a newer afa"),
+        ({"library": None, "model_type": "segformer"}, "is a 'segformer' model of transformers"),
+        ({"library": "keras"}, "is of another library"),
+        ({"format": 2}, "format is 2, this afa reads 1; install"),
         ({"config": []}, "has no object `config`"),
         ({"config": {"model": {"backbone": "nonsense"}}}, "model.backbone is 'nonsense'"),
         ({"config": {"odd": {}}}, "unknown section 'odd'"),
-        ({"classes": []}, "`classes` must list 1 to 254 different names"),
-        ({"classes": ["cat", "cat"]}, "`classes` must list 1 to 254 different names"),
+        ({"classes": []}, "`classes` must list 1 to 254"),
+        ({"classes": ["cat", "cat"]}, "`classes` must list 1 to 254"),
         ({"classes": ["cat", "do\ng"]}, "`classes` holds 'do\\ng'"),
         ({"classes": ["cat", 3]}, "`classes` holds 3"),
         ({"classes": ["cat", "dog"]}, "it belongs to another network"),
@@ -212,7 +213,7 @@ def test_broken_config_json(saved: Path, text: str) -> None:
 
 def test_other_normalization_is_refused(saved: Path) -> None:
     change(saved / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
-    with pytest.raises(AfaError, match=r"image_mean is \[0\.5, 0\.5, 0\.5\], but afa normalizes with"):
+    with pytest.raises(AfaError, match=r"image_mean is \[0\.5, 0\.5, 0\.5\], but"):
         load_pretrained(saved, CPU)
     (saved / "preprocessor_config.json").unlink()
     load_pretrained(saved, CPU)
@@ -224,9 +225,8 @@ def test_pickled_weights_are_never_read(saved: Path, monkeypatch: pytest.MonkeyP
     (saved / "model.safetensors").unlink()
     torch.save(weights, saved / name)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
-    with pytest.raises(AfaError) as caught:
+    with refused(f"holds only {name}, a pickle", "afa reads"):
         load_pretrained(saved, CPU)
-    assert f"holds only {name}, a pickle, which can run code and is never loaded; afa reads" in str(caught.value)
     (saved / name).rename(saved / "model.safetensors")
     with pytest.raises(AfaError, match=r"model\.safetensors: broken weights file"):
         load_pretrained(saved, CPU)
@@ -245,7 +245,7 @@ def test_folders_that_are_something_else(run: Path, saved: Path, tmp_path: Path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(AfaError, match=r"empty: has no config\.json; pass a run"):
         load_pretrained(tmp_path / "empty", CPU)
-    with pytest.raises(AfaError, match=r"nothing/at/all: no such folder; pass a run, a folder of save_pretrained"):
+    with pytest.raises(AfaError, match=r"nothing/at/all: no such folder; pass"):
         load_pretrained("nothing/at/all", CPU)
 
 
@@ -280,11 +280,8 @@ def test_a_hub_id_is_fetched_without_pickles(saved: Path, monkeypatch: pytest.Mo
 
 def test_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(AfaError) as caught:
+    with refused("me/pets-that-nobody-has: cannot be fetched", "download"):
         find_pretrained("me/pets-that-nobody-has")
-    assert str(caught.value).startswith("me/pets-that-nobody-has: cannot be fetched from the Hugging Face hub (")
-    assert str(caught.value).endswith("; download it elsewhere and pass its folder")
-    assert "\n" not in str(caught.value)
 
 
 class FakeHub:
@@ -336,9 +333,8 @@ def test_a_private_push_does_not_end_in_public(run: Path, monkeypatch: pytest.Mo
 
 def test_push_that_fails(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(FakeHub(error=ConnectionError("no route\nto host")), monkeypatch)
-    with pytest.raises(AfaError) as caught:
+    with refused("me/pets: cannot be pushed", "(no route); check"):
         push_to_hub(run, "me/pets")
-    assert str(caught.value).startswith("me/pets: cannot be pushed to the Hugging Face hub (no route); check the")
     with pytest.raises(AfaError, match="'pets' is no hub id; write OWNER/NAME"):
         push_to_hub(run, "pets")
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from afa.inference import predict as predict_module
 from afa.inference.predict import STAMP, PredictSummary, predict_files, pseudo_files
 from afa.inference.predictor import Predictor
 from afa.types import IMAGE_MEAN, IMAGE_STD, NetworkOutput
+from mistakes import refused
 
 CLASSES = ("cat", "dog", "horse")
 
@@ -166,31 +168,21 @@ def test_messages(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     (tmp_path / "file").write_text("")
-    cases: list[tuple[list[Path], dict[str, Any], str]] = [
-        (
-            [image, other],
-            {},
-            f"{image} and {other} would both be written as a.png; rename one, or predict them ",
-        ),
-        (
-            [image],
-            {"tags": {"b": ("cat",)}},
-            "the tags have no entry for 'a' (1 of 1 images); add it, or predict",
-        ),
-        ([], {}, "there is no image to predict; pass image files or folders that hold some"),
-        ([empty], {}, f"{empty}: no image in this folder; "),
-        ([tmp_path / "gone.jpg"], {}, f"{tmp_path / 'gone.jpg'}: no such image or folder; check the path"),
+    cases: list[tuple[list[Path], dict[str, Any], list[Any]]] = [
+        ([image, other], {}, [image, other, "a.png; rename"]),
+        ([image], {"tags": {"b": ("cat",)}}, ["tags", "'a' (1 of 1 images); add"]),
+        ([], {}, ["no image to predict; pass"]),
+        ([empty], {}, [f"{empty}: no image"]),
+        ([tmp_path / "gone.jpg"], {}, [f"{tmp_path / 'gone.jpg'}: no such image", "check"]),
     ]
-    for paths, settings, message in cases:
-        with pytest.raises(AfaError) as caught:
+    for paths, settings, parts in cases:
+        with refused(*parts):
             run(paths, tmp_path / "out", **settings)
-        assert str(caught.value).startswith(message)
-        assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(AfaError, match=r"file/masks: cannot be made \(Not a directory\); choose another folder$"):
+    with pytest.raises(AfaError, match=r"file/masks: .*Not a directory.*choose"):
         run([image], tmp_path / "file")
     (tmp_path / "out" / "overlays" / "a.jpg").mkdir(parents=True)
-    with pytest.raises(AfaError, match=r"overlays/a\.jpg: cannot be written \(Is a directory\); free space"):
+    with pytest.raises(AfaError, match=r"overlays/a\.jpg: .*Is a directory"):
         run([image], tmp_path / "out")
 
 
@@ -200,7 +192,7 @@ def test_a_failed_write_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(predict_module.np, "savez_compressed", fail)
     image = write_image(tmp_path / "a.png", 1)
-    with pytest.raises(AfaError, match=r"scores/a\.npz: cannot be written \(No space left on device\)"):
+    with pytest.raises(AfaError, match=r"scores/a\.npz: .*No space left"):
         run([image], tmp_path / "out", scores=True)
     assert files_in(tmp_path / "out") == []
 
@@ -243,7 +235,7 @@ def test_resume_leaves_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (summary.written, summary.skipped) == (2, 4)
     assert {i: (out / "masks" / f"{i}.png").stat().st_mtime_ns for i in before} == before
     assert read_mask(out / "masks" / "5.png").max() == 2
-    assert capsys.readouterr().err == f"{out / 'masks'}: 4 of 6 masks are there already and left as they are\n"
+    assert re.fullmatch(rf"{out / 'masks'}: 4 of 6 masks .*left.*\n", capsys.readouterr().err)
     # Without it, everything is done anew.
     assert run([images], out).written == 6
 
@@ -254,17 +246,14 @@ def test_resume_does_not_mix_networks_or_settings(tmp_path: Path) -> None:
     stamp = json.loads((out / STAMP).read_text())
     assert {"weights", "classes", "protocol", "precision", "max_side"} < stamp.keys()
     for settings, found in (
-        (
-            {"shift": 1.0},
-            r"weights was \"[0-9a-f]{15}\.\.\. for the masks that are there and is \"[0-9a-f]{15}\.\.\. now",
-        ),
-        ({"tags": {"a": ("cat",)}}, r"tags was null for the masks that are there and is \"[0-9a-f]{15}\.\.\. now"),
-        ({"overlay": False}, r"overlay was true for the masks that are there and is false now"),
+        ({"shift": 1.0}, r"weights was \"[0-9a-f]{15}\.\.\. .* \"[0-9a-f]{15}\.\.\. now"),
+        ({"tags": {"a": ("cat",)}}, r"tags was null .* \"[0-9a-f]{15}\.\.\. now"),
+        ({"overlay": False}, r"overlay was true .* false now"),
     ):
         with pytest.raises(AfaError, match=found) as caught:
             run_colors([image], out, resume=True, **settings)
         assert str(caught.value).startswith(f"{out / STAMP}: ")
-        assert str(caught.value).endswith("; predict without --resume, or use another folder")
+        assert "without --resume" in str(caught.value)
         assert "\n" not in str(caught.value)
     assert json.loads((out / STAMP).read_text()) == stamp
     assert run_colors([image], out, shift=1.0).written == 1
@@ -285,10 +274,10 @@ def test_resume_needs_a_stamp(tmp_path: Path) -> None:
     image, out = write_image(tmp_path / "a.png", 1), tmp_path / "out"
     run([image], out)
     (out / STAMP).write_text("{")
-    with pytest.raises(AfaError, match=r"predict\.json: broken; predict without --resume, or use another folder$"):
+    with pytest.raises(AfaError, match=r"predict\.json: broken; .*--resume"):
         run([image], out, resume=True)
     (out / STAMP).unlink()
-    with pytest.raises(AfaError, match=r"predict\.json: missing, so nothing says what made the masks in "):
+    with pytest.raises(AfaError, match=r"predict\.json: missing, .*masks in "):
         run([image], out, resume=True)
 
 
@@ -306,13 +295,9 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         write(path, label)
 
     monkeypatch.setattr(predict_module, "write_index_png", write_while_there_is_space)
-    with pytest.raises(AfaError) as caught:
+    with refused("(No space left on device); free space; 13 masks", "27 missing; ", "--resume"):
         run_colors(paths, out, overlay=False)
     assert len(files_in(out)) == 13
-    assert str(caught.value).endswith(
-        "(No space left on device); free space; "
-        "13 masks are done and 27 missing; the same command with --resume goes on"
-    )
     left = 100
     summary = run_colors(paths, out, overlay=False, resume=True)
     assert (summary.written, summary.skipped) == (27, 13)
@@ -409,9 +394,8 @@ def test_pseudo_labels_resume(
         "overlays/c.jpg",
     ]
     assert (summary.written, summary.skipped) == (1, 2)
-    assert "2 were there already and left as they are (delete them to redo)" in str(summary)
-    expected = f"{out / 'masks'}: 2 of 3 masks are there already and left as they are\n"
-    assert capsys.readouterr().err == expected
+    assert re.search(r"2 were there .*\(delete", str(summary))
+    assert re.fullmatch(rf"{out / 'masks'}: 2 of 3 masks .*left.*\n", capsys.readouterr().err)
 
 
 def test_pseudo_labels_of_another_kind_or_call_are_not_mixed(
@@ -419,10 +403,10 @@ def test_pseudo_labels_of_another_kind_or_call_are_not_mixed(
 ) -> None:
     images, out = tagged_images(tmp_path / "data", {"a": 1, "b": 2}), tmp_path / "out"
     run_pseudo(images, out)
-    with pytest.raises(AfaError, match=r"made was .* now; delete the folder, or use another folder$"):
+    with pytest.raises(AfaError, match=r"made was .* now; delete"):
         run_pseudo(images, out, kind="initial")
     changed = Config(pseudo=PseudoConfig(iterations=3))
-    with pytest.raises(AfaError, match=r"pseudo\.iterations was 10 for the masks that are there and is 3 now"):
+    with pytest.raises(AfaError, match=r"pseudo\.iterations was 10 .*3 now"):
         run_pseudo(images, out, config=changed)
     run([write_image(tmp_path / "c.png", 1)], tmp_path / "predicted")
     with pytest.raises(AfaError, match=r"made was \"predictions\" for"):
@@ -441,5 +425,5 @@ def test_pseudo_labels_go_on_after_a_broken_image(tmp_path: Path, pseudo_calls: 
 
 def test_unknown_pseudo_kind(tmp_path: Path) -> None:
     images = tagged_images(tmp_path / "data", {"a": 1})
-    with pytest.raises(AfaError, match=r"^labels is 'seg'; use one of cam, propagated, initial, refined$"):
+    with pytest.raises(AfaError, match=r"^labels is 'seg'; use .*refined"):
         run_pseudo(images, tmp_path / "out", kind="seg")

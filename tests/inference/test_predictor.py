@@ -15,6 +15,7 @@ from afa.errors import AfaError
 from afa.evaluation.protocols import LogitMaps, seg_logits
 from afa.inference.predictor import Prediction, Predictor, image_array
 from afa.types import NetworkOutput
+from mistakes import refused
 
 CLASSES = ("cat", "dog", "horse")
 
@@ -132,9 +133,8 @@ def test_save_and_overlay(tmp_path: Path) -> None:
 
 
 def test_unknown_tag_names_the_closest_class() -> None:
-    with pytest.raises(AfaError) as caught:
+    with refused("'hrose'", "mean horse?", "cat, dog, horse"):
         predictor()(random_image(40, 40), tags=["hrose"])
-    assert str(caught.value) == "unknown tag 'hrose'; did you mean horse? allowed: cat, dog, horse"
 
 
 @pytest.mark.parametrize(
@@ -147,19 +147,16 @@ def test_unknown_tag_names_the_closest_class() -> None:
     ],
 )
 def test_other_arrays(image: Any, found: str) -> None:
-    with pytest.raises(AfaError) as caught:
+    with refused(f"image is a {found}; pass (height, width, 3) uint8"):
         predictor()(image)
-    assert str(caught.value) == f"the image is a {found}; pass (height, width, 3) uint8 RGB"
 
 
 def test_missing_file_unknown_protocol_and_foreign_overlay(tmp_path: Path) -> None:
-    with pytest.raises(AfaError, match=r"nothing\.jpg: no such image; check the path$"):
+    with pytest.raises(AfaError, match=r"nothing\.jpg: no such image; check"):
         predictor()(tmp_path / "nothing.jpg")
-    with pytest.raises(
-        AfaError, match=r"^protocol is 'crf'; use one of single, multiscale, single\+crf, multiscale\+crf$"
-    ):
+    with pytest.raises(AfaError, match=r"^protocol is 'crf'; use .*single\+crf"):
         predictor(protocol="crf")
-    with pytest.raises(AfaError, match=r"^the image is 20x10 pixels and the prediction 50x40; pass the image"):
+    with pytest.raises(AfaError, match=r"image is 20x10 .*50x40; pass"):
         predictor()(random_image(40, 50)).overlay(random_image(10, 20))
 
 
@@ -194,9 +191,9 @@ def test_a_list_of_images_gives_a_list_in_its_order() -> None:
 
 
 def test_lists_are_checked() -> None:
-    with pytest.raises(AfaError, match=r"^there are 2 images and tags of 1; give one entry for each image$"):
+    with pytest.raises(AfaError, match=r"2 images and tags of 1; give"):
         predictor()([random_image(40, 50)] * 2, [["dog"]])
-    with pytest.raises(AfaError, match=r"^gone\.png: no such image; check the path$"):
+    with pytest.raises(AfaError, match=r"^gone\.png: no such image; check"):
         predictor()([Path("gone.png")])
 
 

@@ -16,6 +16,7 @@ from afa.model.backbone import Backbone
 from afa.model.backbones import BACKBONES, build_backbone, table
 from afa.model.network import AfaNetwork
 from afa.model.vit import TokenBackbone
+from mistakes import refused
 
 ONE_OF_EACH_KIND = (
     "mit_tiny",
@@ -145,11 +146,8 @@ class TestPromises:
 
     def test_more_frozen_blocks_than_there_are(self, name: str) -> None:
         blocks = depth(name)
-        with pytest.raises(AfaError) as caught:
+        with refused(f"model.freeze_blocks is {blocks + 1}", f"{name} has {blocks} blocks; use"):
             build_backbone(name, freeze_blocks=blocks + 1)
-        assert str(caught.value) == (
-            f"model.freeze_blocks is {blocks + 1}, but {name} has {blocks} blocks; use at most that many"
-        )
 
     def test_inference_mode(self, name: str) -> None:
         for blocks in (0, 2):
@@ -287,7 +285,7 @@ def test_unknown_name(name: str, suggestion: str) -> None:
 
 
 def test_mit_has_its_four_levels() -> None:
-    with pytest.raises(AfaError, match=r"^model.feature_levels is 2, but mit_tiny has its 4 stages; leave it at that$"):
+    with pytest.raises(AfaError, match=r"^model\.feature_levels is 2, .*4 stages"):
         build_backbone("mit_tiny", feature_levels=2)
 
 

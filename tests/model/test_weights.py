@@ -36,6 +36,7 @@ from afa.errors import AfaError
 from afa.model.backbones import BACKBONES, build_backbone
 from afa.model.vit import TOKEN_FAMILIES, TokenBackbone
 from afa.model.weights import init_from_scratch
+from mistakes import refused
 
 SMALL = ("dinov2_tiny", "dinov2_tiny_reg", "vit_mini", "deit_mini", "clip_mini", "siglip_mini")
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -79,10 +80,9 @@ def assert_same(size: str, folder: Path, expected: TokenBackbone) -> None:
         assert torch.equal(tensor, wanted[key]), key
 
 
-def assert_message(message: str, size: str, weights: object) -> None:
-    with pytest.raises(AfaError) as caught:
+def assert_message(size: str, weights: object, *parts: str) -> None:
+    with refused(f"{weights}: ", *parts):
         build_backbone(size, str(weights))
-    assert str(caught.value) == message
 
 
 # --- Layouts -------------------------------------------------------------------------------------------------------
@@ -155,13 +155,10 @@ def test_loading_is_silent(size: str, tmp_path: Path, capfd: pytest.CaptureFixtu
 
 def test_another_architecture(tmp_path: Path) -> None:
     save_encoder("vit_mini", tmp_path / "v")
-    message = "holds a 'vit' model; model.weights needs a DINOv2 with registers encoder"
-    assert_message(f"{tmp_path / 'v'}: {message}", "dinov2_tiny_reg", tmp_path / "v")
-    message = "holds a 'vit' model; model.weights needs a SegFormer (MiT) encoder"
-    assert_message(f"{tmp_path / 'v'}: {message}", "mit_tiny", tmp_path / "v")
+    assert_message("dinov2_tiny_reg", tmp_path / "v", "'vit'", "model.weights", "DINOv2 with registers")
+    assert_message("mit_tiny", tmp_path / "v", "'vit'", "model.weights", "SegFormer")
     save_encoder("clip_mini", tmp_path / "c")
-    message = "holds a 'clip_vision_model' model; model.weights needs a SigLIP vision encoder"
-    assert_message(f"{tmp_path / 'c'}: {message}", "siglip_mini", tmp_path / "c")
+    assert_message("siglip_mini", tmp_path / "c", "'clip_vision_model'", "model.weights", "SigLIP")
 
 
 @pytest.mark.parametrize(
@@ -174,20 +171,14 @@ def test_another_size_is_named(field: str, found: int, needed: int, tmp_path: Pa
     config |= {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16}
     config |= {"image_size": 224, field: found} | ({"num_attention_heads": 4} if field == "hidden_size" else {})
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert_message(
-        f"{tmp_path}: {field} is {found}, but clip_b16 has {needed}; "
-        "set model.backbone to the architecture of the weights",
-        "clip_b16",
-        tmp_path,
-    )
+    assert_message("clip_b16", tmp_path, f"{field} is {found}, but clip_b16 has {needed}; set model.backbone")
 
 
 def test_sizes_of_an_image_text_model_are_those_of_its_image_encoder(tmp_path: Path) -> None:
     config: dict[str, Any] = {"model_type": "clip", "text_config": {"hidden_size": 768}}
     config |= {"vision_config": {"hidden_size": 1024, "num_attention_heads": 16}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    message = "hidden_size is 1024, but clip_b16 has 768; set model.backbone to the architecture of the weights"
-    assert_message(f"{tmp_path}: {message}", "clip_b16", tmp_path)
+    assert_message("clip_b16", tmp_path, "hidden_size is 1024, but clip_b16 has 768")
 
 
 def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
@@ -199,32 +190,28 @@ def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None
 def test_keys_that_do_not_match_are_named(tmp_path: Path) -> None:
     save_encoder("dinov2_tiny", tmp_path)
     edit_weights(tmp_path, lambda state: state.update(odd=torch.zeros(1)))
-    assert_message(f"{tmp_path}: has unmatched key 'odd' (1 in all); check model.backbone", "dinov2_tiny", tmp_path)
+    assert_message("dinov2_tiny", tmp_path, "unmatched key 'odd' (1 in all); check model.backbone")
     edit_weights(tmp_path, lambda state: (state.pop("odd"), state.update({"layernorm.bias": torch.zeros(5)})))
-    message = "'layernorm.bias' has shape (5,), the backbone needs (64,); check model.backbone"
-    assert_message(f"{tmp_path}: {message}", "dinov2_tiny", tmp_path)
+    assert_message("dinov2_tiny", tmp_path, "'layernorm.bias' has shape (5,)", "(64,); check model.backbone")
     edit_weights(tmp_path, lambda state: state.pop("layernorm.bias"))
-    message = "lacks key 'layernorm.bias' (1 in all); check model.backbone"
-    assert_message(f"{tmp_path}: {message}", "dinov2_tiny", tmp_path)
+    assert_message("dinov2_tiny", tmp_path, "lacks key 'layernorm.bias' (1 in all); check model.backbone")
 
 
 def test_broken_weights(tmp_path: Path) -> None:
     save_encoder("vit_mini", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"garbage")
-    with pytest.raises(AfaError, match=r"^\S+: cannot be loaded as ViT encoder weights \(.+\)$"):
+    with pytest.raises(AfaError, match=r"^\S+: .*ViT .*weights \(.+\)$"):
         build_backbone("vit_mini", str(tmp_path))
 
 
 def test_folder_without_config(tmp_path: Path) -> None:
-    message = f"{tmp_path}: has no config.json; model.weights needs a transformers model folder"
-    assert_message(message, "vit_mini", tmp_path)
+    assert_message("vit_mini", tmp_path, "no config.json", "model.weights")
 
 
 @pytest.mark.parametrize("weights", ["weights", "./missing/folder", "mit_b1.pth"])
 def test_missing_folder(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    message = f"{weights}: no such weights folder; pass a folder or a hub id as model.weights"
-    assert_message(message, "vit_mini", weights)
+    assert_message("vit_mini", weights, "no such weights folder", "hub id", "model.weights")
 
 
 def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,12 +220,7 @@ def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(AfaError) as caught:
-        build_backbone("dinov2_small", "nobody/no-such-model")
-    message = str(caught.value)
-    assert message.startswith("nobody/no-such-model: cannot be fetched from the Hugging Face hub (")
-    assert message.endswith("); download it elsewhere and pass its folder as model.weights")
-    assert "\n" not in message
+    assert_message("dinov2_small", "nobody/no-such-model", "cannot be fetched", "(", "); download", "model.weights")
 
 
 # --- Random weights ------------------------------------------------------------------------------------------------

@@ -91,14 +91,14 @@ def test_not_a_run_folder(tmp_path: Path, make: bool) -> None:
     folder = tmp_path / "nothing"
     if make:
         folder.mkdir()
-    with pytest.raises(AfaError, match=r"nothing: .*pass the folder given to `afa train --out`$"):
+    with pytest.raises(AfaError, match=r"nothing: .*`afa train --out`$"):
         collect_report(folder)
 
 
 @pytest.mark.parametrize(("text", "found"), [("{", "not valid JSON"), ("[1]", "holds list, not a JSON object")])
 def test_broken_evaluation_file(run: Path, text: str, found: str) -> None:
     (run / "evaluation" / "cam.json").write_text(text)
-    with pytest.raises(AfaError, match=rf"cam\.json: {found}[^\n]*write it again or delete it$"):
+    with pytest.raises(AfaError, match=rf"cam\.json: {found}.*delete it$"):
         collect_report(run)
 
 

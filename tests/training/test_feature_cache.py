@@ -287,7 +287,9 @@ def test_a_complete_cache_is_used_again_and_a_stale_one_never(
     folders = list((tmp_path / "features").iterdir())
     assert folders == [other.store.folder]
     said = capsys.readouterr().err
-    assert said == f"{first.store.folder}: a feature cache of other weights: deleted, made anew\n"
+    assert said.count("\n") == 1
+    assert said.startswith(f"{first.store.folder}: ")
+    assert "deleted" in said
 
 
 def test_runs_share_a_folder(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +315,7 @@ def test_a_cache_that_was_cut_off_goes_on(
     with monkeypatch.context() as patch:
         if how == "ctrl_c":
             patch.setattr(feature_cache, "interrupts", lambda: Answers([False, False, True]))
-            with pytest.raises(AfaError, match="stopped after 3 of 6 images of the feature cache; the same command"):
+            with pytest.raises(AfaError, match=r"stopped after 3 of 6 .*; the same"):
                 prepare(config, tmp_path / "run")
         else:
             commit = feature_store.FeatureStore.commit
@@ -365,7 +367,7 @@ def test_size_is_said_before_it_is_made(
 
 
 def test_limit(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(AfaError, match=r"would take \d\.\d MiB, but train\.feature_cache_gib is 1e-05 GiB; raise it, "):
+    with pytest.raises(AfaError, match=r"MiB, .*feature_cache_gib is 1e-05 .*raise"):
         prepare(make_config(pictures, **{"train.feature_cache_gib": 1e-5}), tmp_path)
     assert not (tmp_path / "features").exists()
 
@@ -374,13 +376,13 @@ def test_tokens_too_large_for_fp16(pictures: Path, tmp_path: Path) -> None:
     config = make_config(pictures)
     network = make_network(config)
     network.backbone.get_parameter("encoder.embeddings.cls_token").data.fill_(1e6)
-    with pytest.raises(AfaError, match=r"image p0: its tokens are too large for fp16; set train\.feature_cache to"):
+    with pytest.raises(AfaError, match=r"image p0: .*fp16; .*feature_cache"):
         prepare(config, tmp_path, network)
 
 
 def test_encoders_that_cannot_be_cut(pictures: Path, tmp_path: Path) -> None:
     config = make_config(pictures, **{"model.backbone": "mit_tiny"})
-    with pytest.raises(AfaError, match=r"mit_tiny has no single list of blocks to cut in two; take a plain"):
+    with pytest.raises(AfaError, match=r"mit_tiny .*blocks .*; take a plain"):
         prepare(config, tmp_path)
 
 

@@ -26,6 +26,7 @@ from afa.training.loop import TrainResult, train
 from afa.training.metrics import read_metrics
 from afa.training.schedule import learning_rate
 from afa.training.step import StepLosses, compute_losses
+from mistakes import refused
 from tiny import NO_DROPOUT, assert_same_weights, final_weights, tiny_config
 
 CPU = torch.device("cpu")
@@ -146,9 +147,8 @@ def test_an_existing_run_is_not_overwritten(tiny_data: Path, tmp_path: Path) -> 
     run = tmp_path / "run"
     run_training(tiny_config(tiny_data), run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(AfaError) as caught:
+    with refused(f"{run}: ", "--resume", "--out"):
         run_training(tiny_config(tiny_data), run)
-    assert str(caught.value) == f"{run}: holds a run already; pass --resume to go on with it, or another --out"
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -172,12 +172,8 @@ def test_resuming_with_other_settings_names_the_key(tiny_data: Path, tmp_path: P
     section, name = key.split(".")
     old = getattr(getattr(config, section), name)
     (tmp_path / "config.toml").write_text(config_to_toml(config))
-    with pytest.raises(AfaError) as caught:
+    with refused(f"{tmp_path}: ", f"{key} = {old}, not {value}; resume", "--out"):
         run_training(tiny_config(tiny_data, {key: value}), tmp_path, resume=True)
-    assert str(caught.value) == (
-        f"{tmp_path}: was started with {key} = {old}, not {value}; resume it with the same settings or start "
-        "another --out"
-    )
 
 
 def test_resuming_elsewhere_and_with_other_logging_is_fine(tiny_data: Path, tmp_path: Path) -> None:
@@ -251,9 +247,8 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 2)
-        with pytest.raises(AfaError) as caught:
+        with refused("step 3 of 6; ", "--resume"):
             run_training(config, run)
-    assert str(caught.value) == "stopped after step 3 of 6; the same command with --resume goes on"
     assert signal.getsignal(signal.SIGINT) is handler
     assert (latest_checkpoint(run) or run).name == "step_00000003"
     assert not (run / "model.safetensors").exists()
@@ -331,12 +326,8 @@ def test_a_run_that_stays_not_finite_gives_up(tiny_data: Path, tmp_path: Path, m
     )
     steps = {"schedule.max_steps": 12, "schedule.cls_steps": 12, "schedule.refined_steps": 12}
     config = tiny_config(tiny_data, steps)
-    with pytest.raises(AfaError) as caught:
+    with refused("last 3 steps up to step 8 ", "lower schedule.learning_rate", "--precision fp32"):
         run_training(config, tmp_path)
-    assert str(caught.value) == (
-        "the gradients of the last 3 steps up to step 8 were not finite; the weights are still those before them; "
-        "lower schedule.learning_rate or use --precision fp32"
-    )
     checkpoint = latest_checkpoint(tmp_path)
     assert checkpoint is not None
     shutil.copy(checkpoint / "model.safetensors", tmp_path / "model.safetensors")

@@ -169,7 +169,7 @@ def test_a_run_learns_from_masks_says_so_and_resumes_exactly(tiny_data: Path, tm
     config = tiny_config(tiny_data, {"train.supervision": "masks", "data.val_list": ""})
     train(config, tmp_path / "cut", device=CPU, resume=True, progress=False)
     assert_same_weights(tmp_path / "run", tmp_path / "cut")
-    with pytest.raises(AfaError, match=r"was started with train\.supervision = masks, not tags"):
+    with pytest.raises(AfaError, match=r"train\.supervision = masks, not tags"):
         train(tiny_config(tiny_data, {"data.val_list": ""}), tmp_path / "cut", device=CPU, resume=True, progress=False)
 
 
@@ -181,7 +181,7 @@ def test_missing_masks_or_lists_are_one_clear_line(tiny_data: Path, tmp_path: Pa
     with pytest.raises(AfaError, match=f"has no file for '{name}'"):
         open_masked(DataConfig(root=str(root)))
     assert len(open_tagged(DataConfig(root=str(root)))) == 24
-    with pytest.raises(AfaError, match=r"absent\.txt: no such list; train\.supervision = masks learns from the masks"):
+    with pytest.raises(AfaError, match=r"absent\.txt: .*supervision = masks"):
         open_masked(DataConfig(root=str(root), train_list="absent.txt"))
 
 
