@@ -208,7 +208,7 @@ def test_stopping_is_one_line_too(
 
     monkeypatch.setattr(loop, "interrupts", lambda: nullcontext(lambda: True))
     answer = command(*tiny_flags(tiny_data), "--out", tmp_path)
-    assert_mistake(answer, "stopped after step 1 of 6; the same command with --resume goes on")
+    assert_mistake(answer, "step 1 of 6; ", "--resume")
 
 
 def test_an_interrupt_elsewhere_says_so(
@@ -240,7 +240,7 @@ def test_train_needs_but_a_folder(tiny_table: Path, tmp_path: Path, command: Com
     assert json.loads((run / "report.json").read_text())["tag_f1"] == scores["tag_f1"]
     again = command("evaluate", run, "--data", tiny_table, "--device", "cpu")
     assert again.status == 0, again.err
-    assert again.err == f"{tiny_table}: no masks, so nothing tells the mIoU; the tags are scored\n"
+    assert re.fullmatch(rf"{tiny_table}: no masks, .*tags are scored\n", again.err)
     *rows, last = again.out.splitlines()
     assert [row.split()[0] for row in rows] == list(scores["per_class"])
     assert re.match(rf"tag F1 +{scores['tag_f1']:.2f} +\(tags, single, {scores['num_images']} images, \d+ s\)$", last)
@@ -248,7 +248,7 @@ def test_train_needs_but_a_folder(tiny_table: Path, tmp_path: Path, command: Com
     # The run's own settings hold where it goes on.
     assert command("train", tiny_table, "--out", run, "--resume", "--device", "cpu").status == 0
     both = command("train", tiny_table, "--data.root", "other", "--out", run)
-    assert_mistake(both, f"{tiny_table} and data.root other both name the data set")
+    assert_mistake(both, f"{tiny_table} and data.root other")
 
 
 # --- evaluate ---
@@ -418,7 +418,7 @@ def test_report_is_written_anew(tiny_run: Path, tmp_path: Path, command: Command
         ([], ["required: COMMAND", "afa --help"]),
         (["segment"], ["invalid choice: 'segment'", "evaluate"]),
         (["train"], ["required: --out", "afa train --help"]),
-        (["train", "--out", "RUN"], ["data.root is not set; pass the folder of the data set"]),
+        (["train", "--out", "RUN"], ["data.root is not set; pass"]),
         (["train", "--out", "RUN", "--data.root"], ["--data.root has no value"]),
         (["train", "--out", "RUN", "--data.root", "--resume"], ["--data.root has no value"]),
         (["train", "--out", "RUN", "--data.root", "nowhere"], ["nowhere: no such folder", "data.root"]),
@@ -438,7 +438,7 @@ def test_report_is_written_anew(tiny_run: Path, tmp_path: Path, command: Command
         (["train", "--out", "RUN", "--device", "tpu"], ["train.device is 'tpu'", "auto, cpu, cuda, mps"]),
         (["train", "--out", "RUN", "--precision", "fp8"], ["train.precision is 'fp8'", "bf16"]),
         (["train", "--out", "RUN", "--seed", "-1"], ["train.seed is -1"]),
-        (["train", "--out", "RUN", "--config", "none.toml"], ["none.toml: no such configuration file"]),
+        (["train", "--out", "RUN", "--config", "none.toml"], ["none.toml: no such"]),
         (["evaluate", "RUN"], ["required: --data"]),
         (["evaluate", "RUN", "--data", "DIR"], ["RUN: not a run folder"]),
         (["evaluate", "RUN", "--data", "DIR", "--limit", "0"], ["--limit", "'0' is not a whole number above 0"]),
@@ -467,13 +467,13 @@ def test_mistakes(
     ("content", "part"),
     [
         (b"[schedule\n", "not valid TOML"),
-        (b"\xff\xfe\x00", "cannot be read as a configuration file"),
+        (b"\xff\xfe\x00", "cannot be read"),
         (b"[schedule]\nsteps = 3\n", "unknown key schedule.steps; "),
-        (b"[shedule]\n", "unknown section [shedule]; did you mean schedule?"),
+        (b"[shedule]\n", "[shedule]; did you mean schedule?"),
         (b"schedule = 3\n", "write a table [schedule]"),
-        (b'[schedule]\nmax_steps = "many"\n', "schedule.max_steps is 'many'; give a whole number"),
-        (b"[schedule]\ncls_steps = 9\nrefined_steps = 3\n", "schedule.refined_steps is 3, before schedule.cls_steps"),
-        (None, "cannot be read as a configuration file"),
+        (b'[schedule]\nmax_steps = "many"\n', "schedule.max_steps is 'many'; give"),
+        (b"[schedule]\ncls_steps = 9\nrefined_steps = 3\n", "refined_steps is 3, before schedule.cls_steps"),
+        (None, "cannot be read"),
     ],
 )
 def test_bad_configuration_files(command: Command, tmp_path: Path, content: bytes | None, part: str) -> None:
@@ -490,7 +490,7 @@ def test_a_device_that_is_not_there(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     answer = command("evaluate", tiny_run, "--data", tiny_data, "--device", name)
-    assert_mistake(answer, f"--device is '{name}', which this machine or this PyTorch lacks; available: auto, cpu")
+    assert_mistake(answer, f"--device is '{name}'", "available: auto, cpu")
 
 
 def test_missing_data(tiny_run: Path, tiny_data: Path, tmp_path: Path, command: Command) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_predict_and_pseudo_with_crf(
     stamp = json.loads((tmp_path / "crf" / "predict.json").read_text())
     assert (stamp["protocol"], stamp["crf_iterations"], stamp["crf_bilateral_xy"]) == ("single+crf", 10, 64.0)
     assert main([*predict, str(tmp_path / "crf"), "--crf", "--resume", "--evaluation.crf_iterations", "3"]) == 2
-    assert "crf_iterations was 10 for the masks that are there and is 3 now" in capsys.readouterr().err
+    assert re.search("crf_iterations was 10 .* 3 now", capsys.readouterr().err)
     # The classes of generated data are not VOC's.
     assert main([*predict, str(tmp_path / "plain"), "--format", "voc_test"]) == 2
     assert "is not one of PASCAL VOC's" in capsys.readouterr().err

@@ -41,7 +41,7 @@ def test_where_kernels_cannot_be_built_it_is_told_once(
     told = capsys.readouterr().err
     assert told.count("fused GPU kernels are off") == 1
     assert told.count("\n") == 1
-    assert "Failed to find C compiler.; Triton needs a C compiler" in told
+    assert "; Triton needs a C compiler" in told
 
 
 def test_where_the_kernel_starts_the_others_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -131,9 +132,7 @@ def test_missing_key_is_named_in_one_line(
 ) -> None:
     path = save(tmp_path, {name: value for name, value in vectors.items() if name != key})
     assert parity.main([str(path)]) == 2
-    assert capsys.readouterr().err == (
-        f"afa.parity: {path}: key {key} is missing; record it with the same layout as the others\n"
-    )
+    assert re.fullmatch(rf"afa\.parity: {path}: key {key} is missing; record .*\n", capsys.readouterr().err)
 
 
 def test_missing_scales_are_named(
@@ -148,12 +147,12 @@ def test_file_that_is_no_archive_is_one_line(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "text.npz").write_text("hello")
     np.save(tmp_path / "array.npy", np.zeros(3))
     for name, message in (
-        ("absent.npz", "no such file; pass an .npz file of recorded vectors"),
-        ("text.npz", "not an .npz file of plain arrays; record it again"),
-        ("array.npy", "not an .npz file of plain arrays; record it again"),
+        ("absent.npz", "no such file; pass"),
+        ("text.npz", "not an .npz file"),
+        ("array.npy", "not an .npz file"),
     ):
         assert parity.main([str(tmp_path / name)]) == 2
-        assert capsys.readouterr().err == f"afa.parity: {tmp_path / name}: {message}\n"
+        assert re.fullmatch(rf"afa\.parity: {tmp_path / name}: {message}.*\n", capsys.readouterr().err)
 
 
 def test_wrong_number_of_arguments_prints_the_usage(capsys: pytest.CaptureFixture[str]) -> None:

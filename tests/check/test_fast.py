@@ -62,7 +62,7 @@ def test_a_class_that_hardly_stands_alone_is_named(tmp_path: Path, alone: int, i
 def test_two_classes_in_the_same_images_are_one_problem(tmp_path: Path) -> None:
     write_table(tmp_path, ["horse rider"] * 20 + ["dog"] * 20)
     (warning,) = found(tmp_path)["warning"]
-    assert warning.startswith("classes 'horse' and 'rider' are in the same 20 training images")
+    assert warning.startswith("classes 'horse' and 'rider' are in the same 20")
 
 
 def test_thin_classes_are_counted_by_how_thin_they_are(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_the_same_tags_everywhere_are_said(tmp_path: Path) -> None:
     messages = found(tmp_path)
     assert messages["error"] == []
     (warning,) = messages["warning"]
-    assert warning.startswith("all 30 training images have the same tags (cat): nothing can be learned")
+    assert warning.startswith("all 30 training images have the same tags (cat)")
 
 
 def test_a_class_in_every_image_is_named_and_no_partner_of_others(tmp_path: Path) -> None:

@@ -203,14 +203,14 @@ def spoil(path: Path, key: str, change: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("key", "change", "expected"),
     [
-        ("annotations", {"segmentation": 5}, "its segmentation is no list of polygons"),
-        ("annotations", {"segmentation": [[1, 2, "x", 4]]}, "its segmentation is no list of polygons"),
-        ("annotations", {"segmentation": [[1, 2, 3]]}, "its segmentation is no list of polygons"),
-        ("annotations", {"segmentation": {"counts": {}}}, "its counts are neither whole numbers nor a text"),
+        ("annotations", {"segmentation": 5}, "segmentation is no list"),
+        ("annotations", {"segmentation": [[1, 2, "x", 4]]}, "segmentation is no list"),
+        ("annotations", {"segmentation": [[1, 2, 3]]}, "segmentation is no list"),
+        ("annotations", {"segmentation": {"counts": {}}}, "counts are neither"),
         ("annotations", {"segmentation": {"counts": [1]}}, "do not fill a mask of 90x60 pixels"),
-        ("annotations", {"category_id": 4}, "category id 4, which the file does not list"),
-        ("annotations", {"image_id": 400}, "image id 400, which the file does not list"),
-        ("images", {"height": 10**9}, "has 90x1000000000 pixels; correct the images"),
+        ("annotations", {"category_id": 4}, "category id 4, which"),
+        ("annotations", {"image_id": 400}, "image id 400, which"),
+        ("images", {"height": 10**9}, "90x1000000000 pixels; correct"),
         ("images", {"height": "60"}, "has no whole number as height"),
         ("images", {"file_name": "../../x.jpg"}, "image '../../x.jpg' leads out of"),
         ("images", {"file_name": "x.jpg"}, "has no image 'x.jpg' (1 of 5 missing)"),
@@ -245,4 +245,4 @@ def test_other_mistakes(tmp_path: Path) -> None:
     out.unlink()
     convert_coco(path, images, out, split="train", progress=False)
     spoil(path, "categories", {"name": "lamp"})
-    assert "classes.txt: lists other classes; choose another OUT" in said(path, images, out)
+    assert "classes.txt: lists other classes; choose" in said(path, images, out)

@@ -79,14 +79,14 @@ def test_no_outline_of_coco_is_held(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"images": []}, "no images; give a COCO instances file"),
+        ({"images": []}, "no images; give"),
         ({"categories": []}, "no categories"),
         ({"images": [{"id": 1}]}, "image 1 has no file_name"),
         ({"images": COCO["images"] * 2}, "image id 7 is there twice"),
         ({"categories": COCO["categories"] * 2}, "category id 90 is there twice"),
         ({"categories": [{"id": 90}]}, "category 90 has no name"),
-        ({"annotations": [{"image_id": 9, "category_id": 2}]}, "image id 9, which is not in images"),
-        ({"annotations": [{"image_id": 3, "category_id": 1}]}, "category id 1, which is not in categories"),
+        ({"annotations": [{"image_id": 9, "category_id": 2}]}, "image id 9, which"),
+        ({"annotations": [{"image_id": 3, "category_id": 1}]}, "category id 1, which"),
         ({"annotations": [{"image_id": 3}]}, "{'image_id': 3} has no whole number as category_id"),
         ({"annotations": [5]}, "[5] has no whole number as image_id"),
         ({"categories": [{"id": 2, "name": "a"}, {"id": 90, "name": "a"}, {"id": 17, "name": "b"}]}, "class 'a' is"),
@@ -140,9 +140,9 @@ def test_label_studio_short_export(tmp_path: Path) -> None:
 
 def test_label_studio_mistakes(tmp_path: Path) -> None:
     task = {"id": 1, "data": {"text": "hello"}, "annotations": []}
-    assert "task 1: names no image; export a project of images" in message(write(tmp_path, [task]))
+    assert "task 1: names no image; export" in message(write(tmp_path, [task]))
     good = {"id": 1, "data": {"image": "a.jpg"}, "annotations": [{"result": [result("choices", ["cat"])]}]}
-    assert "task 2: is no task; export from Label Studio as JSON" in message(write(tmp_path, [good, 5]))
+    assert "task 2: is no task; export" in message(write(tmp_path, [good, 5]))
 
 
 CVAT = """<?xml version="1.0" encoding="utf-8"?>
@@ -184,9 +184,9 @@ def test_cvat_without_list_of_labels(tmp_path: Path) -> None:
     [
         ("<annotations>", "not an XML file (no element found"),
         ("{}", "not an XML file (not well-formed"),
-        ("<annotation/>", "is <annotation>, not <annotations>; export CVAT for images 1.1"),
+        ("<annotation/>", "is <annotation>, not <annotations>; export"),
         ('<annotations><image id="0"/></annotations>', "image 1 has no name"),
-        ('<!DOCTYPE a [<!ENTITY b "c">]><annotations/>', "has a document type (a); remove the DOCTYPE"),
+        ('<!DOCTYPE a [<!ENTITY b "c">]><annotations/>', "(a); remove the DOCTYPE"),
         ("<annotations/>", "0 classes; give 1 to 254"),
     ],
 )

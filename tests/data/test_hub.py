@@ -75,14 +75,14 @@ def test_mistakes() -> None:
             tagged_dataset(*arguments, **columns)
         return str(caught.value)
 
-    assert "column 'labels' holds 5; cast it to ClassLabel" in said(rows)
-    assert "no image column 'labels'; its image columns: picture" in said(rows, image_column="labels")
-    assert "no tag column 'x'; its columns: picture, labels" in said(rows, tag_column="x")
+    assert "'labels' holds 5; cast" in said(rows)
+    assert "no image column 'labels'; " in said(rows, image_column="labels")
+    assert "no tag column 'x'; " in said(rows, tag_column="x")
     assert "give one split of it" in said(datasets.DatasetDict({"train": rows}))
     broken = dataset(datasets.Value("string"), ["cat"]).cast_column("picture", datasets.Image(decode=False))
     broken = broken.map(lambda row: {"picture": {"bytes": b"no image", "path": None}})
     with pytest.raises(AfaError, match="row 0: cannot be read as an image"):
         tagged_dataset(broken.cast_column("picture", datasets.Image())).image(0)
     none = dataset(datasets.List(datasets.ClassLabel(names=["cat"])), [[], []])
-    assert "no row of the data set has a tag in column 'labels'" in said(none)
+    assert "has a tag in column 'labels'" in said(none)
     assert np.asarray(Image.open(BytesIO(encoded(10)["bytes"]))).max() == 10  # the good one is good

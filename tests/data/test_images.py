@@ -131,7 +131,7 @@ def test_empty_file(tmp_path: Path) -> None:
 
 def test_not_an_image(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("no pixels here")
-    assert "not an image that Pillow can read; replace it" in message(tmp_path / "a.jpg")
+    assert "Pillow can read; replace" in message(tmp_path / "a.jpg")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
@@ -156,7 +156,7 @@ def test_truncated_says_so(tmp_path: Path) -> None:
 def test_too_many_pixels(tmp_path: Path) -> None:
     for side in (10_000, 60_000):  # Pillow warns of the first and refuses the second
         write_png(tmp_path / "a.png", width=side, height=side, depth=8, kind=0, rows=b"\0")
-        assert "more than 89,478,485 pixels; scale the image down" in message(tmp_path / "a.png")
+        assert "more than 89,478,485 pixels; scale" in message(tmp_path / "a.png")
 
 
 def test_zero_sized(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from afa.data.layout import Layout, find_layout, open_scored, open_tagged
 from afa.data.palette import write_index_png
 from afa.data.voc import ScoredImages, TaggedImages
 from afa.errors import AfaError
+from mistakes import refused
 from opened import Opened
 
 CLASSES = ("bird", "cat", "dog")
@@ -125,7 +126,7 @@ def test_voc_xml_without_lists(tmp_path: Path) -> None:
 def test_one_hot_npy(tmp_path: Path) -> None:
     touch(tmp_path, "images/a.jpg", "images/b.jpg")
     np.save(tmp_path / "cls_labels_onehot.npy", {"a": np.array([1, 0]), "b": np.array([1, 1])})  # type: ignore[arg-type]
-    assert "has vectors without class names; write the names to classes.txt" in message(tmp_path)
+    assert "write the names to classes.txt" in message(tmp_path)
     assert everything(found(tmp_path, classes=("dog", "cat"))) == {"a": ("dog",), "b": ("dog", "cat")}
 
 
@@ -163,7 +164,7 @@ def test_folders_of_splits(tmp_path: Path) -> None:
     assert layout.classes == CLASSES
     assert set(tags_of(layout.training())) == {f"train/{c}/{i}" for c in CLASSES for i in range(10)}
     assert set(tags_of(layout.validation())) == {f"Valid/{c}/{i}" for c in CLASSES for i in range(10)}
-    assert "30 for validation (as the data says), 30 in a test split left out" in layout.describe()
+    assert "30 in a test split left out" in layout.describe()
     shutil.rmtree(tmp_path / "Valid")
     layout = found(tmp_path)
     assert len(layout.training()), len(layout.validation()) == (24, 6)
@@ -199,7 +200,7 @@ def test_split_stated_by_files_columns_subsets_and_folders(tmp_path: Path) -> No
         assert "(as the data says)" in layout.describe()
     assert found(tmp_path / "files").classes == ("cat", "dog")
     write(tmp_path / "column", "tags.csv", "file,tags,split\ntrain/0.jpg,cat,later\n")
-    assert "line 2: the split is 'later'; write train, val or test" in message(tmp_path / "column")
+    assert "line 2: the split is 'later'; write" in message(tmp_path / "column")
 
 
 def test_metadata_in_split_folders(tmp_path: Path) -> None:
@@ -260,9 +261,9 @@ def test_class_list_with_colors(tmp_path: Path) -> None:
     assert layout.colors == {"dog": (255, 128, 0), "bird": (1, 2, 3), "zebra fish": (0, 0, 255)}
     assert found(tmp_path, classes=CLASSES).classes == CLASSES
     write(tmp_path, "classes.txt", "dog\nbird\n")
-    assert "line 3, image '01': unknown tag 'cat'; allowed: dog, bird" in message(tmp_path)
+    assert "image '01': unknown tag 'cat'; allowed: dog" in message(tmp_path)
     write(tmp_path, "classes.txt", "dog,1,2,300\n")
-    assert "class 'dog' has the color 1,2,300; give values of 0 to 255" in message(tmp_path)
+    assert "class 'dog' has the color 1,2,300; give" in message(tmp_path)
 
 
 def test_class_subset(tmp_path: Path) -> None:
@@ -376,10 +377,10 @@ def test_voc_lists_win(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({"layout": "coco"}, "no COCO instances here; set data.tags to the file, or data.layout to what it is"),
+        ({"layout": "coco"}, "no COCO instances here; set data.tags"),
         ({"layout": "hf"}, "no metadata.jsonl or metadata.csv here"),
-        ({"layout": "cvat", "tags": "tags.csv"}, "tags.csv: is a table of tags, not CVAT export; correct data.layout"),
-        ({"tags": "none.csv"}, "none.csv: no such tags file or folder; set data.tags"),
+        ({"layout": "cvat", "tags": "tags.csv"}, "not CVAT export; correct data.layout"),
+        ({"tags": "none.csv"}, "none.csv: no such tags"),
         ({"image_dir": "none"}, "none: no such folder; set data.image_dir"),
         ({"root": "none"}, "none: no such folder; set data.root"),
     ],
@@ -392,7 +393,7 @@ def test_wrong_settings(tmp_path: Path, keys: dict[str, Any], expected: str) -> 
 
 
 def test_nothing_is_found(tmp_path: Path) -> None:
-    assert "no tags found; put a tags.csv with the header file,tags there, sort the images into" in message(tmp_path)
+    assert "no tags found; put a tags.csv" in message(tmp_path)
     touch(tmp_path, "images/a.jpg")
     assert "no tags found" in message(tmp_path)
     assert "no images found" in message(tmp_path, layout="imagefolder")
@@ -405,7 +406,7 @@ def test_nothing_is_found(tmp_path: Path) -> None:
 def test_two_files_of_tags(tmp_path: Path) -> None:
     table(tmp_path)
     shutil.copy(tmp_path / "tags.csv", tmp_path / "tags.tsv")
-    assert "tags.csv and tags.tsv may both be the tags; set data.tags to one of them" in message(tmp_path)
+    assert "tags.csv and tags.tsv may both" in message(tmp_path)
     assert found(tmp_path, tags="tags.csv").kind == "table"
 
 
@@ -431,7 +432,7 @@ def test_paths_that_lead_out_are_refused(tmp_path: Path, image: str) -> None:
     table(tmp_path)
     text = entry_message(tmp_path, image)
     assert repr(image) in text
-    assert f"leads out of {tmp_path / 'images'}; refused: write paths below that folder" in text
+    assert f"leads out of {tmp_path / 'images'}; refused" in text
 
 
 @pytest.mark.parametrize(
@@ -448,18 +449,17 @@ def test_folders_may_be_left_out_where_that_is_clear(tmp_path: Path) -> None:
     touch(tmp_path, "images/x/a.jpg", "images/y/a.jpg", "images/y/z/b.jpg", "images/c.jpg", "images/C.png")
     write(tmp_path, "tags.json", {"b.jpg": ["cat"], "x\\a.jpg": ["cat"]})
     assert set(everything(found(tmp_path))) == {"y/z/b", "x/a"}
-    assert "image 'a.jpg' may be 'x/a.jpg' or 'y/a.jpg' of" in entry_message(tmp_path, "a.jpg")
-    assert "images has no image 'x/b.jpg' (1 of 1 images missing); add" in entry_message(tmp_path, "x/b.jpg")
+    assert "'a.jpg' may be 'x/a.jpg' or 'y/a.jpg'" in entry_message(tmp_path, "a.jpg")
+    assert "'x/b.jpg' (1 of 1 images missing); add" in entry_message(tmp_path, "x/b.jpg")
     assert "'https://a.b/c.jpg' is an address" in entry_message(tmp_path, "https://a.b/c.jpg")
 
 
 def test_missing_images_are_counted(tmp_path: Path) -> None:
     table(tmp_path)
     write(tmp_path, "tags.csv", "file,tags\n00.png,cat\nx.png,cat\n01.png,dog\ny.png,cat\n")
-    assert message(tmp_path) == (
-        f"{tmp_path / 'tags.csv'}, line 3: {tmp_path / 'images'} has no image 'x.png' (2 of 4 images missing); add "
-        "them, set data.image_dir, or take them out of the tags"
-    )
+    parts = (f"{tmp_path / 'tags.csv'}, line 3: {tmp_path / 'images'}", "'x.png' (2 of 4", "data.image_dir")
+    with refused(*parts):
+        found(tmp_path)
 
 
 def test_unicode_forms_meet(tmp_path: Path) -> None:
@@ -475,7 +475,7 @@ def test_unicode_forms_meet(tmp_path: Path) -> None:
 def test_names_that_would_meet_on_another_system(tmp_path: Path) -> None:
     touch(tmp_path, "images/a.jpg", "images/A.jpg", "images/b.jpg", "images/b.png")
     write(tmp_path, "tags.csv", "file,tags\na.jpg,cat\nA.jpg,dog\n")
-    assert "'a.jpg' and 'A.jpg' differ in case or accents only; keep or rename one of them" in message(tmp_path)
+    assert "'a.jpg' and 'A.jpg' differ in case" in message(tmp_path)
     write(tmp_path, "tags.csv", "file,tags\na.jpg,cat\nb.png,dog\n")
     assert set(everything(found(tmp_path))) == {"a", "b"}
     assert found(tmp_path).training().image_path(1).name in ("a.jpg", "b.png")
@@ -483,21 +483,21 @@ def test_names_that_would_meet_on_another_system(tmp_path: Path) -> None:
     assert "image 'b' may be 'b.jpg' or 'b.png'" in message(tmp_path)
     (tmp_path / "images").rename(tmp_path / "dog")
     (tmp_path / "dog" / "A.jpg").unlink()
-    assert "'dog/b.jpg' and 'dog/b.png' have the same name" in message(tmp_path, layout="imagefolder")
+    assert "'dog/b.jpg' and 'dog/b.png' have" in message(tmp_path, layout="imagefolder")
 
 
 def test_two_ways_to_write_one_image(tmp_path: Path) -> None:
     table(tmp_path)
     write(tmp_path, "tags.csv", "file,tags\n00.png,cat\nimages/00.png,dog\n")
     text = message(tmp_path)
-    assert "line 3: image 'images/00.png' is '00.png', which" in text
+    assert "'images/00.png' is '00.png', which" in text
     assert text.endswith("line 2 has too; keep one entry of it")
 
 
 def test_names_with_line_breaks(tmp_path: Path) -> None:
     touch(tmp_path, "cat/a\nb.png", "dog/c.png")
     text = message(tmp_path)
-    assert "the file name 'cat/a\\nb.png' has control characters; rename the file" in text
+    assert "'cat/a\\nb.png' has control characters; rename" in text
 
 
 def test_links_in_a_circle_end_and_links_to_folders_are_followed(tmp_path: Path) -> None:

@@ -225,13 +225,13 @@ def test_folder_that_cannot_be_written(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_train": 0}, "num_train of the generated data set is 0: it must be at least 1"),
-        ({"num_val": -1}, "num_val of the generated data set is -1: it must be at least 1"),
-        ({"image_size": 16}, "image_size of the generated data set is 16: it must be at least 32"),
-        ({"seed": -1}, "seed of the generated data set is -1: it must be at least 0"),
-        ({"classes": ()}, r"classes of the generated data set are \[\]: choose from disk, square"),
-        ({"classes": ("disk", "horse")}, r"are \['disk', 'horse'\]: choose from disk, square"),
-        ({"classes": ("disk", "disk")}, r"are \['disk', 'disk'\]: choose from .*, each once"),
+        ({"num_train": 0}, "num_train .* 0: .*at least 1"),
+        ({"num_val": -1}, "num_val .* -1: .*at least 1"),
+        ({"image_size": 16}, "image_size .* 16: .*at least 32"),
+        ({"seed": -1}, "seed .* -1: .*at least 0"),
+        ({"classes": ()}, r"classes .* \[\]: choose from disk"),
+        ({"classes": ("disk", "horse")}, r"\['disk', 'horse'\]: choose"),
+        ({"classes": ("disk", "disk")}, r"\['disk', 'disk'\]: choose .*once"),
     ],
 )
 def test_wrong_parameters_are_refused(tmp_path, change, message):

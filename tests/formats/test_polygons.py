@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -76,10 +77,7 @@ def test_what_polygons_lose_is_said_once(tmp_path: Path, format: str) -> None:
     result = write_format(format, items, CLASSES, tmp_path / "out", progress=False)
     # Class 1 around 2, and 2 around the background; the 2 x 2 region of class 3.
     assert (result.filled_holes, result.dropped_regions) == (4, 2)
-    assert str(result).endswith(
-        "; 160 ignored pixels are in no annotation; 4 holes are filled, as polygons have none; "
-        "2 specks under 10 pixels are left out"
-    )
+    assert re.search("; 160 ignored pixels .*; 4 holes .*filled.*; 2 specks .*left out$", str(result))
 
 
 def test_yolo_images_without_an_object_have_an_empty_file(tmp_path: Path) -> None:

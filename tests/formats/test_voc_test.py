@@ -58,7 +58,7 @@ def test_masks_lie_where_the_server_looks_with_the_values_of_voc(tmp_path: Path)
     check = check_voc_test(path, names=NAMES, images=tmp_path / "images")
     assert check.problems == ()
     assert str(check) == f"{path}: 3 masks, ready for the server"
-    assert str(check_voc_test(path)).endswith("ready for the server; not compared with a list and images")
+    assert str(check_voc_test(path)).endswith("not compared with a list and images")
 
 
 def test_the_same_masks_give_the_same_bytes(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ FIRST = GOOD[0][0]
             lambda: [(FIRST, png(PLAIN[:9])), *GOOD[1:]],
             f"not of the image's size: {NAMES[0]}.png (30x9, image 30x20)",
         ),
-        (lambda: [(FIRST, b"no"), *GOOD[1:]], f"not a readable PNG: {NAMES[0]}.png (cannot identify image file"),
+        (lambda: [(FIRST, b"no"), *GOOD[1:]], f"not a readable PNG: {NAMES[0]}.png"),
     ],
 )
 def test_each_fault_is_found(tmp_path: Path, change: Callable[[], list[tuple[str, bytes]]], problem: str) -> None:

@@ -201,9 +201,9 @@ def test_what_else_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("colors", "message"),
     [
-        ([(1, 2, 3), (4, 5, 6), (1, 2, 3)], r"class 'Straße' has color \(1, 2, 3\), as has class 'cat'; give each"),
-        ([(1, 2, 3), (0, 0, 0), (4, 5, 6)], r"class 'potted plant' has color \(0, 0, 0\), as has the background"),
-        ([(1, 2, 3), (4, 5, 6), (0, 0, 256)], r"class 'Straße' has color \(0, 0, 256\); give red, green, blue"),
+        ([(1, 2, 3), (4, 5, 6), (1, 2, 3)], r"'Straße' .*\(1, 2, 3\), .*'cat'; give"),
+        ([(1, 2, 3), (0, 0, 0), (4, 5, 6)], r"'potted plant' .*\(0, 0, 0\), .*background"),
+        ([(1, 2, 3), (4, 5, 6), (0, 0, 256)], r"'Straße' .*\(0, 0, 256\); give"),
     ],
 )
 def test_colors_must_tell_classes_apart(tmp_path: Path, colors: list[tuple[int, int, int]], message: str) -> None:
