@@ -22,6 +22,7 @@ from afa.config import (
 )
 from afa.errors import AfaError
 from afa.report.paper_tables import PAPER_TABLES, find_table
+from mistakes import refused
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.toml"))
 
@@ -30,12 +31,6 @@ def write(folder: Path, text: str) -> Path:
     path = folder / "run.toml"
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def one_line(error: pytest.ExceptionInfo[AfaError]) -> str:
-    message = str(error.value)
-    assert "\n" not in message
-    return message
 
 
 def test_defaults_are_the_paper_preset() -> None:
@@ -125,9 +120,8 @@ def test_flag_text_becomes_the_type_of_the_field(key: str, text: str, value: obj
     ],
 )
 def test_a_wrong_flag_is_one_clear_line(overrides: dict[str, Any], message: str) -> None:
-    with pytest.raises(AfaError) as error:
+    with refused(message):
         load_config(overrides=overrides)
-    assert message in one_line(error)
 
 
 @pytest.mark.parametrize(
@@ -144,16 +138,14 @@ def test_a_wrong_flag_is_one_clear_line(overrides: dict[str, Any], message: str)
 )
 def test_a_wrong_file_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path, text)
-    with pytest.raises(AfaError) as error:
+    with refused(message):
         load_config(path)
-    assert message in one_line(error)
 
 
 def test_messages_about_unknown_keys_name_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "[model]\npoolin = 'gap'\n")
-    with pytest.raises(AfaError) as error:
+    with refused(path, "model.poolin"):
         load_config(path)
-    assert one_line(error).startswith(str(path))
 
 
 def test_a_missing_or_unreadable_file_is_one_clear_line(tmp_path: Path) -> None:

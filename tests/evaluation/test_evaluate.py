@@ -238,9 +238,8 @@ def test_no_mask_folder(tmp_path: Path) -> None:
 def test_broken_mask_is_one_line(tmp_path: Path) -> None:
     images = write_data(tmp_path)
     (tmp_path / "SegmentationClassAug" / "c.png").write_bytes(b"not a png")
-    with pytest.raises(AfaError, match=r"c\.png: not an image") as caught:
+    with refused("c.png: not an image"):
         run(images)
-    assert "\n" not in str(caught.value)
 
 
 def test_read_ahead_keeps_order_and_delivers_errors_at_their_place() -> None:

@@ -197,18 +197,15 @@ def change(path: Path, **values: Any) -> None:
 )
 def test_odd_config_json(saved: Path, values: dict[str, Any], message: str) -> None:
     change(saved / "config.json", **values)
-    with pytest.raises(AfaError) as caught:
+    with refused(message):
         load_pretrained(saved, CPU)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000, "\x00", '{"a": "\\ud800"}'])
 def test_broken_config_json(saved: Path, text: str) -> None:
     (saved / "config.json").write_text(text)
-    with pytest.raises(AfaError, match=r"config\.json: ") as caught:
+    with refused("config.json: "):
         load_pretrained(saved, CPU)
-    assert "\n" not in str(caught.value)
 
 
 def test_other_normalization_is_refused(saved: Path) -> None:

@@ -264,7 +264,7 @@ def test_broken_training_state_is_one_line(tmp_path: Path) -> None:
 def test_training_state_of_something_else_is_one_line(tmp_path: Path) -> None:
     folder = save(tmp_path, 20)
     torch.save([1, 2], folder / "training_state.pt")
-    with pytest.raises(AfaError, match=r"training_state\.pt: .*delete step_00000020"):
+    with pytest.raises(AfaError, match=r"training_state\.pt: .*step_00000020"):
         load_checkpoint(folder, network_of(0.0))
 
 

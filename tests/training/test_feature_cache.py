@@ -367,7 +367,7 @@ def test_size_is_said_before_it_is_made(
 
 
 def test_limit(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(AfaError, match=r"MiB, .*feature_cache_gib is 1e-05 .*raise"):
+    with pytest.raises(AfaError, match=r"MiB, .*feature_cache_gib is 1e-05.*raise"):
         prepare(make_config(pictures, **{"train.feature_cache_gib": 1e-5}), tmp_path)
     assert not (tmp_path / "features").exists()
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from afa.config import Config, config_to_toml, load_config
 from afa.data.voc import TaggedImages
-from afa.errors import AfaError
 from afa.runtime import interrupts
 from afa.training import engine as engine_module
 from afa.training import loop as loop_module
@@ -198,10 +197,8 @@ def test_an_unreadable_image_is_one_line_and_the_run_can_go_on(tiny_data: Path, 
     path = next((root / "JPEGImages").glob(f"{name}.*"))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(AfaError) as caught:
+    with refused(path):
         run_training(config, run)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
     assert (latest_checkpoint(run) or run).name == "step_00000003"
     path.write_bytes(whole)
     run_training(config, run, resume=True)
