@@ -33,7 +33,7 @@ test: $(STAMP)
 
 parity: $(STAMP)
 	$(if $(VECTORS),,$(error name the file: make parity VECTORS=reference_vectors.npz))
-	$(BIN)/python -m afa.parity $(VECTORS)
+	$(BIN)/python bench/parity.py $(VECTORS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ import torch
 
 from afa.api import evaluate
 from afa.config import Config, config_to_dict, load_config
-from afa.data.shapes import DEFAULT_STYLE, write_shapes
+from afa.demo.shapes import DEFAULT_STYLE, write_shapes
 from afa.errors import AfaError
 from afa.recipe import train_and_report
 from afa.runtime import pick_device, say

@@ -26,15 +26,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from afa.build import build_network
 from afa.config import Config, load_config
-from afa.data.feature_store import format_gib
 from afa.data.loader import resolve_workers, train_batches
 from afa.data.pixel_cache import PixelCache
 from afa.data.voc import TaggedImages
+from afa.runs.build import build_network
 from afa.runtime import pick_device
 from afa.training.engine import TrainingEngine
 from afa.training.feature_cache import FeatureReader, prepare_features
+from afa.training.feature_store import format_gib
 from afa.types import Batch
 
 STEPS: Final = {"cls": 0, "initial": 10_000, "refined": 20_000}

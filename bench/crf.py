@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, one_hot
 
-from afa.data.shapes import draw_shapes
+from afa.demo.shapes import draw_shapes
 from afa.filtering.crf import dense_crf
 
 NUM_CLASSES = 21

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from afa.build import build_network
 from afa.config import ModelConfig
 from afa.evaluation.protocols import image_tensor
 from afa.inference.predictor import Predictor
+from afa.runs.build import build_network
 from afa.types import normalize_image
 
 NUM_CLASSES = 20

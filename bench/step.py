@@ -36,11 +36,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from afa.build import build_network
 from afa.config import Config, load_config
 from afa.errors import AfaError
 from afa.model.mit import MIT_SIZES
 from afa.model.network import AfaNetwork
+from afa.runs.build import build_network
 from afa.runtime import autocast, pick_device
 from afa.training.engine import TrainingEngine
 from afa.training.optimizer import set_learning_rate

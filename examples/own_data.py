@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 import afa
-from afa.data.shapes import SHAPE_CLASSES, draw_shapes
+from afa.demo.shapes import SHAPE_CLASSES, draw_shapes
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/own_data")
 photos = folder / "photos"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from afa.kernels import fused
+from afa.kernels.dispatch import fused
 
 
 def interpret(command: str, beside: str, *, folder: Path | None = None) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from afa.build import build_network
 from afa.config import load_config
 from afa.report.paper_tables import PAPER_TABLES
+from afa.runs.build import build_network
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from afa.build import build_network
 from afa.pseudo.affinity import window_mask
+from afa.runs.build import build_network
 from afa.training.schedule import phase
 
 CPU = torch.device("cpu")

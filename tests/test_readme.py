@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from afa import defaults
 from afa.cli import build_parser
 from afa.config import field_docs, load_config
+from afa.runs import auto as defaults
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]

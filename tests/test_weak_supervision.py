@@ -131,11 +131,11 @@ TRAINING_SIDE = [
     PACKAGE / "training" / "engine.py",
     PACKAGE / "training" / "schedule.py",
     PACKAGE / "training" / "optimizer.py",
-    PACKAGE / "losses.py",
     PACKAGE / "types.py",
     PACKAGE / "data" / "loader.py",
     PACKAGE / "data" / "transforms.py",
     PACKAGE / "data" / "tags.py",
+    *sorted((PACKAGE / "losses").glob("*.py")),
     *sorted((PACKAGE / "pseudo").glob("*.py")),
     *sorted((PACKAGE / "model").glob("*.py")),
 ]

@@ -11,22 +11,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from afa.build import load_run, read_classes
 from afa.check import collect
 from afa.config import Config, DataConfig, config_to_dict, load_config
 from afa.data.layout import find_layout
 from afa.data.tags import read_tags
-from afa.defaults import choose_defaults
 from afa.errors import AfaError
 from afa.evaluation import evaluate as evaluation
 from afa.evaluation.evaluate import EvaluationResult
 from afa.evaluation.protocols import CRF
 from afa.evaluation.tags import TagResult, evaluate_tags
 from afa.formats.write import mask_items, parse_formats, write_format
-from afa.inference import predict as prediction
-from afa.inference.predict import PredictSummary
+from afa.inference import files as prediction
+from afa.inference.files import PredictSummary
 from afa.inference.predictor import Predictor
 from afa.recipe import train_and_report
+from afa.runs.auto import choose_defaults
+from afa.runs.build import load_run, read_classes
 from afa.runtime import pick_device, process_group, say
 
 
@@ -206,7 +206,7 @@ def predict(
         What was written and what failed.
 
     Raises:
-        AfaError: As `afa.inference.predict.predict_files` and `afa.formats.write.write_format`; not a run folder.
+        AfaError: As `afa.inference.files.predict_files` and `afa.formats.write.write_format`; not a run folder.
     """
     names = parse_formats(formats) if formats else ()
     run, out = Path(run), Path(out)
@@ -265,7 +265,7 @@ def pseudo_labels(
         What was written and what failed.
 
     Raises:
-        AfaError: As `afa.inference.predict.pseudo_files` and `afa.formats.write.write_format`; not a run folder; the
+        AfaError: As `afa.inference.files.pseudo_files` and `afa.formats.write.write_format`; not a run folder; the
             data set is missing or broken.
     """
     names = parse_formats(formats) if formats else ()

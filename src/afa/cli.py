@@ -353,8 +353,8 @@ def _export(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
         return 0
     import torch
 
-    from afa.inference.export import export_onnx, export_torch, read_check_images
     from afa.inference.hub import load_pretrained
+    from afa.inference.onnx import export_onnx, export_torch, read_check_images
 
     loaded = load_pretrained(arguments.folder, torch.device("cpu"))
     settings: dict[str, Any] = {

@@ -192,8 +192,8 @@ def test_uncertain_pixels_are_not_scored_but_reported(tmp_path: Path, monkeypatc
 
 
 def test_real_pseudo_labels_are_scored(tmp_path: Path) -> None:
-    from afa.build import build_network
     from afa.config import ModelConfig
+    from afa.runs.build import build_network
 
     torch.manual_seed(0)
     network = build_network(ModelConfig(backbone="mit_tiny", weights="", decoder_width=8), 3)
@@ -273,8 +273,8 @@ def write_sizes(root: Path, sizes: list[tuple[int, int]]) -> ScoredImages:
 
 @pytest.mark.parametrize("labels", ["seg", "cam", "refined"])
 def test_batches_give_the_figures_of_single_images(tmp_path: Path, labels: str) -> None:
-    from afa.build import build_network
     from afa.config import ModelConfig
+    from afa.runs.build import build_network
 
     torch.manual_seed(0)
     network = build_network(ModelConfig(backbone="mit_tiny", weights="", decoder_width=8), 3)

@@ -178,7 +178,7 @@ def test_unknown_pseudo_label_lists_the_known_ones() -> None:
 @pytest.mark.parametrize("kind", ["cam", "propagated", "initial", "refined"])
 @pytest.mark.parametrize("size", [(9, 40), (65, 50)])
 def test_every_pseudo_label_of_a_real_network(kind: str, size: tuple[int, int]) -> None:
-    from afa.build import build_network
+    from afa.runs.build import build_network
 
     torch.manual_seed(0)
     network = build_network(ModelConfig(backbone="mit_tiny", weights="", decoder_width=8), 3)
@@ -194,7 +194,7 @@ def test_every_pseudo_label_of_a_real_network(kind: str, size: tuple[int, int]) 
 
 
 def real_network() -> AfaNetwork:
-    from afa.build import build_network
+    from afa.runs.build import build_network
 
     torch.manual_seed(0)
     return build_network(ModelConfig(backbone="mit_tiny", weights="", decoder_width=8), 3).eval()

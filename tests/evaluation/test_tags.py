@@ -9,7 +9,6 @@ import pytest
 import torch
 from sklearn.metrics import f1_score
 
-from afa.build import build_network
 from afa.config import load_config
 from afa.data.layout import find_layout
 from afa.data.voc import TaggedImages
@@ -18,6 +17,7 @@ from afa.evaluation import tags as evaluation_tags
 from afa.evaluation.evaluate import evaluate
 from afa.evaluation.tags import TagResult, evaluate_tags
 from afa.model.network import AfaNetwork
+from afa.runs.build import build_network
 from tiny import tiny_config
 
 CPU = torch.device("cpu")

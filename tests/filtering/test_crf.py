@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate, one_hot
 
 import naive
-from afa.data.shapes import draw_shapes
+from afa.demo.shapes import draw_shapes
 from afa.filtering.crf import bilateral_features, dense_crf
-from afa.filtering.permutohedral import PermutohedralLattice
+from afa.filtering.lattice import PermutohedralLattice
 
 
 def sample(index: int, *, width: int = 64, height: int = 48, classes: int = 6) -> tuple[Tensor, Tensor, Tensor]:

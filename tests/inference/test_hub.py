@@ -13,11 +13,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from afa.build import LoadedRun, build_network, load_run
 from afa.config import Config, config_to_toml, load_config
 from afa.errors import AfaError
 from afa.inference.hub import find_pretrained, load_pretrained, push_to_hub, save_pretrained
 from afa.inference.model_card import model_card, weights_license
+from afa.runs.build import LoadedRun, build_network, load_run
 from mistakes import refused
 
 CPU = torch.device("cpu")

@@ -200,8 +200,8 @@ def test_lists_are_checked() -> None:
 def test_from_run(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    from afa.build import build_network
     from afa.config import config_to_toml, load_config
+    from afa.runs.build import build_network
 
     settings = {"model.backbone": "mit_tiny", "model.weights": "", "model.decoder_width": 8}
     config = load_config(None, {**settings, "evaluation.protocol": "multiscale"})

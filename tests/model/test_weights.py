@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from afa.errors import AfaError
-from afa.model.backbones import BACKBONES, build_backbone
+from afa.model.registry import BACKBONES, build_backbone
 from afa.model.vit import TOKEN_FAMILIES, TokenBackbone
 from afa.model.weights import init_from_scratch
 from mistakes import refused

@@ -139,7 +139,7 @@ def test_no_images_with_tags(tmp_path: Path, config: Config, fakes: FakeNetwork)
 
 
 def test_real_network_and_sizes(tmp_path: Path) -> None:
-    from afa.build import build_network
+    from afa.runs.build import build_network
 
     torch.manual_seed(0)
     network = build_network(ModelConfig(backbone="mit_tiny", weights="", decoder_width=16), 2)

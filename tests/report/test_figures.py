@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from afa.build import load_run
 from afa.cli import main
 from afa.data.layout import open_scored
 from afa.errors import AfaError
 from afa.evaluation.protocols import pseudo_label, seg_logits
 from afa.report.examples import DISPLAY_SIZE, blend_label, resized_label
 from afa.report.figures import FIGURES, write_figures
+from afa.runs.build import load_run
 
 CPU = torch.device("cpu")
 SIDE, GAP, HEADER = DISPLAY_SIZE * 3 // 4, 6, 26

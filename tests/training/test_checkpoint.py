@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from afa.build import find_weights
 from afa.errors import AfaError
+from afa.runs.build import find_weights
 from afa.training import checkpoint as checkpoint_module
 from afa.training.checkpoint import (
     latest_checkpoint,

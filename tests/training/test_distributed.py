@@ -13,7 +13,7 @@ import torch
 
 from afa.recipe import SCORED_LABELS, train_and_report
 from afa.runtime import Processes
-from afa.training.metrics import read_metrics
+from afa.training.log import read_metrics
 from tiny import NO_DROPOUT, final_weights, start_python, tiny_config, tiny_flags
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from afa import kernels
-from afa.build import build_network
 from afa.config import Config
+from afa.kernels import dispatch as kernels
+from afa.runs.build import build_network
 from afa.training.engine import TrainingEngine
 from afa.training.schedule import phase
 from afa.training.step import compute_losses, gradients_are_finite

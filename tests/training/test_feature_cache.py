@@ -16,15 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from afa.build import build_network
 from afa.config import Config
-from afa.data import feature_store
 from afa.data.layout import open_tagged
 from afa.data.loader import train_batches
 from afa.errors import AfaError
 from afa.model.network import AfaNetwork
 from afa.model.vit import TokenBackbone
-from afa.training import feature_cache
+from afa.runs.build import build_network
+from afa.training import feature_cache, feature_store
 from afa.training.engine import TrainingEngine
 from afa.training.feature_cache import FeatureReader, feature_key, prepare_features
 from afa.training.loop import train

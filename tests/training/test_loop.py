@@ -21,8 +21,8 @@ from afa.runtime import interrupts
 from afa.training import engine as engine_module
 from afa.training import loop as loop_module
 from afa.training.checkpoint import latest_checkpoint
+from afa.training.log import read_metrics
 from afa.training.loop import TrainResult, train
-from afa.training.metrics import read_metrics
 from afa.training.schedule import learning_rate
 from afa.training.step import StepLosses, compute_losses
 from mistakes import refused

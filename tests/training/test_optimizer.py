@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from afa.build import build_network
 from afa.config import ModelConfig, ScheduleConfig
 from afa.model.network import AfaNetwork
+from afa.runs.build import build_network
 from afa.training.optimizer import build_optimizer, set_learning_rate, trained_parameters
 
 

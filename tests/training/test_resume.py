@@ -17,8 +17,8 @@ from afa.config import Config
 from afa.errors import AfaError
 from afa.training import loop as loop_module
 from afa.training.checkpoint import latest_checkpoint, load_checkpoint
+from afa.training.log import read_metrics
 from afa.training.loop import TrainResult, train
-from afa.training.metrics import read_metrics
 from tiny import assert_same_weights, final_weights, start_python, tiny_config, tiny_flags
 
 DROPOUT = {"model.drop_path": 0.3, "model.decoder_dropout": 0.2}

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate, multilabel_soft_margin_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from afa.build import build_network
 from afa.config import Config, ModelConfig, load_config
-from afa.filtering.energy import energy_loss
+from afa.losses.energy import energy_loss
 from afa.model.network import AfaNetwork
 from afa.pseudo import pipeline
+from afa.runs.build import build_network
 from afa.runtime import autocast
 from afa.training import step as step_module
 from afa.training.schedule import Phase, phase

@@ -20,8 +20,8 @@ from afa.data.loader import train_batches
 from afa.data.transforms import draw_crop
 from afa.errors import AfaError
 from afa.runtime import Processes
+from afa.training.log import read_metrics
 from afa.training.loop import train
-from afa.training.metrics import read_metrics
 from afa.training.schedule import phase
 from afa.training.supervised import MaskedBatch, open_masked, resample_mask, supervised_losses, with_mask, with_masks
 from afa.types import IGNORE_INDEX, Batch, NetworkOutput

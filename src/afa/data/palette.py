@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from afa.data.output import write_whole
+from afa.runs.files import write_whole
 from afa.types import IGNORE_INDEX
 
 

@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from afa.filtering.permutohedral import PermutohedralLattice
+from afa.filtering.lattice import PermutohedralLattice
 
 _LEAST_PROBABILITY = 1e-5  # pydensecrf's when it takes probabilities
 _TINY = 1e-20

@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from afa.errors import AfaError
-from afa.filtering.permutohedral import PermutohedralLattice
-from afa.kernels import fused
+from afa.filtering.lattice import PermutohedralLattice
+from afa.kernels.dispatch import fused
 
 FilterMethod = Literal["auto", "exact", "exact_half", "lattice"]
 """How to filter: `exact` in the values' precision; `exact_half`, for GPUs, with half-precision products; `lattice`, the
@@ -117,7 +117,7 @@ def _sum_pairs(features: Tensor, values: Tensor, *, half: bool, reach: float | N
     scaled = values.to(precision) / largest
     filtered = []
     if half and _has_kernel(values.device) and query.shape[2] <= _WIDEST_KEY:
-        from afa.filtering.gaussian_triton import sum_pairs
+        from afa.kernels.gaussian_triton import sum_pairs
 
         for part in torch.split(scaled, _WIDEST_VALUE, 2):
             filtered.append(sum_pairs(query, key, part, count) * largest)

@@ -1,7 +1,7 @@
 """Trained networks as folders that can be passed on: saved, loaded again, and exchanged through the Hugging Face hub.
 
 A folder holds model.safetensors, config.json, preprocessor_config.json and a model card. Pickled weights are never
-read. Files for other programs are up to `afa.inference.export`.
+read. Files for other programs are up to `afa.inference.onnx`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from afa import __version__
-from afa.build import LoadedRun, build_network, load_run, load_weights
 from afa.config import Config, config_from_dict, config_to_dict
 from afa.errors import AfaError
 from afa.inference.model_card import is_hub_id, model_card, read_figures
+from afa.runs.build import LoadedRun, build_network, load_run, load_weights
 from afa.types import IMAGE_MEAN, IMAGE_STD
 
 FORMAT: Final = 1

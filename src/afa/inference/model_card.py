@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from afa.build import find_weights
 from afa.config import SUPERVISION_NAMES, Config, ModelConfig, Supervision
 from afa.errors import AfaError
-from afa.model.backbones import BACKBONES
+from afa.model.registry import BACKBONES
+from afa.runs.build import find_weights
 
 _KINDS: Final = {
     "seg": "segmentation",

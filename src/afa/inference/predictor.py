@@ -1,6 +1,6 @@
 """From images in memory or files to class maps and scores, in one call.
 
-Holds all results in memory and writes only when told to; `afa.inference.predict` does any number of files.
+Holds all results in memory and writes only when told to; `afa.inference.files` does any number of files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from afa.build import LoadedRun, load_run
 from afa.config import EvaluationConfig, Precision
 from afa.data.images import read_image
 from afa.data.palette import overlay, write_index_png
@@ -26,6 +25,7 @@ from afa.evaluation.evaluate import group_by_size, read_ahead, resolve_batch_siz
 from afa.evaluation.protocols import PROTOCOLS, LogitMaps, check_choice, group_sizes, host_tensor, logit_maps
 from afa.inference.hub import find_pretrained, load_pretrained, push_to_hub, save_pretrained
 from afa.model.network import AfaNetwork
+from afa.runs.build import LoadedRun, load_run
 from afa.runtime import pick_device
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8]

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from afa.kernels import fused
+from afa.kernels.dispatch import fused
 from afa.types import RawAttention
 
 
@@ -44,7 +44,7 @@ class AffinityHead(nn.Module):
         mixed = joined[0] @ joined[1].transpose(1, 2)
         assert self.mix.bias is not None
         if fused(mixed.device) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            from afa.model.affinity_triton import symmetric_sigmoid
+            from afa.kernels.affinity_triton import symmetric_sigmoid
 
             return symmetric_sigmoid(mixed, self.mix.bias)
         mixed = mixed.float()

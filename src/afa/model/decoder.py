@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
+from afa.kernels.resize import sum_levels
 from afa.model.layers import under_autocast
 from afa.model.norm import DistributedBatchNorm2d
-from afa.resize import sum_levels
 
 
 class MlpDecoder(nn.Module):

@@ -18,7 +18,7 @@ from transformers.models.segformer.modeling_segformer import (
     SegformerSequenceReduction,
 )
 
-from afa.kernels import fused
+from afa.kernels.dispatch import fused
 
 _PIECE_BYTES = 1 << 24
 _FEW_VALUES = 1 << 20  # as of one image, where the host takes longer to start a kernel of ours than it saves
@@ -44,7 +44,7 @@ class LowLayerNorm(nn.LayerNorm):
         rounds = casts and torch.get_autocast_dtype(kind) == low
         pays = torch.is_grad_enabled() or input.numel() > _FEW_VALUES
         if pays and _takes_kernels(input) and len(self.normalized_shape) == 1:
-            from afa.model.layers_triton import layer_norm as fused_layer_norm
+            from afa.kernels.layers_triton import layer_norm as fused_layer_norm
 
             short = rounds and (self.inner or not torch.is_grad_enabled())
             dtype = low if short else torch.float32 if casts else input.dtype
@@ -73,7 +73,7 @@ class PointwiseLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map tokens of any shape, (..., in_features) to (..., out_features)."""
         if torch.is_grad_enabled() and self.bias is not None and _takes_kernels(input):
-            from afa.model.layers_triton import linear as fused_linear
+            from afa.kernels.layers_triton import linear as fused_linear
 
             return fused_linear(input, self.weight, self.bias)
         if not _pays(input):
@@ -153,7 +153,7 @@ class MixMlp(SegformerMixMLP):
 
     def _map(self, tokens: Tensor, height: int, width: int) -> Tensor:
         if _takes_kernels(tokens) and isinstance(self.activation_fn, GELUActivation):
-            from afa.model.layers_triton import depthwise_gelu
+            from afa.kernels.layers_triton import depthwise_gelu
 
             convolution = self.dwconv.dwconv
             hidden = depthwise_gelu(self.fc1(tokens), convolution.weight, convolution.bias, height, width)

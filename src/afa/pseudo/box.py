@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from afa.kernels import MOST_BLOCKS, fused
+from afa.kernels.dispatch import MOST_BLOCKS, fused
 
 
 def axis_weights(
@@ -67,7 +67,7 @@ def move_box(maps: Tensor, size: tuple[int, int], *, source: Tensor, target: Ten
         (B, P, H, W) float32, 0 outside the box.
     """
     if fused(maps.device) and maps.shape[0] * maps.shape[1] <= MOST_BLOCKS:
-        from afa.pseudo.box_triton import move_box as fused_move
+        from afa.kernels.box_triton import move_box as fused_move
 
         return fused_move(maps, size, source=source, target=target, align_corners=align_corners)
     weights = []

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from afa.resize import resize
+from afa.kernels.resize import resize
 from afa.types import NetworkOutput, normalize_image
 
 ScoreFunction = Callable[[Tensor, bool], NetworkOutput]

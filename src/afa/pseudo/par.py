@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from afa.kernels import fused
+from afa.kernels.dispatch import fused
 
 _TINY = 1e-8
 _DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
@@ -63,7 +63,7 @@ def refinement_kernel(
     batch, _, height, width = image.shape
     position = _position_weights(tuple(offsets), pos_bandwidth, image.device) * pos_weight if kind == "par" else None
     if fused(image.device):
-        from afa.pseudo.par_triton import kernel_weights
+        from afa.kernels.par_triton import kernel_weights
 
         table = _offset_table(tuple(offsets), image.device)
         shift = torch.zeros(len(offsets), device=image.device) if position is None else position
@@ -109,7 +109,7 @@ def refine(
     """
     assert scores.shape[2:] == kernel.shape[2:], (scores.shape, kernel.shape)
     if fused(scores.device):
-        from afa.pseudo.par_triton import iterate
+        from afa.kernels.par_triton import iterate
 
         table = _offset_table(tuple(neighbor_offsets(dilations)), scores.device)
         bounds = _bounds(extent, scores.shape[0], scores.shape[2], scores.shape[3], scores.device)

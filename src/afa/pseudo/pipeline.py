@@ -19,14 +19,14 @@ from torch.nn.functional import interpolate
 
 from afa.config import PseudoConfig
 from afa.filtering.crf import dense_crf
-from afa.kernels import fused
+from afa.kernels.dispatch import fused
+from afa.kernels.resize import resize
 from afa.pseudo.box import move_box
 from afa.pseudo.cam import CamResult, ScoreFunction, multi_scale_cam
 from afa.pseudo.labels import cam_label, ignore_outside, merge_labels, threshold_label
 from afa.pseudo.par import refine, refinement_kernel
 from afa.pseudo.scores import PresentClasses, best_slot, mask_scores, present_classes, present_scores, with_background
 from afa.pseudo.walk import mean_attention_affinity, propagate, spread
-from afa.resize import resize
 from afa.types import IGNORE_INDEX
 
 PSEUDO_KINDS = ("cam", "propagated", "cam_label", "propagated_label", "initial_label", "refined_label")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from afa.kernels import fused
+from afa.kernels.dispatch import fused
 from afa.pseudo.affinity import window_mask
 from afa.pseudo.scores import present_scores, with_background
 
@@ -102,7 +102,7 @@ def spread(affinity: Tensor, scores: Tensor, *, radius: int, power: float, epsil
     wants_gradient = torch.is_grad_enabled() and (affinity.requires_grad or scores.requires_grad)
     # To the power of 0 the pairs beyond the radius count as well, and double precision is for checks.
     if fused(affinity.device) and power > 0 and affinity.dtype != torch.float64 and not wants_gradient:
-        from afa.pseudo.walk_triton import step
+        from afa.kernels.walk_triton import step
 
         return step(affinity, scores, radius=radius, power=power, epsilon=epsilon)
     mask = window_mask(scores.shape[2], scores.shape[3], radius, affinity.device)

@@ -10,7 +10,7 @@ from typing import Any
 
 from afa.config import SUPERVISION_NAMES, config_to_dict, load_config
 from afa.errors import AfaError
-from afa.training.metrics import read_metrics as read_lines
+from afa.training.log import read_metrics as read_lines
 
 LABEL_KINDS = ("seg", "propagated", "cam")
 """What evaluation scores: the segmentation, the propagated CAM, the CAM."""

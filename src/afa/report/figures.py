@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from afa.build import load_run, read_classes
 from afa.config import Config, Propagation, PseudoConfig, load_config
 from afa.data.layout import find_layout
 from afa.data.voc import ScoredImages, TaggedImages
@@ -36,6 +35,7 @@ from afa.report.examples import (
     resized_label,
     stretched_heat,
 )
+from afa.runs.build import load_run, read_classes
 from afa.runtime import pick_device, progress_bar
 from afa.types import NetworkOutput
 

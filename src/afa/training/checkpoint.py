@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from afa.build import load_weights
 from afa.errors import AfaError
+from afa.runs.build import load_weights
 
 KEPT_CHECKPOINTS = 2
 """How many of the newest checkpoints stay."""

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from afa.config import Config
-from afa.data.feature_store import FeatureStore, format_gib, remove_store
 from afa.data.loader import whole_views
 from afa.data.pixel_cache import PixelCache
 from afa.data.voc import TaggedImages
@@ -34,6 +33,7 @@ from afa.model.network import AfaNetwork
 from afa.model.vit import TokenBackbone
 from afa.pseudo.cam import ViewScore, scale_view
 from afa.runtime import Processes, autocast, interrupts, progress_bar, say
+from afa.training.feature_store import FeatureStore, format_gib, remove_store
 from afa.training.schedule import Phase, phase
 from afa.types import Batch, NetworkOutput, normalize_image
 

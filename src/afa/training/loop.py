@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from afa import __version__
-from afa.build import build_network, read_classes
 from afa.config import SUPERVISION_NAMES, Config, DataConfig, config_to_dict, config_to_toml, load_config
 from afa.data.layout import find_layout, open_tagged
 from afa.data.loader import resolve_workers, train_batches
@@ -24,6 +23,7 @@ from afa.data.voc import ScoredImages, TaggedImages
 from afa.errors import AfaError
 from afa.evaluation.evaluate import evaluate
 from afa.model.network import AfaNetwork
+from afa.runs.build import build_network, read_classes
 from afa.runtime import Processes, interrupts, progress_bar, say
 from afa.training.checkpoint import (
     latest_checkpoint,
@@ -34,7 +34,7 @@ from afa.training.checkpoint import (
 )
 from afa.training.engine import TrainingEngine
 from afa.training.feature_cache import prepare_features
-from afa.training.metrics import MetricsLog
+from afa.training.log import MetricsLog
 from afa.training.schedule import learning_rate, phase
 from afa.training.step import LossFunction, StepLosses, compute_losses
 from afa.types import Batch

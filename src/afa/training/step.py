@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from afa.config import Config
-from afa.filtering.energy import energy_loss
-from afa.losses import TotalFunction, affinity_loss, classification_loss, segmentation_loss
+from afa.kernels.resize import resize
+from afa.losses.affinity import affinity_loss
+from afa.losses.classification import classification_loss
+from afa.losses.count import TotalFunction
+from afa.losses.energy import energy_loss
+from afa.losses.segmentation import segmentation_loss
 from afa.pseudo.affinity import affinity_label, token_label
 from afa.pseudo.cam import ScoreFunction
 from afa.pseudo.pipeline import TrainingLabels, training_labels
-from afa.resize import resize
 from afa.runtime import one_cast
 from afa.training.schedule import Phase
 from afa.types import Batch, NetworkOutput, normalize_image

@@ -21,10 +21,12 @@ from afa.data.transforms import CropPlan
 from afa.data.voc import ScoredImages
 from afa.errors import AfaError
 from afa.evaluation.evaluate import read_ahead
-from afa.losses import TotalFunction, classification_loss, segmentation_loss
+from afa.kernels.resize import resize
+from afa.losses.classification import classification_loss
+from afa.losses.count import TotalFunction
+from afa.losses.segmentation import segmentation_loss
 from afa.pseudo.cam import ScoreFunction
 from afa.pseudo.pipeline import TrainingLabels
-from afa.resize import resize
 from afa.runtime import Processes
 from afa.training.schedule import Phase
 from afa.training.step import ForwardFunction, StepLosses

@@ -1,0 +1,306 @@
+"""Compare afa with recorded outputs of the published implementation: `python bench/parity.py VECTORS.npz`.
+
+Runs the functions of training and evaluation on the inputs of the file, prints error and tolerance of every
+recorded output, and exits with status 1 on a miss. Sizes, numbers of classes, radii and scales are read from
+the arrays and their keys.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from afa.config import PseudoConfig, ScheduleConfig
+from afa.errors import AfaError
+from afa.evaluation.confusion import ConfusionMatrix
+from afa.losses.affinity import affinity_loss
+from afa.losses.segmentation import segmentation_loss
+from afa.pseudo.affinity import affinity_label, token_label
+from afa.pseudo.cam import fuse_scores
+from afa.pseudo.labels import cam_label, ignore_outside, merge_labels
+from afa.pseudo.par import par
+from afa.pseudo.pipeline import Refiner, initial_label
+from afa.pseudo.scores import present_classes, present_scores
+from afa.pseudo.walk import propagate
+from afa.training.schedule import learning_rate
+from afa.types import IGNORE_INDEX
+
+_CAM_PREFIX = "cam_raw_"
+
+
+class Vectors:
+    """Arrays of one `.npz` file by key; a key that is not there is an error that names it.
+
+    Args:
+        path: The file.
+
+    Raises:
+        AfaError: The file is missing or is not an `.npz` archive of plain arrays.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                self.arrays = {key: archive[key] for key in archive.files}
+        except FileNotFoundError:
+            raise AfaError(f"{path}: no such file; pass an .npz file of recorded vectors") from None
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
+            raise AfaError(f"{path}: not an .npz file of plain arrays; record it again") from None
+
+    def __getitem__(self, key: str) -> Tensor:
+        """Array of a key, floating-point ones as float32.
+
+        Raises:
+            AfaError: The key is not in the file.
+        """
+        array = self.recorded(key)
+        return array.float() if array.is_floating_point() else array
+
+    def recorded(self, key: str) -> Tensor:
+        """Array of a key in the precision it was recorded in.
+
+        Raises:
+            AfaError: The key is not in the file.
+        """
+        if key not in self.arrays:
+            raise AfaError(f"{self.path}: key {key} is missing; record it with the same layout as the others")
+        return torch.from_numpy(np.asarray(self.arrays[key]))
+
+    def keys_like(self, prefix: str) -> tuple[str, ...]:
+        """Keys that start with a prefix, in the order of the file.
+
+        Raises:
+            AfaError: There is none.
+        """
+        keys = tuple(key for key in self.arrays if key.startswith(prefix))
+        if not keys:
+            raise AfaError(f"{self.path}: key {prefix}1.0 is missing; record at least one scale")
+        return keys
+
+
+@dataclass(frozen=True)
+class Check:
+    """One recorded output and how afa computes it.
+
+    Attributes:
+        key: Key of the recorded output.
+        what: What it is, in words.
+        tolerance: Largest error that passes: a difference or, for labels, a percentage of the elements.
+        compute: Turns the recorded inputs into afa's output.
+        is_label: Count elements that differ instead of measuring how much they do.
+    """
+
+    key: str
+    what: str
+    tolerance: float
+    compute: Callable[[Vectors], Tensor]
+    is_label: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """Outcome of one check.
+
+    Attributes:
+        check: The check.
+        error: Largest absolute difference or, for labels, percentage of elements that differ; NaN where one
+            side is NaN, infinite where the shapes differ.
+    """
+
+    check: Check
+    error: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the tolerance; NaN is not."""
+        return self.error <= self.check.tolerance
+
+
+def _refined(vectors: Vectors) -> Tensor:
+    return par(vectors["par_image"], vectors["par_scores"])
+
+
+def _fused_cam(vectors: Vectors) -> Tensor:
+    height, width = vectors["cam_out"].shape[2:]
+    return fuse_scores([vectors[key] for key in vectors.keys_like(_CAM_PREFIX)], (height, width))
+
+
+def _cam_label(vectors: Vectors) -> Tensor:
+    cam, tags, config = vectors["refine_cam"], vectors["refine_tags"], PseudoConfig()
+    low = cam_label(cam, tags, background=config.background_low)
+    high = cam_label(cam, tags, background=config.background_high)
+    return ignore_outside(merge_labels(low, high), vectors["refine_box"])
+
+
+def _initial_label(vectors: Vectors) -> Tensor:
+    config = PseudoConfig()
+    return initial_label(
+        vectors["refine_cam"],
+        present_classes(vectors["refine_tags"]),
+        Refiner(vectors["refine_image"], config),
+        vectors["refine_box"],
+        config=config,
+    )
+
+
+def _propagated(vectors: Vectors, background: float) -> Tensor:
+    cam, config = vectors["walk_cam"], PseudoConfig()
+    height, width = cam.shape[2:]
+    return propagate(
+        cam,
+        vectors["walk_tags"],
+        vectors["walk_affinity"],
+        grid=(height, width),
+        background=background,
+        radius=int(vectors["walk_radius"]),
+        power=config.affinity_power,
+        epsilon=config.walk_epsilon,
+    )
+
+
+def _refined_in_box(vectors: Vectors) -> Tensor:
+    scores = present_scores(vectors["refine2_scores"], vectors["refine_tags"], softmax=False)
+    return Refiner(vectors["refine_image"], PseudoConfig()).in_box(scores, vectors["refine_box"])
+
+
+def _affinity_label(vectors: Vectors) -> Tensor:
+    label, tokens = vectors["afflabel_label"], vectors["afflabel_out"].shape[1]
+    # The file holds no grid: it is the one of that many tokens whose proportions are closest to the label's.
+    aspect = label.shape[1] / label.shape[2]
+    grids = [(rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0]
+    grid = min(grids, key=lambda grid: abs(math.log(grid[0] / grid[1] / aspect)))
+    return affinity_label(token_label(label, grid), radius=int(vectors["afflabel_radius"]))
+
+
+def _affinity_loss(vectors: Vectors) -> Tensor:
+    return affinity_loss(vectors["affloss_affinity"], vectors["afflabel_out"])
+
+
+def _segmentation_loss(vectors: Vectors) -> Tensor:
+    return segmentation_loss(vectors["segloss_logits"], vectors["segloss_label"])
+
+
+def _learning_rate(vectors: Vectors) -> Tensor:
+    rates = [learning_rate(int(step), ScheduleConfig()) for step in vectors["lr_steps"]]
+    return torch.tensor(rates, dtype=torch.float64)
+
+
+def _miou(vectors: Vectors) -> Tensor:
+    label, prediction = vectors["miou_label"], vectors["miou_pred"]
+    counted = label != IGNORE_INDEX
+    num_classes = 1 + int(torch.maximum(label[counted].max(), prediction[counted].max()))
+    confusion = ConfusionMatrix(num_classes)
+    confusion.update(label, prediction)
+    return torch.tensor(confusion.miou(), dtype=torch.float64)
+
+
+CHECKS: tuple[Check, ...] = (
+    Check("par_out", "refinement, 10 iterations", 1e-5, _refined),
+    Check("cam_out", "CAM over scales and flips", 1e-5, _fused_cam),
+    Check("cam_label", "label of the CAM, unrefined", 0.0, _cam_label, is_label=True),
+    Check("refine_label", "initial label", 0.1, _initial_label, is_label=True),
+    Check(
+        "walk_out_low",
+        "random walk, low background",
+        1e-5,
+        lambda vectors: _propagated(vectors, PseudoConfig().background_low),
+    ),
+    Check(
+        "walk_out_high",
+        "random walk, high background",
+        1e-5,
+        lambda vectors: _propagated(vectors, PseudoConfig().background_high),
+    ),
+    Check("refine2_out", "refinement inside the valid box", 1e-4, _refined_in_box),
+    Check("afflabel_out", "affinity label", 0.0, _affinity_label, is_label=True),
+    Check("affloss_out", "affinity loss", 1e-6, _affinity_loss),
+    Check("segloss_out", "segmentation loss", 1e-5, _segmentation_loss),
+    Check("lr_out", "learning rate of the encoder", 1e-12, _learning_rate),
+    Check("miou_out", "mean intersection over union", 1e-12, _miou),
+)
+"""Every recorded output, in the order of the method; tolerances of labels are percentages of the elements."""
+
+
+def compare(vectors: Vectors) -> list[Result]:
+    """Run every check.
+
+    Args:
+        vectors: Recorded inputs and outputs.
+
+    Returns:
+        One result per check.
+
+    Raises:
+        AfaError: A key is missing.
+    """
+    return [Result(check, _error(check, vectors)) for check in CHECKS]
+
+
+def _error(check: Check, vectors: Vectors) -> float:
+    expected = vectors.recorded(check.key).double()
+    found = check.compute(vectors).double()
+    if found.shape != expected.shape:
+        return float("inf")
+    if check.is_label:
+        return 100 * (found != expected).double().mean().item()
+    return (found - expected).abs().max().item()
+
+
+def format_table(results: Sequence[Result]) -> str:
+    """Lay the results out as text, one line per key, under a heading."""
+    rows = [("key", "what", "error", "tolerance", "")]
+    for result in results:
+        unit = " %" if result.check.is_label else ""
+        numbers = (f"{result.error:.2g}{unit}", f"{result.check.tolerance:.2g}{unit}")
+        rows.append((result.check.key, result.check.what, *numbers, "ok" if result.passed else "MISS"))
+    a, b, c, d = (max(len(row[column]) for row in rows) for column in range(4))
+    lines = [f"{row[0]:<{a}}  {row[1]:<{b}}  {row[2]:>{c}}  {row[3]:>{d}}  {row[4]}" for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def run(path: Path) -> int:
+    """Compare with a file of vectors and print the table.
+
+    Args:
+        path: `.npz` file.
+
+    Returns:
+        Exit status: 0 where every output is within its tolerance, else 1.
+
+    Raises:
+        AfaError: The file cannot be read or lacks a key.
+    """
+    results = compare(Vectors(path))
+    print(format_table(results))
+    missed = [result.check.key for result in results if not result.passed]
+    print(f"missed: {', '.join(missed)}" if missed else f"all {len(results)} outputs agree")
+    return 1 if missed else 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Command line: the path of one file.
+
+    Returns:
+        Exit status: as `run`; 2 after a one-line message where there was nothing to compare.
+    """
+    if len(arguments) != 1:
+        print("usage: python bench/parity.py VECTORS.npz", file=sys.stderr)
+        return 2
+    try:
+        return run(Path(arguments[0]))
+    except AfaError as error:
+        print(f"parity: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

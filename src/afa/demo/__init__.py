@@ -1,0 +1,1 @@
+"""Generated images and the demonstration that trains on them."""

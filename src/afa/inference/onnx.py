@@ -1,0 +1,360 @@
+"""Writes a network as one file for other programs: ONNX or torch.export, raw pixels in, logits out.
+
+Normalization and resizing are inside the file, batch and size are free, and a file stays only where it computes what
+PyTorch computes. Weights and configuration for afa itself are up to `afa.inference.hub`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import io
+import itertools
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from afa import __version__
+from afa.data.images import find_images, read_image
+from afa.demo.shapes import draw_shapes
+from afa.errors import AfaError
+from afa.evaluation.protocols import MIN_SIDE
+from afa.model.network import AfaNetwork
+from afa.types import IMAGE_MEAN, IMAGE_STD
+
+Pixels = Literal["uint8", "float32"]
+
+MAX_SIDE: Final = 1024
+"""Longer side above which images are scaled down for the network, pixels; as `Predictor` has it."""
+
+MIN_OPSET: Final = 18
+"""First version of ONNX's operators with a resize that smooths."""
+
+TOLERANCE: Final = 1e-4
+"""Largest difference of a logit that passes, over the largest logit."""
+
+MIN_AGREEMENT: Final = 0.9999
+"""Smallest share of pixels of equal class that passes."""
+
+_CHECK_SHAPES: Final = ((1, 240, 320), (2, 45, 70), (3, 193, 131))
+_MAX_CHECK_IMAGES: Final = 8
+_ONNX_PACKAGES: Final = ("onnx", "onnxscript", "onnxruntime")
+
+_MAX_ONNX_BYTES: Final = 1.9e9
+
+_Run = Callable[[NDArray[Any]], NDArray[np.float32]]
+
+
+class DeployedNetwork(nn.Module):
+    """A network that takes pixels as they come from a file and answers at their size, single scale.
+
+    Args:
+        network: Trained network; kept as it is, on its device.
+        short_side: Images are scaled to this shorter side for the network, pixels; 0 keeps their size.
+        max_side: Larger images are scaled down to this longer side first, pixels; 0 never does.
+    """
+
+    def __init__(self, network: AfaNetwork, *, short_side: int = 0, max_side: int = MAX_SIDE) -> None:
+        super().__init__()
+        self.network = network
+        self.short_side = short_side
+        self.max_side = max_side
+        self.mean: Tensor
+        self.std: Tensor
+        device = next(network.parameters()).device
+        self.register_buffer("mean", 255 * torch.tensor(IMAGE_MEAN, device=device).view(1, 3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(IMAGE_STD, device=device).view(1, 3, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Segment a batch.
+
+        Args:
+            image: (B, 3, H, W) RGB in [0, 255], uint8 or float, of any size.
+
+        Returns:
+            (B, K, H, W) float32 logits; their argmax over K is the class, 0 = background.
+        """
+        height, width = image.shape[2:]
+        pixels = (image.float() - self.mean) / self.std
+        # Also where the size stays: a branch would fix an exported file to one of its sides.
+        view = interpolate(
+            pixels, size=self._view_size(height, width), mode="bilinear", align_corners=False, antialias=True
+        )
+        return interpolate(self.network.segment(view), size=(height, width), mode="bilinear", align_corners=False)
+
+    def _view_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that the network sees.
+
+        Computed on tensors: a trace then takes the sides as given numbers, where formulas of the image's sides would
+        pile up with every layer, and every guess about them would become a limit of the file.
+        """
+        sides = torch.stack([_number(height), _number(width)])
+        if self.max_side:
+            sides = (sides * (_number(self.max_side) / sides.amax(0)).clamp(max=1)).round().clamp(min=1)
+        if self.short_side:
+            sides = (sides * (_number(self.short_side) / sides.amin(0))).round()
+        view: list[Any] = [side.item() for side in sides.clamp(min=MIN_SIDE).long().unbind()]
+        for side in view:
+            torch._check(side >= MIN_SIDE)  # type: ignore[no-untyped-call]
+        return view[0], view[1]
+
+
+@dataclass(frozen=True)
+class ExportCheck:
+    """How far an exported file is from PyTorch.
+
+    Attributes:
+        path: The file.
+        shapes: (batch, height, width) of the inputs that were compared.
+        difference: Largest difference of a logit, over the largest logit.
+        agreement: Share of pixels of equal class, of the worst input.
+    """
+
+    path: Path
+    shapes: tuple[tuple[int, int, int], ...]
+    difference: float
+    agreement: float
+
+    def __str__(self) -> str:
+        shapes = ", ".join("x".join(map(str, shape)) for shape in self.shapes)
+        return (
+            f"{self.path}: as PyTorch at {shapes}: logits differ by {self.difference:.1e} of the largest, "
+            f"{self.agreement:.4%} of pixels have the same class"
+        )
+
+
+def export_onnx(
+    network: AfaNetwork,
+    path: Path,
+    *,
+    classes: Sequence[str] = (),
+    images: Sequence[NDArray[np.uint8]] = (),
+    short_side: int = 0,
+    max_side: int = MAX_SIDE,
+    pixels: Pixels = "uint8",
+    opset: int | None = None,
+) -> ExportCheck:
+    """Write a network as an ONNX file with free batch and size, and compare it with PyTorch in ONNX Runtime.
+
+    The file has one input, `image`, and one output, `logits`, as `DeployedNetwork`; its metadata hold the class names.
+
+    Args:
+        network: Trained network; left as it is.
+        path: File to write, *.onnx.
+        classes: C names, kept in the file.
+        images: (H, W, 3) uint8 RGB to compare on, of any sizes; without any they are generated.
+        short_side: As for `DeployedNetwork`.
+        max_side: As for `DeployedNetwork`.
+        pixels: Type of the input.
+        opset: Version of ONNX's operators, 18 or newer; None is the exporter's choice.
+
+    Raises:
+        AfaError: Another suffix; a package of the extra `onnx` is not installed; an opset that the exporter lacks;
+            the network cannot be exported or its file computes something else: then there is no file.
+    """
+    _check_suffix(path, ".onnx")
+    missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise AfaError(f'ONNX export needs the package {missing[0]}; pip install "afa[onnx]"')
+    if opset is not None and opset < MIN_OPSET:
+        raise AfaError(f"--opset is {opset}; use {MIN_OPSET} or newer, older ones cannot resize smoothly")
+    if sum(parameter.numel() * 4 for parameter in network.parameters()) > _MAX_ONNX_BYTES:
+        raise AfaError(f"{path}: the weights exceed the 2 GB that an ONNX file can hold; export to .pt2 instead")
+    deployed = _deployed(network, short_side=short_side, max_side=max_side)
+
+    def write(partial: Path) -> None:
+        exported = _trace(deployed, pixels)
+        program: Any = torch.onnx.export(
+            exported,
+            dynamic_shapes=(_free_sizes(),),
+            input_names=["image"],
+            output_names=["logits"],
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
+        found = program.model.opset_imports[""]
+        if opset is not None and found != opset:
+            raise AfaError(f"--opset is {opset}, but this exporter writes {found}; leave --opset out")
+        program.model.metadata_props.update(_metadata(classes))
+        program.save(partial)
+
+    def load(partial: Path) -> _Run:
+        runtime = importlib.import_module("onnxruntime")
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3
+        loaded = runtime.InferenceSession(str(partial), options, providers=["CPUExecutionProvider"])
+        return lambda batch: loaded.run(["logits"], {"image": batch})[0]
+
+    return _write_checked(deployed, path, write, load, images=images, pixels=pixels)
+
+
+def export_torch(
+    network: AfaNetwork,
+    path: Path,
+    *,
+    classes: Sequence[str] = (),
+    images: Sequence[NDArray[np.uint8]] = (),
+    short_side: int = 0,
+    max_side: int = MAX_SIDE,
+    pixels: Pixels = "uint8",
+) -> ExportCheck:
+    """Write a network as a torch.export file with free batch and size, and compare it with PyTorch once it is loaded.
+
+    `torch.export.load(path).module()` needs PyTorch alone, and computes what `DeployedNetwork` does on the CPU.
+
+    Args:
+        network: Trained network; left as it is.
+        path: File to write, *.pt2; its extra file `metadata.json` holds the class names.
+        classes: C names, kept in the file.
+        images: (H, W, 3) uint8 RGB to compare on, of any sizes; without any they are generated.
+        short_side: As for `DeployedNetwork`.
+        max_side: As for `DeployedNetwork`.
+        pixels: Type of the input.
+
+    Raises:
+        AfaError: Another suffix; the network cannot be exported or its file computes something else: then there is
+            no file.
+    """
+    _check_suffix(path, ".pt2")
+    deployed = _deployed(network, short_side=short_side, max_side=max_side)
+
+    def write(partial: Path) -> None:
+        extra = {"metadata.json": json.dumps(_metadata(classes))}
+        torch.export.save(_trace(deployed, pixels), partial, extra_files=extra)
+
+    def load(partial: Path) -> _Run:
+        module = torch.export.load(partial).module()
+        return lambda batch: module(torch.from_numpy(batch)).numpy()
+
+    return _write_checked(deployed, path, write, load, images=images, pixels=pixels)
+
+
+def read_check_images(folder: Path) -> list[NDArray[np.uint8]]:
+    """Read the first images of a folder, to compare exported files on.
+
+    Raises:
+        AfaError: No such folder, no image in it, or one that is broken.
+    """
+    return [read_image(file) for file in find_images([folder])[:_MAX_CHECK_IMAGES]]
+
+
+def _number(value: float) -> Tensor:
+    return torch.scalar_tensor(value, dtype=torch.float64)
+
+
+def _check_suffix(path: Path, suffix: str) -> None:
+    if path.suffix != suffix:
+        raise AfaError(f"{path}: this format is written to a {suffix} file; pass {path.with_suffix(suffix)}")
+
+
+def _deployed(network: AfaNetwork, *, short_side: int, max_side: int) -> DeployedNetwork:
+    """A copy on the CPU, in evaluation mode."""
+    own = copy.deepcopy(network).cpu().float()
+    return DeployedNetwork(own, short_side=short_side, max_side=max_side).eval()
+
+
+def _free_sizes() -> dict[int, Any]:
+    return {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+
+
+def _trace(deployed: DeployedNetwork, pixels: Pixels) -> torch.export.ExportedProgram:
+    example = torch.zeros(2, 3, 83, 107, dtype=getattr(torch, pixels))
+    exported = torch.export.export(deployed, (example,), dynamic_shapes=(_free_sizes(),))
+    for parameter in exported.parameters():
+        parameter.requires_grad_(False)
+    return exported
+
+
+def _metadata(classes: Sequence[str]) -> dict[str, str]:
+    return {"afa": __version__, "classes": json.dumps(["background", *classes] if classes else [])}
+
+
+def _write_checked(
+    deployed: DeployedNetwork,
+    path: Path,
+    write: Callable[[Path], None],
+    load: Callable[[Path], _Run],
+    *,
+    images: Sequence[NDArray[np.uint8]],
+    pixels: Pixels,
+) -> ExportCheck:
+    """Write a file beside `path`, compare it, and rename it into place."""
+    partial = path.with_name(f".partial_{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with torch.no_grad(), _silence():
+            write(partial)
+            check = _compare(deployed, load(partial), path, images=images or _generated_images(), pixels=pixels)
+        partial.replace(path)
+    except AfaError:
+        raise
+    except OSError as error:
+        raise AfaError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from None
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise AfaError(f"{path}: this network cannot be exported ({type(error).__name__}: {reason})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+    return check
+
+
+def _compare(
+    deployed: DeployedNetwork, run: _Run, path: Path, *, images: Sequence[NDArray[np.uint8]], pixels: Pixels
+) -> ExportCheck:
+    shapes: tuple[tuple[int, int, int], ...] = _CHECK_SHAPES
+    if deployed.max_side and not deployed.short_side:
+        shapes += ((1, 64, deployed.max_side + 76),)
+    differences, agreements = [], []
+    source = itertools.cycle(images)
+    for batch, height, width in shapes:
+        resized = [Image.fromarray(next(source)).resize((width, height)) for _ in range(batch)]
+        pixel_batch = np.stack([np.asarray(image).transpose(2, 0, 1) for image in resized]).astype(pixels)
+        expected = deployed(torch.from_numpy(pixel_batch)).numpy()
+        found = run(pixel_batch)
+        assert found.shape == expected.shape, (found.shape, expected.shape)
+        differences.append(float(np.abs(found - expected).max() / np.abs(expected).max()))
+        agreements.append(float((found.argmax(1) == expected.argmax(1)).mean()))
+    difference, agreement = max(differences), min(agreements)
+    # Written so that a NaN fails.
+    if not (difference <= TOLERANCE and agreement >= MIN_AGREEMENT):
+        raise AfaError(
+            f"{path}: not written, the exported file differs from PyTorch: logits by {difference:.1e} of the largest "
+            f"({TOLERANCE:.0e} passes), {agreement:.3%} of pixels have the same class ({MIN_AGREEMENT:.2%} pass)"
+        )
+    return ExportCheck(path, shapes, difference, agreement)
+
+
+def _generated_images() -> list[NDArray[np.uint8]]:
+    rng = np.random.default_rng(0)
+    return [draw_shapes(rng, 192).image for _ in range(4)]
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the exporters from talking to the user about their own insides."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        talk = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(talk), contextlib.redirect_stderr(talk):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""Fused GPU kernels beside the PyTorch code that they replace."""

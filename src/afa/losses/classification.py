@@ -1,0 +1,22 @@
+"""Loss of the image-level tags (paper Eq. 11)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def classification_loss(image_logits: Tensor, tags: Tensor) -> Tensor:
+    """Multi-label soft margin loss of the image's tags.
+
+    Args:
+        image_logits: (B, C).
+        tags: (B, C) in {0, 1}.
+
+    Returns:
+        Scalar, mean over images and classes.
+
+    Source:
+        Paper Eq. 11 with the minus sign that it lacks.
+    """
+    return F.multilabel_soft_margin_loss(image_logits, tags)

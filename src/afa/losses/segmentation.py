@@ -1,0 +1,43 @@
+"""Loss of the segmentation against a pseudo label (method.md section 6)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from afa.losses.count import TotalFunction, count
+from afa.types import IGNORE_INDEX
+
+
+def segmentation_loss(
+    seg_logits: Tensor,
+    label: Tensor,
+    *,
+    form: Literal["balanced", "plain"] = "balanced",
+    total: TotalFunction | None = None,
+) -> Tensor:
+    """Cross-entropy of the segmentation against a pseudo label.
+
+    Args:
+        seg_logits: (B, K, H, W).
+        label: (B, H, W) int64 in 0..C and 255.
+        form: `balanced`, half the mean over background pixels plus half the mean over foreground pixels; or
+            `plain`, one mean over all labelled pixels.
+        total: Adds a count up over all processes; None with a single one.
+
+    Returns:
+        Scalar; an empty set contributes exactly 0.
+
+    Source:
+        Method.md section 6; `plain` is what the paper's text says.
+    """
+    pixel_loss = F.cross_entropy(seg_logits, label, ignore_index=IGNORE_INDEX, reduction="none")
+    background = label == 0
+    foreground = (label != 0) & (label != IGNORE_INDEX)
+    if form == "plain":
+        return pixel_loss.sum() / count(background | foreground, total)
+    background_loss = (pixel_loss * background).sum() / count(background, total)
+    foreground_loss = (pixel_loss * foreground).sum() / count(foreground, total)
+    return 0.5 * background_loss + 0.5 * foreground_loss

@@ -1,0 +1,218 @@
+"""Settings for a data set of which only the folder is given, and why: encoder, schedule and scores.
+
+What a user states wins over what is chosen here. The training itself is up to `afa.recipe`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import huggingface_hub
+import torch
+
+from afa.config import Config, load_config
+from afa.data.layout import Layout
+from afa.errors import AfaError
+from afa.model.registry import BACKBONES, BackboneSpec
+from afa.model.mit import MitSize
+from afa.model.vit import TOKEN_FAMILIES
+from afa.runtime import resolve_precision
+
+BACKBONE: Final = "dinov2_small_reg"
+"""Encoder where none is asked for: its weights are free to use, and know objects better than any other small ones."""
+
+EPOCHS: Final = 40
+"""How often each image is seen, unless that takes more than the most steps or fewer than the least."""
+
+MIN_STEPS: Final = 300
+"""Fewest steps: with fewer, the phases have no time to follow each other."""
+
+_MAX_STEPS: Final = {"cpu": 1_000, "mps": 1_000, "cuda": 2_000}
+_SCRATCH_STEPS: Final = 1_300
+_SCRATCH_SIDE: Final = 128
+# Shares of the steps: warm-up, classification alone, until the refined label.
+_PHASES: Final = {"warmup_steps": 0.1, "cls_steps": 0.2, "refined_steps": 0.45}
+_HUB_SECONDS: Final = 5.0
+
+# Plain vision transformers: attention sharp enough to saturate the affinity unless it is scaled; CAMs at one scale. The
+# first half of the blocks stays frozen: with all of them trained every token learns what the image shows, and the
+# CAMs cover all of it (docs/log.md).
+_TOKENS: Final[dict[str, Any]] = {
+    "model.drop_path": 0.0,
+    "model.attention_scaling": True,
+    "pseudo.scales": (1.0,),
+    "loss.energy_weight": 0.0,
+    "schedule.learning_rate": 4e-5,
+    "schedule.freeze_norms": False,
+}
+
+
+def choose_defaults(
+    layout: Layout, device: torch.device, overrides: Mapping[str, Any] | None = None, *, need_weights: bool = True
+) -> tuple[Config, tuple[str, str, str, str]]:
+    """Choose settings by data and device.
+
+    Args:
+        layout: The data set.
+        device: Where to train.
+        overrides: Dotted keys that the user states, those that the layout was found with among them; they win.
+        need_weights: Make sure that the encoder's weights can be had.
+
+    Returns:
+        The configuration, and four lines that say what was chosen and why: data, encoder, schedule, scores.
+
+    Raises:
+        AfaError: The weights are neither in the local cache nor can the hub be reached; no image to train on; a key
+            is unknown or its value out of range.
+    """
+    stated = dict(overrides or {})
+    chosen = _choose_encoder(stated, need_weights=need_weights)
+    spec = BACKBONES.get(chosen["model.backbone"])
+    scratch = not chosen["model.weights"] or spec is None
+    num_images = len(layout.training())
+    preset = "demo" if scratch else "paper"
+    if scratch:
+        chosen |= {"augment.short_side": _SCRATCH_SIDE, "evaluation.short_side": _SCRATCH_SIDE, "data.workers": -1}
+    else:
+        assert spec is not None
+        chosen |= _crop(spec, device) | {"train.precision": resolve_precision(device, "auto"), "train.eval_steps": 0}
+        chosen |= {"train.save_steps": 200 if device.type == "cpu" else 500}
+    batch_size = load_config(None, chosen | stated, preset=preset).schedule.batch_size
+    most = _SCRATCH_STEPS if scratch else _MAX_STEPS[device.type]
+    chosen["schedule.max_steps"] = min(most, max(MIN_STEPS, round(EPOCHS * num_images / batch_size)))
+    steps = load_config(None, chosen | stated, preset=preset).schedule.max_steps
+    chosen |= {f"schedule.{key}": round(share * steps) for key, share in _PHASES.items()}
+    config = load_config(None, chosen | stated, preset=preset)
+    return config, (
+        f"data: {layout.describe()}",
+        f"encoder: {_encoder_words(config, device)}; for others --model.weights FOLDER or HUB_ID",
+        f"schedule: {_schedule_words(config, device, num_images, most)}; for more --schedule.max_steps N",
+        f"scores: {_score_words(config, layout)}",
+    )
+
+
+def backbone_of(weights: str) -> str | None:
+    """Tell the encoder from its weights.
+
+    Args:
+        weights: Folder in transformers' layout, hub id, or an original `mit_b*.pth`.
+
+    Returns:
+        Key in `BACKBONES`; None where it cannot be told.
+
+    >>> backbone_of("openai/clip-vit-base-patch16")
+    'clip_b16'
+    """
+    path = Path(weights)
+    if path.suffix == ".pth":
+        return path.stem if path.stem in BACKBONES else None
+    if not path.is_dir():
+        return next((name for name, spec in BACKBONES.items() if spec.weights == weights), None)
+    try:
+        stored = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(stored, dict):
+        return None
+    return next((name for name, spec in BACKBONES.items() if _fits(spec, stored)), None)
+
+
+def can_fetch(hub_id: str) -> bool:
+    """Whether weights are in the local cache, or the hub answers for them."""
+    if isinstance(huggingface_hub.try_to_load_from_cache(hub_id, "config.json"), str):
+        return True
+    try:
+        huggingface_hub.get_hf_file_metadata(
+            huggingface_hub.hf_hub_url(hub_id, "config.json"), timeout=_HUB_SECONDS, token=False
+        )
+    except Exception:  # whatever goes wrong between here and the hub
+        return False
+    return True
+
+
+def _choose_encoder(stated: Mapping[str, Any], *, need_weights: bool) -> dict[str, Any]:
+    """`model.backbone` and `model.weights`; of the two, what is stated decides the other."""
+    weights, backbone = stated.get("model.weights"), stated.get("model.backbone")
+    if weights is not None:
+        found = backbone or (backbone_of(weights) or BACKBONE if weights else "mit_tiny")
+        return {"model.backbone": found, "model.weights": weights}
+    backbone = backbone or BACKBONE
+    spec = BACKBONES.get(backbone)
+    if spec is None or not spec.weights:
+        return {"model.backbone": backbone, "model.weights": ""}
+    if need_weights and not can_fetch(spec.weights):
+        raise AfaError(
+            f"{spec.weights}: neither in the local cache nor can the Hugging Face hub be reached; download it "
+            "elsewhere and pass --model.weights FOLDER (--model.weights '' trains from random weights, with far worse "
+            "masks)"
+        )
+    return {"model.backbone": backbone, "model.weights": spec.weights}
+
+
+def _crop(spec: BackboneSpec, device: torch.device) -> dict[str, Any]:
+    """Crops of so many tokens that the device can learn from them in reasonable time, and what goes with them."""
+    size, on_gpu = spec.size, device.type == "cuda"
+    stride = 16 if isinstance(size, MitSize) else size.patch
+    tokens = (32 if on_gpu else 24) if stride <= 16 else (16 if on_gpu else 12)
+    keys: dict[str, Any] = {
+        "augment.crop_size": tokens * stride,
+        "augment.short_side": tokens * stride,
+        "augment.scale_min": 0.7,
+        "augment.scale_max": 1.5,
+        "evaluation.short_side": tokens * stride,
+        "pseudo.affinity_radius": tokens // 5,
+        "schedule.batch_size": 8,
+    }
+    if isinstance(size, MitSize):
+        return keys
+    return keys | _TOKENS | {"model.freeze_blocks": size.depth // 2}
+
+
+def _fits(spec: BackboneSpec, stored: Mapping[str, Any]) -> bool:
+    """Whether a configuration of transformers has the sizes of an encoder."""
+    size, found = spec.size, stored.get("model_type")
+    if isinstance(size, MitSize):
+        shape = [stored.get("hidden_sizes"), stored.get("depths")]
+        return found == "segformer" and shape == [list(size.channels), list(size.depths)]
+    kind = TOKEN_FAMILIES[spec.kind].config.model_type
+    if found not in (kind, kind.removesuffix("_vision_model")):
+        return False
+    vision = stored if found == kind else stored.get("vision_config") or {}
+    try:
+        # What a configuration leaves out is the class's own default.
+        described = TOKEN_FAMILIES[spec.kind].config.from_dict(dict(vision))
+    except Exception:  # what is wrong with it is said when the weights are loaded
+        return False
+    sizes = [described.hidden_size, described.num_hidden_layers, described.patch_size]
+    return sizes == [size.width, size.depth, size.patch]
+
+
+def _encoder_words(config: Config, device: torch.device) -> str:
+    model = config.model
+    if not model.weights:
+        return f"{model.backbone} from random weights, as model.weights is empty: expect coarse masks"
+    spec = BACKBONES[model.backbone]
+    license = f" ({spec.license})" if model.weights == spec.weights else ""
+    words = f"{model.backbone} from {model.weights}{license}"
+    if model.freeze_blocks:
+        return f"{words}, its first {model.freeze_blocks} blocks frozen, which keeps the class maps on the objects"
+    return f"{words}, trained as a whole on {device.type}"
+
+
+def _schedule_words(config: Config, device: torch.device, num_images: int, most: int) -> str:
+    schedule = config.schedule
+    epochs = schedule.max_steps * schedule.batch_size / num_images
+    words = f"{schedule.max_steps:,} steps of {schedule.batch_size} crops of {config.augment.crop_size} pixels"
+    limits = f"{EPOCHS} are the aim, {MIN_STEPS} to {most:,} steps the limits on {device.type}"
+    return f"{words} in {config.train.precision}: {epochs:.3g} epochs of {num_images:,} images ({limits})"
+
+
+def _score_words(config: Config, layout: Layout) -> str:
+    if not config.data.val_list or not layout.has_validation:
+        return "none, there are no images for validation"
+    if layout.has_masks:
+        return "mIoU of the images for validation that have masks"
+    return "F1 of the tags of the images for validation; without masks (docs/data.md) nothing tells the mIoU"

@@ -1,0 +1,429 @@
+"""Masks of many files: names, broken images, tags, resuming, and the messages of errors."""
+
+import io
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from afa.config import Config, DataConfig, PseudoConfig
+from afa.data.images import read_mask
+from afa.data.palette import voc_palette
+from afa.data.voc import TaggedImages, open_tagged
+from afa.errors import AfaError
+from afa.inference import files as predict_module
+from afa.inference.files import STAMP, PredictSummary, predict_files, pseudo_files
+from afa.inference.predictor import Predictor
+from afa.types import IMAGE_MEAN, IMAGE_STD, NetworkOutput
+from mistakes import refused
+
+CLASSES = ("cat", "dog", "horse")
+
+
+class ColorNetwork(nn.Module):
+    """Predicts for every pixel the class c of the image's red value, 60 * c."""
+
+    num_classes = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+
+    def forward(self, image: Tensor, *, segmentation: bool, affinity: bool) -> NetworkOutput:
+        red = (image[:, 0] * IMAGE_STD[0] + IMAGE_MEAN[0]) * 255 / 60
+        distance = -(red[:, None] - torch.arange(4.0).view(1, 4, 1, 1)).abs()
+        return NetworkOutput(distance[:, 1:].mean((2, 3)), distance[:, 1:], seg_logits=distance[:, :, ::4, ::4])
+
+
+def write_image(path: Path, color: int, *, size: tuple[int, int] = (40, 50)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((*size, 3), 60 * color, dtype=np.uint8)).save(path)
+    return path
+
+
+def run(paths: list[Path], out: Path, **settings: Any) -> PredictSummary:
+    predictor = Predictor(ColorNetwork(), CLASSES)  # type: ignore[arg-type]
+    return predict_files(predictor, paths, out, progress=False, **settings)
+
+
+def files_in(folder: Path) -> list[str]:
+    """Files in a folder but for the stamp."""
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(file for file in files if file != STAMP)
+
+
+def test_files_become_index_png_and_overlay(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    summary = run([write_image(tmp_path / "one.png", 1), write_image(tmp_path / "two.JPG", 2, size=(9, 70))], out)
+    assert files_in(out) == ["masks/one.png", "masks/two.png", "overlays/one.jpg", "overlays/two.jpg"]
+    with Image.open(out / "masks" / "one.png") as mask:
+        assert mask.mode == "P"
+        assert mask.getpalette() == voc_palette().ravel().tolist()
+        assert (np.array(mask) == 1).all()
+    assert (read_mask(out / "masks" / "two.png") == np.full((9, 70), 2)).all()
+    with Image.open(out / "overlays" / "two.jpg") as picture:
+        assert (picture.format, picture.size) == ("JPEG", (70, 9))
+    assert (summary.written, summary.skipped, summary.failed) == (2, 0, ())
+    assert str(summary).startswith(f"2 masks written to {out / 'masks'} in ")
+
+
+def test_scores_and_no_overlay(tmp_path: Path) -> None:
+    image = write_image(tmp_path / "one.png", 3)
+    run([image], tmp_path / "out", scores=True, overlay=False)
+    assert files_in(tmp_path / "out") == ["masks/one.png", "scores/one.npz"]
+    with np.load(tmp_path / "out" / "scores" / "one.npz") as written:
+        assert written["classes"].tolist() == ["background", *CLASSES]
+        assert written["scores"].dtype == np.float16
+        expected = Predictor(ColorNetwork(), CLASSES)(image).scores  # type: ignore[arg-type]
+        np.testing.assert_array_equal(written["scores"], expected.astype(np.float16))
+
+
+def test_folders_keep_their_tree_and_files_are_done_once(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    write_image(images / "x.png", 1)
+    write_image(images / "deep" / "er" / "x.png", 2)
+    (images / "notes.txt").write_text("not an image")
+    out = tmp_path / "out"
+    summary = run([images, images / "x.png", images / "deep" / ".." / "x.png"], out, overlay=False)
+    assert files_in(out) == ["masks/deep/er/x.png", "masks/x.png"]
+    assert read_mask(out / "masks" / "deep" / "er" / "x.png").max() == 2
+    assert summary.written == 2
+
+
+def test_several_folders_keep_their_names(tmp_path: Path) -> None:
+    write_image(tmp_path / "monday" / "x.png", 1)
+    write_image(tmp_path / "tuesday" / "x.png", 2)
+    run([tmp_path / "monday", tmp_path / "tuesday"], tmp_path / "out", overlay=False)
+    assert files_in(tmp_path / "out") == ["masks/monday/x.png", "masks/tuesday/x.png"]
+    assert read_mask(tmp_path / "out" / "masks" / "tuesday" / "x.png").max() == 2
+
+
+def test_masks_of_an_earlier_call_are_not_images(tmp_path: Path) -> None:
+    write_image(tmp_path / "x.png", 1)
+    for _ in range(2):
+        summary = run([tmp_path], tmp_path, scores=True)
+        assert summary.written == 1
+    assert files_in(tmp_path / "masks") == ["x.png"]
+    # Asked for by name, a folder called masks is as good as any.
+    assert run([tmp_path / "masks"], tmp_path / "out").written == 1
+
+
+def test_broken_images_are_reported_and_the_rest_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = tmp_path / "images"
+    for i in range(12):
+        write_image(images / f"{i:02d}.png", i % 4)
+    encoded = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(encoded, "png")
+    (images / "03.png").write_bytes(encoded.getvalue()[:1000])
+    (images / "07.png").write_bytes(b"")
+    summary = run([images], tmp_path / "out", overlay=False)
+    assert files_in(tmp_path / "out") == [f"masks/{i:02d}.png" for i in range(12) if i not in (3, 7)]
+    assert summary.written == 10
+    assert str(summary).endswith("; 2 images failed")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"skipped: {line}" for line in summary.failed]
+    assert lines[0].startswith(f"skipped: {images / '03.png'}: cannot be read")
+    assert lines[1].startswith(f"skipped: {images / '07.png'}: the file is empty (0 bytes)")
+
+
+def test_tags_restrict_each_image(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    write_image(images / "a.png", 1)
+    write_image(images / "sub" / "b.png", 1)
+    write_image(images / "c.png", 3)
+    tags = {"a": ("cat",), "sub/b": ("dog",), "b": ("cat",), "c": ("cat", "horse")}
+    run([images], tmp_path / "out", tags=tags)
+    masks = tmp_path / "out" / "masks"
+    assert read_mask(masks / "a.png").min() == 1
+    assert 1 not in read_mask(masks / "sub" / "b.png")
+    assert read_mask(masks / "c.png").min() == 3
+
+
+def test_tags_are_found_by_file_name_too(tmp_path: Path) -> None:
+    write_image(tmp_path / "images" / "sub" / "b.png", 1)
+    run([tmp_path / "images"], tmp_path / "out", tags={"b": ("cat",)})
+    assert read_mask(tmp_path / "out" / "masks" / "sub" / "b.png").min() == 1
+
+
+def test_unknown_tag_fails_that_image(tmp_path: Path) -> None:
+    paths = [write_image(tmp_path / "a.png", 1), write_image(tmp_path / "b.png", 1)]
+    summary = run(paths, tmp_path / "out", tags={"a": ("catt",), "b": ("cat",)})
+    assert summary.written == 1
+    assert summary.failed == (f"{paths[0]}: unknown tag 'catt'; did you mean cat? allowed: cat, dog, horse",)
+
+
+def test_messages(tmp_path: Path) -> None:
+    image = write_image(tmp_path / "a.png", 1)
+    other = write_image(tmp_path / "sub" / "a.jpg", 1)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "file").write_text("")
+    cases: list[tuple[list[Path], dict[str, Any], list[Any]]] = [
+        ([image, other], {}, [image, other, "a.png; rename"]),
+        ([image], {"tags": {"b": ("cat",)}}, ["tags", "'a' (1 of 1 images); add"]),
+        ([], {}, ["no image to predict; pass"]),
+        ([empty], {}, [f"{empty}: no image"]),
+        ([tmp_path / "gone.jpg"], {}, [f"{tmp_path / 'gone.jpg'}: no such image", "check"]),
+    ]
+    for paths, settings, parts in cases:
+        with refused(*parts):
+            run(paths, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(AfaError, match=r"file/masks: .*Not a directory.*choose"):
+        run([image], tmp_path / "file")
+    (tmp_path / "out" / "overlays" / "a.jpg").mkdir(parents=True)
+    with pytest.raises(AfaError, match=r"overlays/a\.jpg: .*Is a directory"):
+        run([image], tmp_path / "out")
+
+
+def test_a_failed_write_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(predict_module.np, "savez_compressed", fail)
+    image = write_image(tmp_path / "a.png", 1)
+    with pytest.raises(AfaError, match=r"scores/a\.npz: .*No space left"):
+        run([image], tmp_path / "out", scores=True)
+    assert files_in(tmp_path / "out") == []
+
+
+def run_colors(paths: list[Path], out: Path, *, shift: float = 0.0, **settings: Any) -> PredictSummary:
+    """As `run`, with a network whose one weight is `shift`, in batches of four."""
+    network = ColorNetwork()
+    network.anchor.data += shift
+    predictor = Predictor(network, CLASSES, batch_size=4)  # type: ignore[arg-type]
+    return predict_files(predictor, paths, out, progress=False, **settings)
+
+
+def test_batches_of_equal_size_write_the_same_files(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    for i in range(20):
+        write_image(images / f"{i:02d}.png", i % 4, size=(40, 50) if i % 3 else (60, 33 + i))
+    (images / "04.png").write_bytes(b"broken")
+    one = run([images], tmp_path / "one", scores=True)
+    four = run_colors([images], tmp_path / "four", scores=True)
+    assert (four.written, four.failed) == (one.written, one.failed) == (19, one.failed)
+    names = files_in(tmp_path / "one")
+    assert files_in(tmp_path / "four") == names
+    for name in names:
+        if name.endswith(".png"):
+            expected = read_mask(tmp_path / "one" / name)
+            np.testing.assert_array_equal(read_mask(tmp_path / "four" / name), expected)
+            assert expected[0, 0] == int(Path(name).stem) % 4
+
+
+def test_resume_leaves_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    for i in range(5):
+        write_image(images / f"{i}.png", 1)
+    run([images], out, resume=True)
+    (out / "masks" / "3.png").unlink()
+    write_image(images / "5.png", 2)
+    before = {i: (out / "masks" / f"{i}.png").stat().st_mtime_ns for i in (0, 1, 2, 4)}
+    capsys.readouterr()
+    summary = run([images], out, resume=True)
+    assert (summary.written, summary.skipped) == (2, 4)
+    assert {i: (out / "masks" / f"{i}.png").stat().st_mtime_ns for i in before} == before
+    assert read_mask(out / "masks" / "5.png").max() == 2
+    assert re.fullmatch(rf"{out / 'masks'}: 4 of 6 masks .*left.*\n", capsys.readouterr().err)
+    # Without it, everything is done anew.
+    assert run([images], out).written == 6
+
+
+def test_resume_does_not_mix_networks_or_settings(tmp_path: Path) -> None:
+    image, out = write_image(tmp_path / "a.png", 1), tmp_path / "out"
+    run_colors([image], out)
+    stamp = json.loads((out / STAMP).read_text())
+    assert {"weights", "classes", "protocol", "precision", "max_side"} < stamp.keys()
+    for settings, found in (
+        ({"shift": 1.0}, r"weights was \"[0-9a-f]{15}\.\.\. .* \"[0-9a-f]{15}\.\.\. now"),
+        ({"tags": {"a": ("cat",)}}, r"tags was null .* \"[0-9a-f]{15}\.\.\. now"),
+        ({"overlay": False}, r"overlay was true .* false now"),
+    ):
+        with pytest.raises(AfaError, match=found) as caught:
+            run_colors([image], out, resume=True, **settings)
+        assert str(caught.value).startswith(f"{out / STAMP}: ")
+        assert "without --resume" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert json.loads((out / STAMP).read_text()) == stamp
+    assert run_colors([image], out, shift=1.0).written == 1
+    assert run_colors([image], out, shift=1.0, resume=True).skipped == 1
+
+
+def test_resume_redoes_masks_that_are_older_than_the_stamp(tmp_path: Path) -> None:
+    """A call that replaces the masks of another network was stopped: what it did not reach is not its own."""
+    paths = [write_image(tmp_path / f"{name}.png", 1) for name in "ab"]
+    out = tmp_path / "out"
+    run(paths, out)
+    os.utime(out / "masks" / "a.png", (1e9, 1e9))
+    summary = run(paths, out, resume=True)
+    assert (summary.written, summary.skipped) == (1, 1)
+
+
+def test_resume_needs_a_stamp(tmp_path: Path) -> None:
+    image, out = write_image(tmp_path / "a.png", 1), tmp_path / "out"
+    run([image], out)
+    (out / STAMP).write_text("{")
+    with pytest.raises(AfaError, match=r"predict\.json: broken; .*--resume"):
+        run([image], out, resume=True)
+    (out / STAMP).unlink()
+    with pytest.raises(AfaError, match=r"predict\.json: missing, .*masks in "):
+        run([image], out, resume=True)
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [write_image(tmp_path / f"{i:02d}.png", 1) for i in range(40)]
+    out = tmp_path / "out"
+    write, lock, left = predict_module.write_index_png, threading.Lock(), 13
+
+    def write_while_there_is_space(path: Path, label: np.ndarray) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            if left < 0:
+                raise AfaError(f"{path}: cannot be written (No space left on device); free space")
+        write(path, label)
+
+    monkeypatch.setattr(predict_module, "write_index_png", write_while_there_is_space)
+    with refused("(No space left on device); free space; 13 masks", "27 missing; ", "--resume"):
+        run_colors(paths, out, overlay=False)
+    assert len(files_in(out)) == 13
+    left = 100
+    summary = run_colors(paths, out, overlay=False, resume=True)
+    assert (summary.written, summary.skipped) == (27, 13)
+
+
+def test_reading_does_not_run_away_from_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [write_image(tmp_path / f"{i:03d}.png", 1, size=(32, 32)) for i in range(150)]
+    counts, lock = {"read": 0, "written": 0, "ahead": 0}, threading.Lock()
+    read, write = predict_module.read_image, predict_module.write_index_png
+
+    def count_read(path: Path) -> np.ndarray:
+        with lock:
+            counts["read"] += 1
+            counts["ahead"] = max(counts["ahead"], counts["read"] - counts["written"])
+        return read(path)
+
+    def write_slowly(path: Path, label: np.ndarray) -> None:
+        time.sleep(0.002)
+        write(path, label)
+        with lock:
+            counts["written"] += 1
+
+    monkeypatch.setattr(predict_module, "read_image", count_read)
+    monkeypatch.setattr(predict_module, "write_index_png", write_slowly)
+    run_colors(paths, tmp_path / "out", overlay=False)
+    assert counts["written"] == 150
+    assert counts["ahead"] < 60
+
+
+def tagged_images(root: Path, colors: dict[str, int]) -> TaggedImages:
+    for name, color in colors.items():
+        write_image(root / "JPEGImages" / f"{name}.png", color)
+    (root / "lists").mkdir()
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    (root / "lists" / "train.txt").write_text("\n".join(colors))
+    rows = [f"{name},{CLASSES[color - 1]}" for name, color in colors.items()]
+    (root / "lists" / "tags.csv").write_text("\n".join(["image,tags", *rows]))
+    return open_tagged(DataConfig(root=str(root)))
+
+
+@pytest.fixture
+def pseudo_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Let a pseudo label be the tagged class on the left half and uncertain on the right."""
+    calls: list[dict[str, Any]] = []
+
+    def pseudo_labels(
+        network: object, images: list[Tensor], tags: list[np.ndarray], **settings: Any
+    ) -> Iterator[Tensor]:
+        for image, image_tags in zip(images, tags, strict=True):
+            calls.append({"tags": image_tags.tolist(), **settings})
+            label = torch.full(image.shape[:2], 255)
+            label[:, : image.shape[1] // 2] = int(image_tags.argmax()) + 1
+            yield label
+
+    monkeypatch.setattr(predict_module, "pseudo_labels", pseudo_labels)
+    return calls
+
+
+def run_pseudo(images: TaggedImages, out: Path, **settings: Any) -> PredictSummary:
+    settings = {"config": Config(), "device": torch.device("cpu"), "progress": False, **settings}
+    return pseudo_files(ColorNetwork(), images, out, **settings)  # type: ignore[arg-type]
+
+
+def test_pseudo_labels_are_written_with_their_uncertain_pixels(
+    tmp_path: Path, pseudo_calls: list[dict[str, Any]]
+) -> None:
+    images = tagged_images(tmp_path / "data", {"a": 1, "b": 3})
+    summary = run_pseudo(images, tmp_path / "out", kind="initial")
+    assert files_in(tmp_path / "out") == ["masks/a.png", "masks/b.png"]
+    mask = read_mask(tmp_path / "out" / "masks" / "b.png")
+    assert (mask[:, :25] == 3).all()
+    assert (mask[:, 25:] == 255).all()
+    assert [call["tags"] for call in pseudo_calls] == [[1, 0, 0], [0, 0, 1]]
+    assert {call["kind"] for call in pseudo_calls} == {"initial"}
+    assert (summary.written, summary.skipped, summary.failed) == (2, 0, ())
+
+
+def test_pseudo_labels_resume(
+    tmp_path: Path, pseudo_calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tagged_images(tmp_path / "data", {"a": 1, "b": 2, "c": 3})
+    out = tmp_path / "out"
+    run_pseudo(images, out, overlay=True)
+    assert len(pseudo_calls) == 3
+    (out / "masks" / "b.png").unlink()
+    before = (out / "masks" / "a.png").stat().st_mtime_ns
+    capsys.readouterr()
+    summary = run_pseudo(images, out, overlay=True)
+    assert len(pseudo_calls) == 4
+    assert (out / "masks" / "a.png").stat().st_mtime_ns == before
+    assert files_in(out) == [f"{kind}" for kind in ("masks/a.png", "masks/b.png", "masks/c.png")] + [
+        "overlays/a.jpg",
+        "overlays/b.jpg",
+        "overlays/c.jpg",
+    ]
+    assert (summary.written, summary.skipped) == (1, 2)
+    assert re.search(r"2 were there .*\(delete", str(summary))
+    assert re.fullmatch(rf"{out / 'masks'}: 2 of 3 masks .*left.*\n", capsys.readouterr().err)
+
+
+def test_pseudo_labels_of_another_kind_or_call_are_not_mixed(
+    tmp_path: Path, pseudo_calls: list[dict[str, Any]]
+) -> None:
+    images, out = tagged_images(tmp_path / "data", {"a": 1, "b": 2}), tmp_path / "out"
+    run_pseudo(images, out)
+    with pytest.raises(AfaError, match=r"made was .* now; delete"):
+        run_pseudo(images, out, kind="initial")
+    changed = Config(pseudo=PseudoConfig(iterations=3))
+    with pytest.raises(AfaError, match=r"pseudo\.iterations was 10 .*3 now"):
+        run_pseudo(images, out, config=changed)
+    run([write_image(tmp_path / "c.png", 1)], tmp_path / "predicted")
+    with pytest.raises(AfaError, match=r"made was \"predictions\" for"):
+        run_pseudo(images, tmp_path / "predicted")
+    assert len(pseudo_calls) == 2
+
+
+def test_pseudo_labels_go_on_after_a_broken_image(tmp_path: Path, pseudo_calls: list[dict[str, Any]]) -> None:
+    images = tagged_images(tmp_path / "data", {"a": 1, "b": 2})
+    (tmp_path / "data" / "JPEGImages" / "a.png").write_bytes(b"broken")
+    summary = run_pseudo(images, tmp_path / "out")
+    assert files_in(tmp_path / "out") == ["masks/b.png"]
+    assert len(summary.failed) == 1
+    assert "a.png: not an image" in summary.failed[0]
+
+
+def test_unknown_pseudo_kind(tmp_path: Path) -> None:
+    images = tagged_images(tmp_path / "data", {"a": 1})
+    with pytest.raises(AfaError, match=r"^labels is 'seg'; use .*refined"):
+        run_pseudo(images, tmp_path / "out", kind="seg")

@@ -1,0 +1,185 @@
+"""The kernel of the exact filter against sums over all pairs: in Triton's interpreter on a CPU, compiled on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from afa.filtering.gaussian import FilterMethod, gaussian_filter
+from afa.kernels import dispatch as kernels
+from afa.kernels.dispatch import fused
+from afa.losses.energy import energy_loss
+from interpreted import interpret
+
+POINTS = 150
+"""Neither of the kernel's blocks divides it."""
+
+COUNTS = ([POINTS, 0], [131, 1], [128, 64], [POINTS + 9, -3])
+"""Whole and partial blocks, none, and what lies beyond."""
+
+TOLERANCES = {"cpu": 2e-3, "cuda": 5e-3}
+"""Largest relative error, in the interpreter and on GPUs."""
+
+
+def points(device: str, *, channels: int, dim: int = 5, count: int = POINTS) -> tuple[Tensor, Tensor]:
+    """Features some of which are near each other, and positive values."""
+    generator = torch.Generator().manual_seed(dim)
+    features = 1.5 * torch.randn(2, count, dim, generator=generator)
+    return features.to(device), torch.rand(2, count, channels, generator=generator).to(device)
+
+
+def pairs(features: Tensor, count: list[int] | None) -> Tensor:
+    """(B, N, N) float64 weights, 0 where one of a pair takes no part."""
+    features = features.double()
+    weights = (-(features[:, :, None] - features[:, None]).square().sum(3) / 2).exp()
+    for kernel, present in zip(weights, count or [POINTS] * len(weights), strict=True):
+        kernel[max(present, 0) :] = 0
+        kernel[:, max(present, 0) :] = 0
+    return weights
+
+
+def worst(found: Tensor, expected: Tensor) -> float:
+    assert not found[expected == 0].any()
+    return float(((found - expected).abs() / expected.abs().clamp(min=1e-30)).max())
+
+
+def check_sums(device: str) -> None:
+    """The filter and its gradient for counts, numbers of channels and of features."""
+    assert fused(torch.device(device))
+    for count in (None, *COUNTS):
+        check_filter(device, count, channels=21)
+    for channels, dim in ((1, 1), (70, 5), (3, 8)):
+        check_filter(device, COUNTS[1], channels=channels, dim=dim)
+    check_filter(device, COUNTS[1], channels=2, size=1e7)
+    check_filter(device, COUNTS[1], channels=2, size=1e-9)
+    # Too many features for the kernel: attention serves.
+    features, values = points(device, channels=2, dim=15)
+    filtered = gaussian_filter(features, values, method="exact_half")
+    assert worst(filtered, pairs(features, None) @ values.double()) < TOLERANCES[device]
+
+
+def check_filter(device: str, count: list[int] | None, *, channels: int, dim: int = 5, size: float = 1.0) -> None:
+    features, values = points(device, channels=channels, dim=dim)
+    values *= size
+    kernel = pairs(features, count)
+    present = None if count is None else torch.tensor(count, device=device)
+    expected = kernel @ values.double()
+    normalized = expected / kernel.sum(2, keepdim=True).clamp(min=1e-30)
+    if count is not None:
+        for rows, first in zip(values, count, strict=True):
+            rows[max(first, 0) :] = torch.inf  # which nothing may read
+    values.requires_grad_()
+    filtered = gaussian_filter(features, values, method="exact_half", count=present)
+    pull = torch.rand(filtered.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    filtered.backward(pull)
+    assert values.grad is not None
+    what = (count, channels, dim, size)
+    assert worst(filtered.detach(), expected) < TOLERANCES[device], what
+    assert worst(values.grad, kernel @ pull.double()) < TOLERANCES[device], what
+    if size == 1:  # half precision holds no sum of weights beside values of other sizes
+        found = gaussian_filter(features, values.detach(), method="exact_half", count=present, normalize=True)
+        assert worst(found, normalized) < TOLERANCES[device], what
+
+
+def check_pairs_kernel(device: str) -> None:
+    """Rows beyond the count are not read, and empty batches are no trouble."""
+    from afa.kernels.gaussian_triton import sum_pairs
+
+    generator = torch.Generator().manual_seed(0)
+    rows = (torch.randn(2, 70, 20, generator=generator) / 8).half().to(device)
+    values = torch.rand(2, 70, 5, generator=generator).to(device)
+    expected = (rows[:, :66].double() @ rows[:, :66].double().mT).exp() @ values[:, :66].double()
+    rows[:, 66:], values[:, 66:] = torch.nan, torch.nan
+    sums = sum_pairs(rows, rows, values, torch.tensor([66, 66], device=device, dtype=torch.int32))
+    assert sums.dtype == torch.float32
+    assert worst(sums[:, :66], expected) < TOLERANCES[device]
+    assert not sums[:, 66:].any()
+    assert sum_pairs(rows[:0], rows[:0], values[:0], None).shape == (0, 70, 5)
+    assert sum_pairs(rows[:, :0], rows[:, :0], values[:, :0], None).shape == (2, 0, 5)
+    one = sum_pairs(rows[:, :1], rows[:, :1], values[:, :1], None)
+    assert worst(one, rows[:, :1].double().square().sum(2, keepdim=True).exp() * values[:, :1]) < TOLERANCES[device]
+
+
+def check_energy(device: str) -> None:
+    """Value and gradient of the energy, of which the kernel takes only the pixels inside the valid box."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(3, 4, 24, 28, generator=generator)
+    image = 0.5 + 0.1 * torch.rand(3, 3, 24, 28, generator=generator)
+    label = torch.randint(5, (3, 24, 28), generator=generator)
+    label[label == 4] = 255
+    box = torch.tensor([[0, 24, 0, 28], [2, 19, 4, 25], [6, 6, 0, 28]])
+    found = []
+    for method in ("exact", "exact_half"):
+        leaf = logits.to(device, copy=True).requires_grad_()
+        inputs = (leaf, image.to(device), label.to(device), box.to(device))
+        loss = energy_loss(*inputs, xy_bandwidth=10.0, factor=0.01, method=method)  # type: ignore[arg-type]
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert leaf.grad is not None
+        found.append((loss.detach(), leaf.grad))
+    for expected, half in zip(*found, strict=True):
+        assert (half - expected).norm() < TOLERANCES[device] * expected.norm()
+        assert expected.any()
+        assert not half[expected == 0].any()
+
+
+def test_interpreted_kernel_equals_all_pairs() -> None:
+    command = (
+        "import test_gaussian_triton as t; t.check_sums('cpu'); t.check_pairs_kernel('cpu'); t.check_energy('cpu')"
+    )
+    interpret(command, __file__)
+
+
+@pytest.mark.parametrize("method", ["exact", "exact_half", "lattice"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_count_is_the_same_as_cutting_points_off(method: FilterMethod, normalize: bool) -> None:
+    features, values = points("cpu", channels=3, dim=2)
+    # The lattice passes values on through vertices of any point; far ones have none in common.
+    features[0, 90:] += 100
+    counts = torch.tensor([90, POINTS])
+    values.requires_grad_()
+    filtered = gaussian_filter(features, values, method=method, normalize=normalize, count=counts)
+    (grad,) = torch.autograd.grad(filtered.square().sum(), values)
+    for i, count in enumerate(counts.tolist()):
+        kept = values[i : i + 1, :count].detach().requires_grad_()
+        cut = gaussian_filter(features[i : i + 1, :count], kept, method=method, normalize=normalize)
+        (expected,) = torch.autograd.grad(cut.square().sum(), kept)
+        tolerance = 1e-2 if method == "exact_half" else 1e-3
+        torch.testing.assert_close(filtered[i : i + 1, :count], cut, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(grad[i : i + 1, :count], expected, rtol=tolerance, atol=tolerance)
+        assert not filtered[i, count:].any()
+        assert not grad[i, count:].any()
+
+
+@pytest.mark.gpu
+def test_compiled_kernel_equals_all_pairs() -> None:
+    check_sums("cuda")
+    check_pairs_kernel("cuda")
+    check_energy("cuda")
+
+
+@pytest.mark.gpu
+def test_a_gpu_without_triton_takes_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, values = points("cuda", channels=21)
+    count = torch.tensor(COUNTS[1], device="cuda")
+    by_kernel = gaussian_filter(features, values, method="exact_half", count=count)
+    monkeypatch.setattr(kernels, "_HAS_TRITON", False)
+    by_attention = gaussian_filter(features, values, method="exact_half", count=count)
+    torch.testing.assert_close(by_attention, by_kernel, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_the_kernel_waits_for_no_device_and_can_be_recorded() -> None:
+    features, values = points("cuda", channels=21)
+    count = torch.tensor(COUNTS[1], device="cuda")
+
+    def filtered() -> Tensor:
+        return gaussian_filter(features, values, method="exact_half", count=count, reach=100.0)
+
+    filtered()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = filtered()
+    count.copy_(torch.tensor(COUNTS[2]))
+    graph.replay()
+    torch.testing.assert_close(recorded, filtered())
