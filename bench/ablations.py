@@ -29,6 +29,7 @@ import torch
 
 from afa.api import evaluate
 from afa.config import Config, config_to_dict, load_config
+from afa.data.layout import find_layout
 from afa.demo.shapes import DEFAULT_STYLE, write_shapes
 from afa.errors import AfaError
 from afa.recipe import train_and_report
@@ -182,7 +183,9 @@ def pretrained_encoder(out: Path, *, steps: int) -> Path:
     say(f"pretraining: {run}")
     config = load_config(None, keys, preset="demo")
     device = pick_device(config.train.device)
-    result = train(config, run, device=device, resume=(run / "config.toml").is_file(), progress=False)
+    data = find_layout(config.data)
+    resume = (run / "config.toml").is_file()
+    result = train(config, data, run, device=device, resume=resume, progress=False)
     network: Any = result.network.cpu()
     partial = encoder.with_name("encoder.partial")
     network.backbone.encoder.save_pretrained(partial)

@@ -74,7 +74,7 @@ def test_finished_runs_and_scores_are_kept(
             (run / "evaluation" / f"{labels}.json").write_text(json.dumps({"miou": 50.0 + config.train.seed}))
         (run / "report.json").write_text("{}")
 
-    def pretrain(config: Any, run: Path, **_: Any) -> Any:
+    def pretrain(config: Any, data: Any, run: Path, **_: Any) -> Any:
         pretrained.append(run)
         assert config.schedule.cls_steps == config.schedule.max_steps == 7
         return SimpleNamespace(network=build_network(config.model, 5))
@@ -82,6 +82,7 @@ def test_finished_runs_and_scores_are_kept(
     monkeypatch.setattr(bench, "train_and_report", train)
     monkeypatch.setattr(bench, "train", pretrain)
     monkeypatch.setattr(bench, "write_shapes", lambda root, **_: None)
+    monkeypatch.setattr(bench, "find_layout", lambda data: None)
     command = ["--out", str(tmp_path), "--seeds", "2", "--steps", "10", "--tables", "1", "3"]
     command += ["--pretraining-steps", "7"]
     assert bench.main(command) == 0

@@ -10,13 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from afa.config import config_to_toml
-from afa.training.loop import train
 from opened import Opened
-from tiny import assert_same_weights, start_python, tiny_config
+from tiny import assert_same_weights, start_python, tiny_config, train_tiny
 
 PACKAGE = Path(__file__).parents[1] / "src" / "afa"
 MASKS = "SegmentationClassAug"
@@ -24,7 +22,7 @@ MASKS = "SegmentationClassAug"
 
 def run_training(root: Path, run: Path, **keys: Any) -> None:
     config = tiny_config(root, {"data.val_list": "", **keys})
-    train(config, run, device=torch.device("cpu"), progress=False)
+    train_tiny(config, run)
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +95,9 @@ def test_learning_from_tags_never_loads_what_reads_masks_to_learn(tiny_data: Pat
     (tmp_path / "tiny.toml").write_text(config)
     script = (
         "import sys, torch; from pathlib import Path; from afa.config import load_config; "
-        "from afa.training.loop import train; "
-        "train(load_config('tiny.toml'), Path('run'), device=torch.device('cpu'), progress=False); "
+        "from afa.data.layout import find_layout; from afa.training.loop import train; "
+        "config = load_config('tiny.toml'); "
+        "train(config, find_layout(config.data), Path('run'), device=torch.device('cpu'), progress=False); "
         "print('LOADED', 'afa.training.supervised' in sys.modules)"
     )
     process = start_python(["-c", script], cwd=tmp_path)

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from afa.config import Config, load_config
+from afa.data.layout import find_layout
+from afa.training.loop import TrainResult, train
 
 SETTINGS: dict[str, Any] = {
     "data.workers": 0,
@@ -38,6 +40,12 @@ NO_DROPOUT = {"model.drop_path": 0.0, "model.decoder_dropout": 0.0}
 def tiny_config(root: Path, keys: dict[str, Any] | None = None) -> Config:
     """The configuration of a tiny run on the data set `root`, with some keys changed."""
     return load_config(None, SETTINGS | {"data.root": str(root)} | (keys or {}), preset="demo")
+
+
+def train_tiny(config: Config, run: Path, *, resume: bool = False, progress: bool = False) -> TrainResult:
+    """Train alone on the CPU."""
+    data = find_layout(config.data)
+    return train(config, data, run, device=torch.device("cpu"), resume=resume, progress=progress)
 
 
 def tiny_flags(root: Path, keys: dict[str, Any] | None = None) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 
 from afa.check.fast import check_fast
 from afa.config import Config, load_config
-from afa.data.layout import find_layout
+from afa.data.layout import Layout, find_layout
 from afa.demo.shapes import MARKER_NAME, write_shapes
 from afa.errors import AfaError
 from afa.evaluation.evaluate import evaluate
@@ -48,15 +48,16 @@ def train_and_report(config: Config, run: Path, *, resume: bool = False, progres
             `afa.evaluation.evaluate.evaluate`.
     """
     device = pick_device(config.train.device)
-    warnings = _check(config)
+    data = find_layout(config.data)
+    warnings = _check(config, data)
     with process_group(device) as processes:
         for warning in warnings if processes.is_main else ():
             say(f"warning: {warning}")
         progress = progress and processes.is_main
-        result = train(config, run, device=device, processes=processes, resume=resume, progress=progress)
-        scored = open_validation(config)
+        result = train(config, data, run, device=device, processes=processes, resume=resume, progress=progress)
+        scored = open_validation(config, data)
         if scored is None:
-            _score_tags(config, run, result.network, device=device, processes=processes, progress=progress)
+            _score_tags(config, data, run, result.network, device=device, processes=processes, progress=progress)
         else:
             tagged = all(scored.has_tags(index) for index in range(len(scored)))
             if not tagged and processes.is_main:
@@ -88,9 +89,9 @@ def train_and_report(config: Config, run: Path, *, resume: bool = False, progres
             say(f"run folder {run}; open {page}")
 
 
-def _check(config: Config) -> list[str]:
+def _check(config: Config, data: Layout) -> list[str]:
     """The warnings of the fast check; its errors are one error."""
-    problems = check_fast(find_layout(config.data), config)
+    problems = check_fast(data, config)
     errors = [problem.message for problem in problems if problem.severity == "error"]
     if len(errors) > 1:
         raise AfaError(f"{errors[0]} (and {len(errors) - 1} more; afa check {config.data.root} lists them)")
@@ -100,14 +101,20 @@ def _check(config: Config) -> list[str]:
 
 
 def _score_tags(
-    config: Config, run: Path, network: AfaNetwork, *, device: torch.device, processes: Processes, progress: bool
+    config: Config,
+    data: Layout,
+    run: Path,
+    network: AfaNetwork,
+    *,
+    device: torch.device,
+    processes: Processes,
+    progress: bool,
 ) -> None:
     """Score what can be scored without masks."""
-    layout = find_layout(config.data)
-    if not config.data.val_list or not layout.has_validation:
+    if not config.data.val_list or not data.has_validation:
         return
     try:
-        images = layout.validation()
+        images = data.validation()
     except AfaError as error:
         if processes.is_main:
             say(f"tags are not scored: {error}")

@@ -26,9 +26,8 @@ from afa.runs.build import build_network
 from afa.training import feature_cache, feature_store
 from afa.training.engine import TrainingEngine
 from afa.training.feature_cache import FeatureReader, feature_key, prepare_features
-from afa.training.loop import train
 from afa.types import Batch
-from tiny import assert_same_weights, tiny_config
+from tiny import assert_same_weights, tiny_config, train_tiny
 
 CPU = torch.device("cpu")
 CACHED = {
@@ -400,7 +399,7 @@ def test_settings_that_contradict_it(pictures: Path, keys: dict[str, Any], messa
 def test_a_stopped_run_ends_like_one_that_was_not(pictures: Path, tmp_path: Path) -> None:
     """Dropout on; the stopped run keeps its cache, and makes no other."""
     config = make_config(pictures, **{"model.drop_path": 0.2, "model.decoder_dropout": 0.2})
-    train(config, tmp_path / "straight", device=CPU, progress=False)
+    train_tiny(config, tmp_path / "straight")
     run = tmp_path / "run"
     stopped = dataclasses.replace(config, train=dataclasses.replace(config.train, save_steps=1))
     shutil.copytree(tmp_path / "straight", run)
@@ -421,9 +420,9 @@ def test_a_stopped_run_ends_like_one_that_was_not(pictures: Path, tmp_path: Path
         counts = count_rows(patch)
         patch.setattr(TrainingEngine, "take_step", crash)
         with pytest.raises(KeyboardInterrupt):
-            train(stopped, run, device=CPU, resume=True, progress=False)
+            train_tiny(stopped, run, resume=True)
         patch.setattr(TrainingEngine, "take_step", take_step)
-        train(stopped, run, device=CPU, resume=True, progress=False)
+        train_tiny(stopped, run, resume=True)
         assert not counts
     assert took == 4
     assert_same_weights(run, tmp_path / "straight")

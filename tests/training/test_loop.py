@@ -15,24 +15,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from afa.config import Config, config_to_toml, load_config
+from afa.config import config_to_toml, load_config
+from afa.data.layout import open_tagged
 from afa.data.voc import TaggedImages
 from afa.runtime import interrupts
 from afa.training import engine as engine_module
 from afa.training import loop as loop_module
 from afa.training.checkpoint import latest_checkpoint
 from afa.training.log import read_metrics
-from afa.training.loop import TrainResult, train
 from afa.training.schedule import learning_rate
 from afa.training.step import StepLosses, compute_losses
 from mistakes import refused
-from tiny import NO_DROPOUT, assert_same_weights, final_weights, tiny_config
-
-CPU = torch.device("cpu")
-
-
-def run_training(config: Config, run: Path, *, resume: bool = False) -> TrainResult:
-    return train(config, run, device=CPU, resume=resume, progress=False)
+from tiny import NO_DROPOUT, assert_same_weights, final_weights, tiny_config, train_tiny
 
 
 def around_each_step(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, Any], Any]) -> None:
@@ -52,7 +46,7 @@ def around_each_step(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, Any
 
 def test_run_folder_of_training(tiny_data: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny_data, {"train.eval_steps": 2, "train.eval_images": 3, "loss.energy_weight": 10})
-    result = run_training(config, tmp_path / "deep" / "run")
+    result = train_tiny(config, tmp_path / "deep" / "run")
     run = tmp_path / "deep" / "run"
     assert {path.name for path in run.iterdir()} == {
         "config.toml", "classes.txt", "metrics.jsonl", "checkpoints", "model.safetensors", "environment.json"
@@ -99,7 +93,7 @@ def test_run_folder_of_training(tiny_data: Path, tmp_path: Path) -> None:
 
 def test_logged_losses_are_means_since_the_last_line(tiny_data: Path, tmp_path: Path) -> None:
     for log_steps in (1, 2):
-        run_training(tiny_config(tiny_data, {"train.log_steps": log_steps}), tmp_path / str(log_steps))
+        train_tiny(tiny_config(tiny_data, {"train.log_steps": log_steps}), tmp_path / str(log_steps))
     single, double = (read_metrics(tmp_path / str(steps) / "metrics.jsonl") for steps in (1, 2))
     assert [line["step"] for line in double] == [2, 4, 6]
     for key in ("cls_loss", "seg_loss", "aff_loss"):
@@ -113,7 +107,7 @@ def test_the_seed_is_what_makes_runs_differ(tiny_data: Path, tmp_path: Path) -> 
     keys = {"schedule.max_steps": 1}
     torch.rand(7)  # whatever was drawn before
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run_training(tiny_config(tiny_data, keys | {"train.seed": seed}), tmp_path / name)
+        train_tiny(tiny_config(tiny_data, keys | {"train.seed": seed}), tmp_path / name)
     assert_same_weights(tmp_path / "a", tmp_path / "b")
     a, c = final_weights(tmp_path / "a"), final_weights(tmp_path / "c")
     assert not torch.equal(a["classifier.weight"], c["classifier.weight"])
@@ -127,15 +121,15 @@ def test_an_affinity_that_has_learnt_nothing_is_told_once(
         return 0 * affinity.sum() + loss
 
     monkeypatch.setattr("afa.training.step.affinity_loss", constant)
-    train(tiny_config(tiny_data), tmp_path / "run", device=CPU, progress=True)
+    train_tiny(tiny_config(tiny_data), tmp_path / "run", progress=True)
     told = [line for line in capsys.readouterr().err.splitlines() if "the affinity has learnt nothing" in line]
     assert len(told) == (1 if loss == 0.5 else 0)
     assert all("step 5:" in line and "loss 0.50" in line and "another --train.seed" in line for line in told)
 
 
 def test_evaluation_on_the_way_changes_nothing(tiny_data: Path, tmp_path: Path) -> None:
-    run_training(tiny_config(tiny_data), tmp_path / "without")
-    run_training(tiny_config(tiny_data, {"train.eval_steps": 1, "train.eval_images": 2}), tmp_path / "with")
+    train_tiny(tiny_config(tiny_data), tmp_path / "without")
+    train_tiny(tiny_config(tiny_data, {"train.eval_steps": 1, "train.eval_images": 2}), tmp_path / "with")
     assert_same_weights(tmp_path / "without", tmp_path / "with")
 
 
@@ -144,10 +138,10 @@ def test_evaluation_on_the_way_changes_nothing(tiny_data: Path, tmp_path: Path) 
 
 def test_an_existing_run_is_not_overwritten(tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    run_training(tiny_config(tiny_data), run)
+    train_tiny(tiny_config(tiny_data), run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with refused(f"{run}: ", "--resume", "--out"):
-        run_training(tiny_config(tiny_data), run)
+        train_tiny(tiny_config(tiny_data), run)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -172,15 +166,15 @@ def test_resuming_with_other_settings_names_the_key(tiny_data: Path, tmp_path: P
     old = getattr(getattr(config, section), name)
     (tmp_path / "config.toml").write_text(config_to_toml(config))
     with refused(f"{tmp_path}: ", f"{key} = {old}, not {value}; resume", "--out"):
-        run_training(tiny_config(tiny_data, {key: value}), tmp_path, resume=True)
+        train_tiny(tiny_config(tiny_data, {key: value}), tmp_path, resume=True)
 
 
 def test_resuming_elsewhere_and_with_other_logging_is_fine(tiny_data: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(tiny_data, moved)
-    run_training(tiny_config(tiny_data), tmp_path / "run")
+    train_tiny(tiny_config(tiny_data), tmp_path / "run")
     keys = {"data.workers": 1, "train.log_steps": 5, "train.save_steps": 4, "train.eval_images": 7}
-    run_training(tiny_config(moved, keys), tmp_path / "run", resume=True)
+    train_tiny(tiny_config(moved, keys), tmp_path / "run", resume=True)
     assert load_config(tmp_path / "run" / "config.toml").data.root == str(moved)
 
 
@@ -191,18 +185,18 @@ def test_an_unreadable_image_is_one_line_and_the_run_can_go_on(tiny_data: Path, 
     config = tiny_config(root, {"data.workers": workers, "schedule.max_steps": 4, "train.save_steps": 1})
     # Not in the first batches, so that there is something to go on from.
     batches = loop_module.train_batches(
-        loop_module.open_tagged(config.data), augment=config.augment, batch_size=4, seed=0, start_step=0, max_steps=4
+        open_tagged(config.data), augment=config.augment, batch_size=4, seed=0, start_step=0, max_steps=4
     )
     name = list(batches)[3].names[0]
     path = next((root / "JPEGImages").glob(f"{name}.*"))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with refused(path):
-        run_training(config, run)
+        train_tiny(config, run)
     assert (latest_checkpoint(run) or run).name == "step_00000003"
     path.write_bytes(whole)
-    run_training(config, run, resume=True)
-    run_training(config, tmp_path / "straight")
+    train_tiny(config, run, resume=True)
+    train_tiny(config, tmp_path / "straight")
     assert_same_weights(run, tmp_path / "straight")
 
 
@@ -217,7 +211,7 @@ def test_images_that_can_reach_masks_never_enter_training(
         return make(images, **settings)
 
     monkeypatch.setattr(loop_module, "train_batches", recorded)
-    run_training(tiny_config(tiny_data, {"schedule.max_steps": 1}), tmp_path)
+    train_tiny(tiny_config(tiny_data, {"schedule.max_steps": 1}), tmp_path)
     assert [type(images) for images in seen] == [TaggedImages]
     assert not any("mask" in name for name in dir(seen[0]))
 
@@ -239,17 +233,17 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     config = tiny_config(tiny_data, {"data.workers": workers, "train.save_steps": 100})
-    run_training(config, tmp_path / "straight")
+    train_tiny(config, tmp_path / "straight")
     run = tmp_path / "run"
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 2)
         with refused("step 3 of 6; ", "--resume"):
-            run_training(config, run)
+            train_tiny(config, run)
     assert signal.getsignal(signal.SIGINT) is handler
     assert (latest_checkpoint(run) or run).name == "step_00000003"
     assert not (run / "model.safetensors").exists()
-    run_training(config, run, resume=True)
+    train_tiny(config, run, resume=True)
     assert_same_weights(run, tmp_path / "straight")
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
@@ -304,7 +298,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(
         return spoil(kind, forward) if step == bad_step else forward
 
     around_each_step(monkeypatch, change)
-    run_training(tiny_config(tiny_data, NO_DROPOUT | {"schedule.grad_clip": grad_clip}), tmp_path)
+    train_tiny(tiny_config(tiny_data, NO_DROPOUT | {"schedule.grad_clip": grad_clip}), tmp_path)
     for name, before in snapshots[bad_step].items():
         assert torch.equal(before, snapshots[bad_step + 1][name]), name
     changed = [name for name, before in snapshots[bad_step + 1].items() if not torch.equal(before, snapshots[-1][name])]
@@ -324,7 +318,7 @@ def test_a_run_that_stays_not_finite_gives_up(tiny_data: Path, tmp_path: Path, m
     steps = {"schedule.max_steps": 12, "schedule.cls_steps": 12, "schedule.refined_steps": 12}
     config = tiny_config(tiny_data, steps)
     with refused("last 3 steps up to step 8 ", "lower schedule.learning_rate", "--precision fp32"):
-        run_training(config, tmp_path)
+        train_tiny(config, tmp_path)
     checkpoint = latest_checkpoint(tmp_path)
     assert checkpoint is not None
     shutil.copy(checkpoint / "model.safetensors", tmp_path / "model.safetensors")
@@ -333,8 +327,8 @@ def test_a_run_that_stays_not_finite_gives_up(tiny_data: Path, tmp_path: Path, m
 
 def test_half_precision_trains(tiny_data: Path, tmp_path: Path) -> None:
     keys = {"schedule.max_steps": 2, "schedule.cls_steps": 1, "schedule.refined_steps": 1}
-    run_training(tiny_config(tiny_data, keys | {"train.precision": "fp16"}), tmp_path / "fp16")
-    run_training(tiny_config(tiny_data, keys), tmp_path / "fp32")
+    train_tiny(tiny_config(tiny_data, keys | {"train.precision": "fp16"}), tmp_path / "fp16")
+    train_tiny(tiny_config(tiny_data, keys), tmp_path / "fp32")
     half, full = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("fp16", "fp32"))
     assert [line["phase"] for line in half] == ["cls", "initial"]
     # The first step, before any update, is the same loss but for rounding.
@@ -355,7 +349,7 @@ def test_gray_images_of_one_color_train(tmp_path: Path) -> None:
     (tmp_path / "lists" / "tags.csv").write_text("image,tags\na,cat\nb,dog\nc,cat\nd,cat dog\n")
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     config = tiny_config(tmp_path, {"data.val_list": "", "augment.scale_min": 0.1, "augment.scale_max": 3.0})
-    run_training(config, tmp_path / "run")
+    train_tiny(config, tmp_path / "run")
     assert all(tensor.isfinite().all() for tensor in final_weights(tmp_path / "run").values())
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert all(line["loss"] is not None for line in lines)

@@ -18,8 +18,7 @@ from afa.errors import AfaError
 from afa.training import loop as loop_module
 from afa.training.checkpoint import latest_checkpoint, load_checkpoint
 from afa.training.log import read_metrics
-from afa.training.loop import TrainResult, train
-from tiny import assert_same_weights, final_weights, start_python, tiny_config, tiny_flags
+from tiny import assert_same_weights, final_weights, start_python, tiny_config, tiny_flags, train_tiny
 
 DROPOUT = {"model.drop_path": 0.3, "model.decoder_dropout": 0.2}
 EVERY_STEP = {"train.save_steps": 1}
@@ -27,10 +26,6 @@ EVERY_STEP = {"train.save_steps": 1}
 
 class Crash(BaseException):
     """Ends a run at once, like a kill: nothing in the package catches it."""
-
-
-def run_training(config: Config, run: Path, *, resume: bool = False) -> TrainResult:
-    return train(config, run, device=torch.device("cpu"), resume=resume, progress=False)
 
 
 def run_until_saved(monkeypatch: pytest.MonkeyPatch, config: Config, run: Path, *, step: int, resume: bool) -> None:
@@ -46,14 +41,14 @@ def run_until_saved(monkeypatch: pytest.MonkeyPatch, config: Config, run: Path, 
     with monkeypatch.context() as patch:
         patch.setattr(loop_module, "save_checkpoint", save_and_crash)
         with pytest.raises(Crash):
-            run_training(config, run, resume=resume)
+            train_tiny(config, run, resume=resume)
 
 
 @pytest.fixture(scope="module")
 def straight(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing stopped."""
     run = tmp_path_factory.mktemp("straight")
-    run_training(tiny_config(tiny_data, DROPOUT | EVERY_STEP), run)
+    train_tiny(tiny_config(tiny_data, DROPOUT | EVERY_STEP), run)
     return run
 
 
@@ -65,7 +60,7 @@ def test_stopping_after_every_single_step_changes_nothing(
     for step in range(1, 6):
         torch.rand(step)  # no random state of the process leaks in
         run_until_saved(monkeypatch, config, tmp_path, step=step, resume=step > 1)
-    result = run_training(config, tmp_path, resume=True)
+    result = train_tiny(config, tmp_path, resume=True)
     assert_same_weights(tmp_path, straight)
     lines, others = read_metrics(tmp_path / "metrics.jsonl"), read_metrics(straight / "metrics.jsonl")
     timed = ("seconds", "images_per_second")
@@ -80,7 +75,7 @@ def test_stopping_after_every_single_step_changes_nothing(
 def test_two_steps_and_two_steps_are_four(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the checkpoint and the crash more steps were done, which are done again."""
     config = tiny_config(tiny_data, DROPOUT | {"schedule.max_steps": 4, "train.save_steps": 2})
-    run_training(config, tmp_path / "straight")
+    train_tiny(config, tmp_path / "straight")
     steps = []
     compute = loop_module.compute_losses
 
@@ -93,9 +88,9 @@ def test_two_steps_and_two_steps_are_four(tiny_data: Path, tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr(loop_module, "compute_losses", counted)
         with pytest.raises(Crash):
-            run_training(config, tmp_path / "run")
+            train_tiny(config, tmp_path / "run")
         assert (latest_checkpoint(tmp_path / "run") or tmp_path).name == "step_00000002"
-        run_training(config, tmp_path / "run", resume=True)
+        train_tiny(config, tmp_path / "run", resume=True)
     assert steps == ["cls", "cls", "initial", "initial", "initial", "initial"]
     assert_same_weights(tmp_path / "run", tmp_path / "straight")
 
@@ -103,10 +98,10 @@ def test_two_steps_and_two_steps_are_four(tiny_data: Path, tmp_path: Path, monke
 def test_resuming_what_is_finished_or_not_begun(tiny_data: Path, tmp_path: Path, straight: Path) -> None:
     config = tiny_config(tiny_data, DROPOUT | EVERY_STEP)
     run = tmp_path / "run"
-    run_training(config, run, resume=True)
+    train_tiny(config, run, resume=True)
     assert_same_weights(run, straight)
     log = (run / "metrics.jsonl").read_bytes()
-    run_training(config, run, resume=True)
+    train_tiny(config, run, resume=True)
     assert_same_weights(run, straight)
     assert (run / "metrics.jsonl").read_bytes() == log
 
@@ -117,10 +112,10 @@ def test_resuming_from_the_checkpoint_before_a_broken_one(tiny_data: Path, tmp_p
     shutil.copytree(straight, run)
     (run / "checkpoints" / "step_00000006" / "training_state.pt").write_bytes(b"torn")
     with pytest.raises(AfaError, match=r"step_00000006/tr.*: broken .*before$"):
-        run_training(config, run, resume=True)
+        train_tiny(config, run, resume=True)
     shutil.rmtree(run / "checkpoints" / "step_00000006")
     (run / "model.safetensors").unlink()
-    run_training(config, run, resume=True)
+    train_tiny(config, run, resume=True)
     assert_same_weights(run, straight)
 
 
@@ -131,7 +126,7 @@ def test_a_checkpoint_of_another_network_is_one_line(tiny_data: Path, tmp_path: 
     config_path.write_text(config_path.read_text().replace("decoder_width = 16", "decoder_width = 8"))
     config = tiny_config(tiny_data, DROPOUT | EVERY_STEP | {"model.decoder_width": 8})
     with pytest.raises(AfaError, match=r"model\.safetensors: 'decoder\..*network"):
-        run_training(config, run, resume=True)
+        train_tiny(config, run, resume=True)
 
 
 def test_the_state_of_a_checkpoint_is_whole(straight: Path, tiny_data: Path) -> None:
@@ -176,8 +171,8 @@ def test_a_killed_process_resumes_to_the_same_weights(tiny_data: Path, tmp_path:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 4')  # a torn line, which only a rare moment leaves
     config = tiny_config(tiny_data, keys)
-    run_training(config, run, resume=True)
-    run_training(config, tmp_path / "straight")
+    train_tiny(config, run, resume=True)
+    train_tiny(config, tmp_path / "straight")
     assert_same_weights(run, tmp_path / "straight")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 17))

@@ -15,17 +15,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate, multilabel_soft_margin_loss
 
 from afa.config import AugmentConfig, DataConfig
-from afa.data.layout import open_tagged
+from afa.data.layout import find_layout
 from afa.data.loader import train_batches
 from afa.data.transforms import draw_crop
 from afa.errors import AfaError
 from afa.runtime import Processes
 from afa.training.log import read_metrics
-from afa.training.loop import train
 from afa.training.schedule import phase
 from afa.training.supervised import MaskedBatch, open_masked, resample_mask, supervised_losses, with_mask, with_masks
 from afa.types import IGNORE_INDEX, Batch, NetworkOutput
-from tiny import assert_same_weights, tiny_config
+from tiny import assert_same_weights, tiny_config, train_tiny
 
 CPU = torch.device("cpu")
 
@@ -47,7 +46,7 @@ def coordinate_data(root: Path, tiny_data: Path) -> Path:
 def test_masks_follow_their_images(tiny_data: Path, tmp_path: Path, processes: Processes) -> None:
     root = coordinate_data(tmp_path / "data", tiny_data)
     config = tiny_config(root, {"augment.crop_size": 96, "augment.scale_min": 0.6, "augment.scale_max": 2.0})
-    images = open_masked(config.data)
+    images = open_masked(find_layout(config.data), config.data.train_list)
     batches = train_batches(
         images,
         augment=config.augment,
@@ -144,7 +143,7 @@ def test_losses_are_plain_cross_entropy_and_the_tags() -> None:
 
 def run_training(root: Path, run: Path, **keys: Any) -> None:
     config = tiny_config(root, {"train.supervision": "masks", "data.val_list": "", **keys})
-    train(config, run, device=CPU, progress=False)
+    train_tiny(config, run)
 
 
 def test_a_run_learns_from_masks_says_so_and_resumes_exactly(tiny_data: Path, tmp_path: Path) -> None:
@@ -167,10 +166,10 @@ def test_a_run_learns_from_masks_says_so_and_resumes_exactly(tiny_data: Path, tm
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step_00000006")
     (tmp_path / "cut" / "model.safetensors").unlink()
     config = tiny_config(tiny_data, {"train.supervision": "masks", "data.val_list": ""})
-    train(config, tmp_path / "cut", device=CPU, resume=True, progress=False)
+    train_tiny(config, tmp_path / "cut", resume=True)
     assert_same_weights(tmp_path / "run", tmp_path / "cut")
     with pytest.raises(AfaError, match=r"train\.supervision = masks, not tags"):
-        train(tiny_config(tiny_data, {"data.val_list": ""}), tmp_path / "cut", device=CPU, resume=True, progress=False)
+        train_tiny(tiny_config(tiny_data, {"data.val_list": ""}), tmp_path / "cut", resume=True)
 
 
 def test_missing_masks_or_lists_are_one_clear_line(tiny_data: Path, tmp_path: Path) -> None:
@@ -178,11 +177,12 @@ def test_missing_masks_or_lists_are_one_clear_line(tiny_data: Path, tmp_path: Pa
     shutil.copytree(tiny_data, root)
     name = (root / "lists" / "train.txt").read_text().split()[0]
     (root / "SegmentationClassAug" / f"{name}.png").unlink()
+    layout = find_layout(DataConfig(root=str(root)))
     with pytest.raises(AfaError, match=f"has no file for '{name}'"):
-        open_masked(DataConfig(root=str(root)))
-    assert len(open_tagged(DataConfig(root=str(root)))) == 24
+        open_masked(layout, "lists/train.txt")
+    assert len(layout.training()) == 24
     with pytest.raises(AfaError, match=r"absent\.txt: .*supervision = masks"):
-        open_masked(DataConfig(root=str(root), train_list="absent.txt"))
+        open_masked(layout, "absent.txt")
 
 
 def test_what_shows_results_says_fully_supervised(tiny_data: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from afa import __version__
 from afa.config import SUPERVISION_NAMES, Config, DataConfig, config_to_dict, config_to_toml, load_config
-from afa.data.layout import find_layout, open_tagged
+from afa.data.layout import Layout
 from afa.data.loader import resolve_workers, train_batches
 from afa.data.pixel_cache import PixelCache, resolve_cache
 from afa.data.voc import ScoredImages, TaggedImages
@@ -95,6 +95,7 @@ class _Sums:
 
 def train(
     config: Config,
+    data: Layout,
     run: Path,
     *,
     device: torch.device,
@@ -105,7 +106,8 @@ def train(
     """Train a network and write its run folder, up to the final weights; from tags, or as `train.supervision` says.
 
     Args:
-        config: Settings; `data.root` names the data set.
+        config: Settings.
+        data: The data set.
         run: Run folder; made if absent.
         device: Where to train.
         processes: Processes that train together.
@@ -120,8 +122,8 @@ def train(
             with other settings; the disk is full; the loss stays not finite.
     """
     progress = progress and processes.is_main
-    images, compute = _open_training(config, tell=processes.is_main)
-    scored = open_validation(config, tell=processes.is_main)
+    images, compute = _open_training(config, data, tell=processes.is_main)
+    scored = open_validation(config, data, tell=processes.is_main)
     torch.manual_seed(config.train.seed)
     # Before the run folder is made: weights that cannot be had leave nothing behind.
     network = build_network(config.model, len(images.classes)).to(device)
@@ -303,22 +305,23 @@ class _Trainer:
             say(f"step {step}: segmentation mIoU {figures['miou']:.1f} on {figures['num_images']} images")
 
 
-def _open_training(config: Config, *, tell: bool) -> tuple[TaggedImages, LossFunction]:
+def _open_training(config: Config, data: Layout, *, tell: bool) -> tuple[TaggedImages, LossFunction]:
     """What a run learns from, and how; masks are within reach only where the configuration asks for them."""
     if config.train.supervision == "tags":
-        return open_tagged(config.data), compute_losses
+        return data.training(), compute_losses
     from afa.training.supervised import open_masked, supervised_losses
 
     if tell:
         say(f"{SUPERVISION_NAMES['masks']}: the segmentation learns from the masks of {config.data.train_list}")
-    return open_masked(config.data), supervised_losses
+    return open_masked(data, config.data.train_list), supervised_losses
 
 
-def open_validation(config: Config, *, tell: bool = False) -> ScoredImages | None:
+def open_validation(config: Config, data: Layout, *, tell: bool = False) -> ScoredImages | None:
     """Open the images that a run is scored on.
 
     Args:
         config: Its `data` section applies.
+        data: The data set.
         tell: Say so when there are none.
 
     Returns:
@@ -327,17 +330,16 @@ def open_validation(config: Config, *, tell: bool = False) -> ScoredImages | Non
     Raises:
         AfaError: A list that was asked for, or something in it, is not there.
     """
-    data = config.data
-    if not data.val_list:
+    val_list = config.data.val_list
+    if not val_list:
         return None
-    layout = find_layout(data)
-    if data.val_list == DataConfig().val_list and not (layout.has_validation and layout.has_masks):
+    if val_list == DataConfig().val_list and not (data.has_validation and data.has_masks):
         if tell:
-            root = Path(data.root)
-            words = f"masks in {root}: only tags" if layout.has_validation else f"{root / data.val_list}: nothing"
+            root = Path(config.data.root)
+            words = f"masks in {root}: only tags" if data.has_validation else f"{root / val_list}: nothing"
             say(f"no {words} will be scored")
         return None
-    return layout.scored()
+    return data.scored()
 
 
 def _prepare_run(run: Path, config: Config, classes: tuple[str, ...], *, resume: bool) -> None:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from afa.config import Config, DataConfig
-from afa.data.layout import find_layout
+from afa.config import Config
+from afa.data.layout import Layout
 from afa.data.loader import step_indices, step_plan
 from afa.data.transforms import CropPlan
 from afa.data.voc import ScoredImages
@@ -58,11 +58,12 @@ def with_mask(batch: Batch, mask: Tensor) -> MaskedBatch:
     return MaskedBatch(**{each.name: getattr(batch, each.name) for each in fields(Batch)}, mask=mask)
 
 
-def open_masked(data: DataConfig) -> ScoredImages:
+def open_masked(data: Layout, train_list: str) -> ScoredImages:
     """Open the images of `data.train_list` with tags and masks.
 
     Args:
-        data: Where things lie.
+        data: The data set.
+        train_list: List of names, relative to the root unless absolute.
 
     Returns:
         The images in the order of the list, each with a mask and at least one tag.
@@ -70,15 +71,14 @@ def open_masked(data: DataConfig) -> ScoredImages:
     Raises:
         AfaError: There is no such list; an image of it has no mask or no tag.
     """
-    layout = find_layout(data)
-    path = layout.root / data.train_list
+    path = data.root / train_list
     if not path.is_file():
         raise AfaError(
             f"{path}: no such list; train.supervision = masks learns from the masks of the images that data.train_list "
             "names"
         )
-    layout.training(list_file=data.train_list)  # weak supervision's checks of names and tags
-    return layout.scored(list_file=data.train_list)
+    data.training(list_file=train_list)  # weak supervision's checks of names and tags
+    return data.scored(list_file=train_list)
 
 
 def with_masks(
