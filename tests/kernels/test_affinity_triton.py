@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from afa.kernels import dispatch
 from afa.kernels.dispatch import fused
-from afa.model import affinity_head
 from afa.model.affinity_head import AffinityHead
 from afa.types import RawAttention
 from interpreted import interpret
@@ -74,7 +74,7 @@ def test_compiled_kernel_equals_the_plain_code() -> None:
 def test_a_compiled_graph_holds_the_plain_code(monkeypatch: pytest.MonkeyPatch) -> None:
     head, attention = AffinityHead(4), RawAttention(*(torch.randn(2, 4, 7, 5) for _ in range(2)))
     plain = head(attention)
-    monkeypatch.setattr(affinity_head, "fused", lambda device: True)
+    monkeypatch.setattr(dispatch, "fused", lambda device: True)
     monkeypatch.setitem(sys.modules, "afa.kernels.affinity_triton", None)  # whoever imports it fails
     with torch.no_grad():
         with pytest.raises(ImportError):

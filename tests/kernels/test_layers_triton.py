@@ -43,7 +43,8 @@ def differences(
 
 def check_kernels(device: str) -> None:
     """Compare both kernels with PyTorch for all shapes, with and without bias, in each precision."""
-    from afa.kernels.layers_triton import depthwise_gelu, layer_norm, linear
+    from afa.kernels.depthwise_triton import depthwise_gelu, linear
+    from afa.kernels.norm_triton import layer_norm
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
@@ -129,8 +130,8 @@ def precisions(encoder: nn.Module, image: Tensor, *, gradient: bool) -> dict[typ
 
 def test_interpreted_kernels_equal_pytorch() -> None:
     command = (
-        "import test_layers_triton as t, afa.kernels.layers_triton as l; l._ROWS = 4; l._COLUMNS = 8; l._CHANNELS = 16"
-        "; t.check_kernels('cpu'); t.check_encoder('cpu')"
+        "import test_layers_triton as t, afa.kernels.depthwise_triton as l; l._ROWS = 4; l._COLUMNS = 8"
+        "; l._CHANNELS = 16; t.check_kernels('cpu'); t.check_encoder('cpu')"
     )
     interpret(command, __file__)
 

@@ -48,7 +48,7 @@ def check_resizing(device: str) -> None:
         for sizes in (((5, 18), (3, 9), (5, 9)), ((5, 18), (2, 18))):
             levels = [draw(2, 20, *size).to(dtype).requires_grad_() for size in sizes]
             exacts = [level.detach().double().requires_grad_() for level in levels]
-            total = sum_levels(levels)
+            total = sum_levels(*levels)
             expected = exacts[0] + sum(interpolated(level, sizes[0]) for level in exacts[1:])
             grad = draw(2, 20, *sizes[0]).to(dtype)
             total.backward(grad)
@@ -77,5 +77,5 @@ def test_plain_resizing_is_interpolate() -> None:
     assert torch.equal(resize(maps, (8, 9)), interpolated(maps, (8, 9)))
     levels = [torch.randn(2, 3, *size) for size in ((8, 10), (4, 5), (2, 3), (1, 1))]
     expected = levels[0] + sum(interpolated(level, (8, 10)) for level in levels[1:])
-    torch.testing.assert_close(sum_levels([levels[0].clone(), *levels[1:]]), expected)
-    assert sum_levels(levels[:1]) is levels[0]
+    torch.testing.assert_close(sum_levels(levels[0].clone(), *levels[1:]), expected)
+    assert sum_levels(levels[0]) is levels[0]

@@ -1,7 +1,7 @@
 """The end of the affinity head, sigmoid(M + M^T + bias), as one fused GPU kernel.
 
-Importable only where Triton is. `afa.model.affinity_head` decides when to come here; its plain code is what this
-kernel is tested against. Each pair of tiles that mirror each other is read once and written once.
+Importable only where Triton is. The reference is in `afa.kernels.affinity`. Each pair of tiles that mirror each other
+is read once and written once.
 """
 
 from __future__ import annotations

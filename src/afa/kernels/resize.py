@@ -8,13 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from afa.kernels.dispatch import MOST_BLOCKS, fused
+from afa.kernels.dispatch import FUSED_TYPES, MOST_BLOCKS, fused_by
 
 
+def _takes_maps(maps: Tensor, *_: object) -> bool:
+    return maps.dtype in FUSED_TYPES and maps.shape[0] * maps.shape[1] <= MOST_BLOCKS
+
+
+def _takes_levels(fine: Tensor, *coarse: Tensor) -> bool:
+    return len(coarse) in (1, 2) and all(_takes_maps(level) and level.dtype == fine.dtype for level in (fine, *coarse))
+
+
+@fused_by("resize_triton", when=_takes_maps)
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Resize maps.
 
@@ -25,34 +33,21 @@ def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
     Returns:
         (B, P, H, W), contiguous on a GPU.
     """
-    if _takes_kernels(maps):
-        from afa.kernels.resize_triton import resize as fused_resize
-
-        return fused_resize(maps, (int(size[0]), int(size[1])))
-    return interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+    return interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)  # (B, P, H, W)
 
 
-def sum_levels(levels: Sequence[Tensor]) -> Tensor:
-    """Enlarge all levels of a pyramid to the first one's size and add them up.
+@fused_by("resize_triton", when=_takes_levels)
+def sum_levels(fine: Tensor, *coarse: Tensor) -> Tensor:
+    """Enlarge the levels of a pyramid to the finest one's size and add them up.
 
     Args:
-        levels: (B, P, h_i, w_i) maps of one precision. The first may be overwritten.
+        fine: (B, P, H, W); may be overwritten.
+        coarse: (B, P, h_i, w_i) maps of the same precision.
 
     Returns:
-        (B, P, h_0, w_0), channels-last on a GPU.
+        (B, P, H, W), channels-last on a GPU.
     """
-    total, *others = levels
-    if len(others) in (1, 2) and all(_takes_kernels(level) and level.dtype == total.dtype for level in levels):
-        from afa.kernels.resize_triton import sum_levels as fused_sum
-
-        return fused_sum(total, *others)
-    size = total.shape[2:]
-    for coarse in others:
-        # Fresh memory costs more than the sum: nothing needs the first term again.
-        total.add_(interpolate(coarse, size=size, mode="bilinear", align_corners=False))
-    return total
-
-
-def _takes_kernels(maps: Tensor) -> bool:
-    plain = torch.compiler.is_compiling() or maps.dtype not in (torch.float32, torch.bfloat16, torch.float16)
-    return fused(maps.device) and not plain and maps.shape[0] * maps.shape[1] <= MOST_BLOCKS
+    for level in coarse:
+        # Fresh memory costs more than the sum: nothing needs the finest level again.
+        fine.add_(interpolate(level, size=fine.shape[2:], mode="bilinear", align_corners=False))  # (B, P, H, W)
+    return fine

@@ -1,12 +1,13 @@
 """Bilinear resizing as fused GPU kernels: maps one by one, and pyramids of channels-last levels into their sum.
 
-Importable only where Triton is. `afa.kernels.resize` decides when to come here; these kernels are tested against
-`interpolate`. Gradients are gathered, each result from the few positions that it went to, in a fixed order.
+Importable only where Triton is. The references are in `afa.kernels.resize`. Gradients are gathered, each result from
+the few positions that it went to, in a fixed order.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ _CHANNELS = 64
 """Channels of it."""
 
 
-def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Resize each map, with gradient.
 
     Args:
@@ -40,22 +41,21 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         (B, P, H, W), contiguous.
     """
-    resized: Tensor = _Resize.apply(maps, size)
+    resized: Tensor = _Resize.apply(maps, (int(size[0]), int(size[1])))
     return resized
 
 
-def sum_levels(fine: Tensor, first: Tensor, second: Tensor | None = None) -> Tensor:
+def sum_levels(fine: Tensor, *coarse: Tensor) -> Tensor:
     """Add one or two coarser levels, enlarged, to a level, with gradient; the sum is rounded once.
 
     Args:
         fine: (B, P, H, W) float32, bfloat16 or float16.
-        first: (B, P, h, w), same type.
-        second: (B, P, h', w'), same type, or None.
+        coarse: (B, P, h, w) levels, same type.
 
     Returns:
         (B, P, H, W), channels-last.
     """
-    total: Tensor = _SumLevels.apply(fine, first, second)
+    total: Tensor = _SumLevels.apply(fine, coarse[0], coarse[1] if len(coarse) > 1 else None)
     return total
 
 

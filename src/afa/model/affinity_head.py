@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 
-from afa.kernels.dispatch import fused
+from afa.kernels.affinity import symmetric_sigmoid
 from afa.types import RawAttention
 
 
@@ -40,12 +39,7 @@ class AffinityHead(nn.Module):
         # the transpose of the sum is the same as adding n transposes first.
         query, key = attention.query, attention.key
         weight = (self.mix.weight.view(1, -1, 1, 1) * scale).to(query.dtype)
-        joined = [part.transpose(1, 2).flatten(2) for part in (query * weight, key)]
-        mixed = joined[0] @ joined[1].transpose(1, 2)
+        joined = [part.transpose(1, 2).flatten(2) for part in (query * weight, key)]  # 2 x (B, hw, n d)
+        mixed = joined[0] @ joined[1].transpose(1, 2)  # (B, hw, hw)
         assert self.mix.bias is not None
-        if fused(mixed.device) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            from afa.kernels.affinity_triton import symmetric_sigmoid
-
-            return symmetric_sigmoid(mixed, self.mix.bias)
-        mixed = mixed.float()
-        return torch.sigmoid(mixed + mixed.transpose(1, 2) + self.mix.bias.float())
+        return symmetric_sigmoid(mixed, self.mix.bias)  # (B, hw, hw)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
+from afa.kernels.layers import under_autocast
 from afa.kernels.resize import sum_levels
-from afa.model.layers import under_autocast
 from afa.model.norm import DistributedBatchNorm2d
 
 
@@ -58,7 +58,7 @@ class MlpDecoder(nn.Module):
                 sums[-1] = sums[-1] + fused
             else:
                 sums.append(fused)
-        logits: Tensor = self.classify(self.dropout(self.norm(sum_levels(sums)).relu_()))
+        logits: Tensor = self.classify(self.dropout(self.norm(sum_levels(*sums)).relu_()))
         return logits
 
     def _fused_layers(self, device: torch.device) -> tuple[list[Tensor], Tensor]:
