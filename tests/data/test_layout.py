@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from afa.config import DataConfig
 from afa.data import layout as layout_module
@@ -21,22 +20,23 @@ from afa.data.layout import Layout, find_layout, open_scored, open_tagged
 from afa.data.palette import write_index_png
 from afa.data.voc import ScoredImages, TaggedImages
 from afa.errors import AfaError
+from layouts import (
+    CLASSES,
+    EXPECTED,
+    TAG_FILES,
+    class_folders,
+    coco_sides,
+    metadata_sides,
+    table,
+    tag_file,
+    touch,
+    voc,
+    voc_xml,
+    with_masks,
+    write,
+)
 from mistakes import refused
 from opened import Opened
-
-CLASSES = ("bird", "cat", "dog")
-
-
-def touch(root: Path, *paths: str) -> None:
-    """Small real images."""
-    for path in paths:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (6, 4), "red").save(root / path, format="PNG")
-
-
-def write(root: Path, path: str, content: Any) -> None:
-    (root / path).parent.mkdir(parents=True, exist_ok=True)
-    (root / path).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
 
 
 def found(root: Path, **keys: Any) -> Layout:
@@ -63,42 +63,9 @@ def message(root: Path, **keys: Any) -> str:
     return text
 
 
-COCO: dict[str, Any] = {
-    "images": [{"id": i, "file_name": f"{name}.jpg"} for i, name in enumerate("abcd")],
-    "annotations": [{"image_id": i, "category_id": c} for i, c in ((0, 5), (1, 9), (2, 9), (2, 5))],
-    "categories": [{"id": 9, "name": "dog"}, {"id": 5, "name": "cat"}],
-}
-EXPECTED = {"a": ("cat",), "b": ("dog",), "c": ("cat", "dog")}
-JSONL = "\n".join(json.dumps({"file_name": f"{name}.jpg", "labels": tags}) for name, tags in EXPECTED.items())
-LABEL_STUDIO = [
-    {"id": 1, "data": {"image": f"/data/upload/1/01234567-{n}.jpg"}, "annotations": [{"result": [
-        {"value": {"choices": list(tags)}}]}]} for n, tags in EXPECTED.items()
-]  # fmt: skip
-CVAT = "".join(
-    f'<image name="{n}.jpg">{"".join(f"<tag label={t!r}/>" for t in tags)}</image>' for n, tags in EXPECTED.items()
-)
-
-
-@pytest.mark.parametrize(
-    ("kind", "place", "content"),
-    [
-        ("table", "tags.csv", "file,tags\na.jpg,cat\nb.jpg,dog\nc.jpg,cat dog\n"),
-        ("table", "labels.tsv", "image\tlabel\na\tcat\nb\tdog\nc\tcat\nc\tdog\n"),
-        ("table", "lists/tags.csv", "file,cat,dog\nimages/a.jpg,1,0\nimages/b.jpg,0,1\nimages/c.jpg,1,1\n"),
-        ("table", "tags.json", {f"{name}.jpg": tags for name, tags in EXPECTED.items()}),
-        ("table", "my notes.json", [{"file": f"{name}.JPG", "tags": tags} for name, tags in EXPECTED.items()]),
-        ("table", "tags.jsonl", JSONL),
-        ("hf", "metadata.jsonl", JSONL),
-        ("hf", "metadata.csv", "file_name,tags\nimages/a.jpg,cat\nimages/b.jpg,dog\nimages/c.jpg,cat dog\n"),
-        ("coco", "annotations/instances_all.json", COCO),
-        ("coco", "_annotations.coco.json", COCO),
-        ("labelstudio", "project-1-at-2026-01-01.json", LABEL_STUDIO),
-        ("cvat", "annotations.xml", f"<annotations>{CVAT}</annotations>"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "place", "content"), TAG_FILES)
 def test_files_of_tags_are_found(tmp_path: Path, kind: str, place: str, content: Any) -> None:
-    touch(tmp_path, *(f"images/{name}.jpg" for name in "abcd"))
-    write(tmp_path, place, content)
+    tag_file(tmp_path, place, content)
     for keys in ({}, {"layout": kind}, {"tags": place}, {"layout": kind, "tags": place}):
         layout = found(tmp_path, **keys)
         assert layout.kind == kind
@@ -115,9 +82,7 @@ def test_files_of_tags_are_found(tmp_path: Path, kind: str, place: str, content:
 
 
 def test_voc_xml_without_lists(tmp_path: Path) -> None:
-    touch(tmp_path, "JPEGImages/a.jpg", "JPEGImages/b.jpg")
-    for name, tag in (("a", "cat"), ("b", "dog")):
-        write(tmp_path, f"Annotations/{name}.xml", f"<annotation><object><name>{tag}</name></object></annotation>")
+    voc_xml(tmp_path)
     layout = found(tmp_path)
     assert everything(layout) == {"a": ("cat",), "b": ("dog",)}
     assert "folder of VOC XML in Annotations" in layout.describe()
@@ -128,10 +93,6 @@ def test_one_hot_npy(tmp_path: Path) -> None:
     np.save(tmp_path / "cls_labels_onehot.npy", {"a": np.array([1, 0]), "b": np.array([1, 1])})  # type: ignore[arg-type]
     assert "write the names to classes.txt" in message(tmp_path)
     assert everything(found(tmp_path, classes=("dog", "cat"))) == {"a": ("dog",), "b": ("dog", "cat")}
-
-
-def class_folders(root: Path, prefix: str = "") -> None:
-    touch(root, *(f"{prefix}{tag}/{i}.png" for tag in CLASSES for i in range(10)))
 
 
 def test_folders_of_classes(tmp_path: Path) -> None:
@@ -178,16 +139,9 @@ def test_a_class_may_be_named_train(tmp_path: Path) -> None:
 
 
 def test_split_stated_by_files_columns_subsets_and_folders(tmp_path: Path) -> None:
-    for name in ("files", "column", "cvat", "folders"):
+    for name in ("column", "cvat", "folders"):
         touch(tmp_path / name, *(f"images/{side}/{i}.jpg" for side in ("train", "val") for i in range(3)))
-    for side in ("train", "val"):
-        coco = {
-            "images": [{"id": i, "file_name": f"{side}/{i}.jpg"} for i in range(3)],
-            "annotations": [{"image_id": i, "category_id": 4} for i in range(3)],
-            "categories": [{"id": 4, "name": "cat"}, {"id": 9, "name": "dog"}],
-        }
-        write(tmp_path / "files", f"annotations/instances_{side}2014.json", coco)
-        write(tmp_path / "files", f"annotations/captions_{side}2014.json", {})
+    coco_sides(tmp_path / "files")
     rows = [(f"{side}/{i}.jpg", side) for side in ("train", "val") for i in range(3)]
     write(tmp_path / "column", "tags.csv", "file,tags,split\n" + "".join(f"{n},cat,{s}\n" for n, s in rows))
     xml = "".join(f'<image name="{n}" subset="{s}"><tag label="cat"/></image>' for n, s in rows)
@@ -204,24 +158,12 @@ def test_split_stated_by_files_columns_subsets_and_folders(tmp_path: Path) -> No
 
 
 def test_metadata_in_split_folders(tmp_path: Path) -> None:
-    for side in ("train", "validation"):
-        touch(tmp_path, f"{side}/a.jpg", f"{side}/b.jpg")
-        write(
-            tmp_path, f"{side}/metadata.jsonl", '{"file_name":"a.jpg","label":"cat"}\n{"file_name":"b.jpg","tags":[]}'
-        )
+    metadata_sides(tmp_path)
     layout = found(tmp_path)
     assert layout.kind == "hf"
     assert tags_of(layout.training()) == {"train/a": ("cat",)}
     assert tags_of(layout.validation()) == {"validation/a": ("cat",)}
     assert layout.untagged == ("train/b", "validation/b")
-
-
-def table(root: Path, num_images: int = 30) -> Path:
-    """Images in a folder and a table of their tags."""
-    touch(root, *(f"images/{i:02d}.png" for i in range(num_images)))
-    rows = [f"{i:02d}.png,{CLASSES[i % 3]}" for i in range(num_images)]
-    write(root, "tags.csv", "\n".join(["file,tags", *rows]))
-    return root
 
 
 def test_split_made_here(tmp_path: Path) -> None:
@@ -274,13 +216,6 @@ def test_class_subset(tmp_path: Path) -> None:
     # A network may have been trained on more classes than these tags ever meet, unless the classes are stated.
     assert everything(found(tmp_path, class_subset=("yak", "dog")))["02"] == ("dog",)
     assert "unknown class 'yak'" in message(tmp_path, class_subset=("yak",), classes=CLASSES)
-
-
-def with_masks(root: Path, folder: str = "masks") -> Path:
-    table(root)
-    for i in range(30):
-        write_index_png(root / folder / f"{i:02d}.png", np.array([[0, 1, 2, 3, 255, 0]] * 4, dtype=np.uint8))
-    return root
 
 
 @pytest.mark.parametrize("folder", ["masks", "SegmentationClassAug", "SegmentationClass"])
@@ -353,13 +288,10 @@ def test_the_stated_mask_folder_is_no_class(tmp_path: Path) -> None:
 
 
 def test_voc_lists_win(tmp_path: Path) -> None:
-    with_masks(tmp_path, "SegmentationClassAug")
-    (tmp_path / "images").rename(tmp_path / "JPEGImages")
-    write(tmp_path, "classes.txt", "\n".join(CLASSES))
-    write(tmp_path, "tags.csv", (tmp_path / "tags.csv").read_text().replace("file,", "image,"))
+    voc(tmp_path)
+    shutil.move(tmp_path / "lists", tmp_path / "aside")
     assert found(tmp_path).kind == "table"
-    write(tmp_path, "lists/train.txt", "00\n01\n02\n")
-    write(tmp_path, "lists/val.txt", "03\n")
+    shutil.move(tmp_path / "aside", tmp_path / "lists")
     layout = found(tmp_path)
     assert layout.kind == "voc"
     assert layout.describe() == (
