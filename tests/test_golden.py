@@ -67,7 +67,7 @@ OTHER = (
     --model.pooling gmp --model.feature_levels 2 --model.attention_scaling false
     --pseudo.label_rule threshold --pseudo.softmax_scores false --pseudo.refinement pamr --pseudo.affinity_radius 8
     --pseudo.walk_epsilon 0.1 --pseudo.reuse_training_pass false
-    --loss.energy_weight 0.01 --loss.segmentation_form plain --loss.affinity_form paper
+    --loss.energy_weight 30 --loss.segmentation_form plain --loss.affinity_form paper
     --schedule.affinity_target segmentation --schedule.grad_clip 1 --schedule.freeze_norms true
     --evaluation.protocol multiscale+crf --evaluation.long_side 128 --train.eval_steps 3 --train.eval_images 4
 """
