@@ -13,6 +13,7 @@ import torch
 from afa import recipe
 from afa.config import config_to_dict, load_config
 from afa.errors import AfaError
+from afa.model.network import AfaNetwork
 from afa.recipe import SCORED_LABELS, run_demo, train_and_report
 from tiny import SETTINGS, assert_same_weights, tiny_config
 
@@ -41,6 +42,23 @@ def test_run_folder(tiny_run: Path, tiny_data: Path) -> None:
         assert {path.name for path in (tiny_run / "examples" / example["folder"]).iterdir()} == PICTURES
         assert set(example["tags"]) <= set(classes)
     assert not list(tiny_run.rglob(".partial*"))
+
+
+def test_scoring_keeps_to_the_batch_size(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Scores of a finished run, made again; no image of the tiny data is larger than one that a batch size means."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    sizes: set[int] = set()
+
+    def note(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, AfaNetwork):
+            sizes.add(len(inputs[0]))
+
+    config = tiny_config(tiny_data, {"evaluation.batch_size": 3, "train.example_images": 0})
+    with torch.nn.modules.module.register_module_forward_pre_hook(note):
+        train_and_report(config, run, resume=True, progress=False)
+    assert sizes & {3, 6}  # pseudo labels also see each image mirrored
+    assert not sizes - {3, 6}
 
 
 def test_report_tells_what_the_run_did(tiny_run: Path, tiny_data: Path) -> None:

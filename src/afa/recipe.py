@@ -70,6 +70,7 @@ def train_and_report(config: Config, run: Path, *, resume: bool = False, progres
                     labels=labels,
                     device=device,
                     precision=config.train.precision,
+                    batch_size=config.evaluation.batch_size,
                     progress=progress,
                 )
                 if processes.is_main:
