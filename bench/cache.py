@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 
 from afa.config import Config, load_config
-from afa.data.loader import resolve_workers, train_batches
+from afa.data.loader import train_batches
 from afa.data.pixel_cache import PixelCache
 from afa.data.voc import TaggedImages
 from afa.runs.build import build_network
@@ -61,6 +61,8 @@ def bench_config(arguments: argparse.Namespace) -> Config:
     return load_config(
         None,
         {
+            # On a CPU a worker would take from the other side's step what it reads ahead for its own.
+            "data.workers": -1 if arguments.device.type == "cuda" else 0,
             "model.backbone": arguments.backbone,
             "model.weights": arguments.weights,
             "model.freeze_blocks": arguments.freeze,
@@ -83,22 +85,17 @@ def bench_config(arguments: argparse.Namespace) -> Config:
 class Side:
     """Training with its own network, from the cache or from pixels."""
 
-    def __init__(self, engine: TrainingEngine, images: TaggedImages, cache: PixelCache, workers: int) -> None:
+    def __init__(self, engine: TrainingEngine, images: TaggedImages, cache: PixelCache) -> None:
         self.engine = engine
         self.images = images
         self.cache = cache
-        self.workers = workers
 
     def batches(self, start: int) -> Iterator[Batch]:
         config, device = self.engine.config, self.engine.device
         return train_batches(
             self.images,
-            augment=config.augment,
-            batch_size=config.schedule.batch_size,
-            seed=0,
-            start_step=start,
-            max_steps=config.schedule.max_steps,
-            workers=self.workers,
+            config,
+            start=start,
             cache=self.cache,
             features=None if self.engine.features is None else self.engine.features.read,
             device=device if device.type == "cuda" else None,
@@ -131,12 +128,10 @@ def make_sides(
     torch.manual_seed(0)
     network = build_network(config.model, len(CLASSES)).to(device).train()
     cache = PixelCache(len(images), 2**30)
-    # On a CPU a worker would take from the other side's step what it reads ahead for its own.
-    workers = resolve_workers(-1) if device.type == "cuda" else 0
-    reader = prepare_features(network, images, config, folder, device=device, workers=workers, cache=cache)
+    reader = prepare_features(network, images, config, folder, cache=cache)
     engines = [TrainingEngine(each, config, device=device) for each in (network, copy.deepcopy(network))]
     engines[1].features = reader
-    return [Side(engine, images, cache, workers) for engine in engines], reader
+    return [Side(engine, images, cache) for engine in engines], reader
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from afa.config import AugmentConfig
+from afa.config import AugmentConfig, Config, DataConfig, ScheduleConfig
 from afa.data.images import find_images
 from afa.data.loader import resolve_workers, train_batches
 from afa.data.pixel_cache import PixelCache
@@ -61,12 +61,11 @@ def make_batches(
 ) -> Iterator[Batch]:
     return train_batches(
         images,
-        augment=AugmentConfig(crop_size=arguments.crop),
-        batch_size=arguments.batch,
-        seed=0,
-        start_step=0,
-        max_steps=steps,
-        workers=resolve_workers(arguments.workers),
+        Config(
+            data=DataConfig(workers=arguments.workers),
+            augment=AugmentConfig(crop_size=arguments.crop),
+            schedule=ScheduleConfig(max_steps=steps, batch_size=arguments.batch),
+        ),
         cache=cache,
         device=arguments.device if device else None,
     )

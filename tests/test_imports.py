@@ -16,8 +16,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "afa"
 # A part may import the parts of lower levels and itself. Within a level only the listed pairs may meet.
 LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "types"}),
-    frozenset({"config", "kernels", "runs.files"}),
-    frozenset({"data", "model", "pseudo", "losses", "filtering", "runtime"}),
+    frozenset({"config", "kernels", "runs.files", "runtime"}),
+    frozenset({"data", "model", "pseudo", "losses", "filtering"}),
     frozenset({"runs", "formats", "demo"}),
     frozenset({"training", "evaluation", "inference"}),
     frozenset({"report"}),

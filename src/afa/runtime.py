@@ -1,4 +1,4 @@
-"""The one module that touches global state: seed, device, precision, process group, progress on the terminal."""
+"""What touches more than its own values: seed, device, precision, process group, threads, the user's terminal."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Final, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +32,14 @@ from afa.errors import AfaError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Arithmetic of the network by its name in the configuration."""
+
+READ_AHEAD: Final = 8
+"""Items that are read before they are asked for."""
+
+_TOLD_SECONDS: Final = 10.0
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 def pick_device(name: str) -> torch.device:
@@ -137,6 +149,10 @@ class Processes:
             dist.barrier()
 
 
+ALONE: Final = Processes()
+"""A group of one."""
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[Processes]:
     """Join the processes that torchrun started; a plain start is a group of one.
@@ -185,6 +201,34 @@ def interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
+def read_ahead(
+    read: Callable[[_Item], _Result], items: Iterable[_Item], *, workers: int | None = None, ahead: int = READ_AHEAD
+) -> Generator[tuple[_Item, Future[_Result]], None, None]:
+    """Call `read` in threads, a few items ahead of the consumer.
+
+    Args:
+        read: Reads one item; what it raises is raised by the `result()` of that item's future.
+        items: Items in the order wanted.
+        workers: Threads; None is one for each core, at most as many as items are read ahead.
+        ahead: How many items are begun before the one that is handed out next is asked for.
+
+    Yields:
+        Item and future, in order.
+    """
+    workers = workers or min(ahead, os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="afa-read")
+    waiting: deque[tuple[_Item, Future[_Result]]] = deque()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(read, item)))
+            if len(waiting) > ahead:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def say(text: str) -> None:
     """Print a line for the user, on standard error so that standard output stays data."""
     print(text, file=sys.stderr, flush=True)
@@ -210,3 +254,62 @@ def progress_bar(*, enabled: bool = True, extra: str = "") -> Progress:
         columns.append(TextColumn("{task.fields[" + extra + "]}"))
     console = Console(stderr=True)
     return Progress(*columns, console=console, disable=not enabled or not console.is_terminal)
+
+
+class Advance(Protocol):
+    """Takes what was done since the last call."""
+
+    def __call__(self, count: int, rate: float | None = None, words: str = "") -> None:
+        """Show progress.
+
+        Args:
+            count: How many were done.
+            rate: Images per second; None is the mean since the start.
+            words: Shown beside it.
+        """
+
+
+@contextlib.contextmanager
+def image_progress(
+    description: str, *, total: int, done: int = 0, images: int = 1, enabled: bool = True, lines: bool = False
+) -> Iterator[Advance]:
+    """Show images done, rate and time left on standard error.
+
+    Args:
+        description: What is going on.
+        total: How many there are to do.
+        done: How many of them are done already.
+        images: Images of each.
+        enabled: False shows nothing.
+        lines: Where there is no terminal for a bar, say a line every ten seconds.
+
+    Yields:
+        Function that takes how many were done since its last call.
+    """
+    first, began = done, time.monotonic()
+    told = began
+    with progress_bar(enabled=enabled, extra="words") as bar:
+        task = bar.add_task(description, total=total, completed=done, rate="", words="")
+
+        def advance(count: int, rate: float | None = None, words: str = "") -> None:
+            nonlocal done, told
+            done += count
+            now = time.monotonic()
+            if rate is None:
+                rate = (done - first) * images / max(now - began, 1e-6)
+            bar.update(task, completed=done, rate=f"{rate:.1f} images/s" if rate else "", words=words)
+            if enabled and lines and rate and not bar.console.is_terminal and now - told > _TOLD_SECONDS:
+                parts = [f"{description} {done}/{total}", f"{rate:.1f} images/s", *([words] if words else [])]
+                say("  ".join([*parts, f"{duration((total - done) * images / rate)} left"]))
+                told = now
+
+        yield advance
+
+
+def duration(seconds: float) -> str:
+    """A time for people.
+
+    >>> duration(12.3), duration(400)
+    ('12 s', '7 min')
+    """
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

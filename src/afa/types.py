@@ -7,8 +7,9 @@ background at 0, H W pixels, h w tokens of the last encoder stage, hw = h * w, n
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
@@ -44,25 +45,23 @@ class Batch:
     names: tuple[str, ...]
     frozen: tuple[Tensor, ...] = ()
 
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
-        """Copy the tensors to `device`."""
-        return Batch(
-            image=self.image.to(device, non_blocking=non_blocking),
-            tags=self.tags.to(device, non_blocking=non_blocking),
-            valid_box=self.valid_box.to(device, non_blocking=non_blocking),
-            names=self.names,
-            frozen=tuple(part.to(device, non_blocking=non_blocking) for part in self.frozen),
-        )
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same batch with every tensor changed, as by `torch.clone`."""
 
-    def pin_memory(self) -> Batch:
+        def changed(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(changed(part) for part in value)
+            return change(value) if isinstance(value, Tensor) else value
+
+        return replace(self, **{each.name: changed(getattr(self, each.name)) for each in fields(self)})
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
+        """Copy the tensors to `device`."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
         """Copy the tensors to page-locked memory, for fast transfers to a GPU."""
-        return Batch(
-            image=self.image.pin_memory(),
-            tags=self.tags.pin_memory(),
-            valid_box=self.valid_box.pin_memory(),
-            names=self.names,
-            frozen=tuple(part.pin_memory() for part in self.frozen),
-        )
+        return self.map(lambda tensor: tensor.pin_memory())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from afa.config import AugmentConfig
+from afa.config import load_config
 from afa.data.hub import tagged_dataset
 from afa.data.loader import train_batches
 from afa.errors import AfaError
@@ -60,9 +60,10 @@ def test_texts() -> None:
 
 def test_training_takes_them() -> None:
     images = tagged_dataset(dataset(datasets.ClassLabel(names=["dog", "cat"]), [1, 0, 1], "label"))
-    batch = next(
-        train_batches(images, augment=AugmentConfig(crop_size=32), batch_size=2, seed=0, start_step=0, max_steps=1)
+    config = load_config(
+        None, {"data.workers": 0, "augment.crop_size": 32, "schedule.batch_size": 2, "schedule.max_steps": 1}
     )
+    batch = next(train_batches(images, config))
     assert batch.image.shape == (2, 3, 32, 32)
     assert (pickle.loads(pickle.dumps(images)).image(2) == 20).all()
 

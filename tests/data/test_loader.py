@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from afa.config import AugmentConfig
+from afa.config import AugmentConfig, Config, DataConfig, ScheduleConfig, TrainConfig
 from afa.data.loader import resolve_workers, step_indices, train_batches, whole_views
 from afa.data.pixel_cache import PixelCache
 from afa.data.voc import TaggedImages
 from afa.errors import AfaError
+from afa.runtime import Processes
 from afa.types import Batch
 from mistakes import refused
 from tiny import start_python
 
-AUGMENT = AugmentConfig(crop_size=32)
 NUM_IMAGES = 7
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def no_threads_left() -> Iterator[None]:
 
 
 def workers_alive() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("afa-train")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("afa-read")]
 
 
 @pytest.fixture
@@ -49,9 +49,23 @@ def images(tmp_path: Path) -> TaggedImages:
     return TaggedImages(classes=("x", "y", "z"), names=names, paths=paths, tags=tags)
 
 
-def batches(images: TaggedImages, *, start: int = 0, end: int = 5, **options: Any) -> list[Batch]:
-    chosen: dict[str, Any] = {"batch_size": 4, "seed": 0, **options}
-    return list(train_batches(images, augment=AUGMENT, start_step=start, max_steps=end, **chosen))
+def settings(*, end: int = 5, workers: int = 0, seed: int = 0, **augment: Any) -> Config:
+    return Config(
+        data=DataConfig(workers=workers),
+        augment=AugmentConfig(crop_size=32, **augment),
+        schedule=ScheduleConfig(max_steps=end, batch_size=4),
+        train=TrainConfig(seed=seed),
+    )
+
+
+def stream(
+    images: TaggedImages, *, end: int = 5, workers: int = 0, seed: int = 0, **options: Any
+) -> Generator[Batch, None, None]:
+    return train_batches(images, settings(end=end, workers=workers, seed=seed), **options)
+
+
+def batches(images: TaggedImages, **options: Any) -> list[Batch]:
+    return list(stream(images, **options))
 
 
 def assert_equal(ours: list[Batch], theirs: list[Batch]) -> None:
@@ -118,9 +132,9 @@ def test_seed_changes_everything(images: TaggedImages) -> None:
     assert not ours.image.equal(theirs.image)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_processes_share_the_global_batch(images: TaggedImages, world_size: int) -> None:
-    shares = [batches(images, rank=rank, world_size=world_size) for rank in range(world_size)]
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_the_global_batch(images: TaggedImages, count: int) -> None:
+    shares = [batches(images, processes=Processes(rank, count)) for rank in range(count)]
     whole = [
         Batch(
             image=torch.cat([part.image for part in parts]),
@@ -166,7 +180,7 @@ def test_resampling_on_the_device_gives_the_same_crops(images: TaggedImages, wor
 def test_resampling_on_the_device_continues_and_shares_exactly(images: TaggedImages) -> None:
     whole = batches(images, end=6, device=CPU)
     assert_equal(batches(images, start=3, end=6, device=CPU), whole[3:])
-    second = batches(images, end=6, device=CPU, rank=1, world_size=2)
+    second = batches(images, end=6, device=CPU, processes=Processes(1, 2))
     for part, batch in zip(second, whole, strict=True):
         assert part.image.equal(batch.image[2:])
         assert part.names == batch.names[2:]
@@ -178,12 +192,10 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(images: TaggedImages) -> None:
     """And nothing waits for the device: copies and kernels are only queued."""
     gpu = torch.device("cuda")
     batches(images, end=1, device=gpu)
-    stream = train_batches(
-        images, augment=AUGMENT, batch_size=4, seed=0, start_step=0, max_steps=8, workers=2, device=gpu
-    )
+    started = stream(images, end=8, workers=2, device=gpu)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = list(stream)
+        found = list(started)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for one, other in zip(found, batches(images, end=8), strict=True):
@@ -214,17 +226,15 @@ def test_unreadable_image_is_one_line(images: TaggedImages, workers: int, device
 
 def test_batch_size_must_divide(images: TaggedImages) -> None:
     with pytest.raises(AfaError, match=r"schedule\.batch_size is 4; .*multiple.*3"):
-        train_batches(images, augment=AUGMENT, batch_size=4, seed=0, start_step=0, max_steps=1, world_size=3)
+        stream(images, processes=Processes(0, 3))
 
 
 @pytest.mark.parametrize("device", [None, CPU])
 def test_leaving_early_stops_the_workers(images: TaggedImages, device: torch.device | None) -> None:
-    stream = train_batches(
-        images, augment=AUGMENT, batch_size=4, seed=0, start_step=0, max_steps=1000, workers=1, device=device
-    )
-    next(stream)
+    started = stream(images, end=1000, workers=1, device=device)
+    next(started)
     assert workers_alive()
-    del stream
+    del started
     assert not workers_alive()
 
 
@@ -233,16 +243,16 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import numpy as np
 from pathlib import Path
-from afa.config import AugmentConfig
+from afa.config import load_config
 from afa.data.loader import train_batches
 from afa.data.voc import TaggedImages
 
 paths = [Path(path) for path in sys.argv[1:]]
 names = tuple(path.stem for path in paths)
 images = TaggedImages(classes=("x",), names=names, paths=paths, tags=np.ones((len(paths), 1), dtype=bool))
-options = dict(batch_size=4, seed=0, start_step=0, max_steps=10**6, workers=2)
+keys = {"data.workers": 2, "schedule.batch_size": 4, "schedule.max_steps": 10**6}
 try:
-    for batch in train_batches(images, augment=AugmentConfig(crop_size=512), **options):
+    for batch in train_batches(images, load_config(None, keys)):
         print("batch", flush=True)
 except KeyboardInterrupt:
     print("stopped", flush=True)
@@ -265,10 +275,10 @@ def test_workers_prepare_few_batches_ahead(images: TaggedImages, monkeypatch: py
     decoded: list[int] = []
     read = TaggedImages.image
     monkeypatch.setattr(TaggedImages, "image", lambda self, index: decoded.append(index) or read(self, index))
-    stream = train_batches(images, augment=AUGMENT, batch_size=4, seed=0, start_step=0, max_steps=1000, workers=2)
+    started = stream(images, end=1000, workers=2)
     for _ in range(3):
-        next(stream)
-    del stream
+        next(started)
+    del started
     assert len(decoded) <= 4 * (3 + 2 * 2)
 
 
@@ -288,7 +298,7 @@ def test_resolve_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_features_are_read_for_the_images_as_they_are_shown(
     images: TaggedImages, workers: int, device: torch.device | None
 ) -> None:
-    augment = AugmentConfig(crop_size=32, whole_images=True)
+    config = settings(end=6, workers=workers, whole_images=True)
 
     def read(step: int, indices: Sequence[int], flips: Sequence[bool]) -> tuple[torch.Tensor, ...]:
         rows = zip(indices, flips, strict=True)
@@ -296,23 +306,12 @@ def test_features_are_read_for_the_images_as_they_are_shown(
 
     canvases = [
         [torch.from_numpy(canvas.numpy()) for canvas in (plain, plain.flip(-1))]
-        for batch in whole_views(images, crop_size=32, batch_size=3, workers=workers)
+        for batch in whole_views(images, config, batch_size=3)
         for plain in batch
     ]
     assert len(canvases) == NUM_IMAGES
-    stream = train_batches(
-        images,
-        augment=augment,
-        batch_size=4,
-        seed=0,
-        start_step=2,
-        max_steps=6,
-        workers=workers,
-        features=read,
-        device=device,
-    )
     flips = []
-    for step, batch in enumerate(stream, start=2):
+    for step, batch in enumerate(train_batches(images, config, start=2, features=read, device=device), start=2):
         steps, rows = batch.frozen
         assert steps.tolist() == [step] * 4
         for canvas, name, (index, flip) in zip(batch.image, batch.names, rows.tolist(), strict=True):
@@ -323,8 +322,8 @@ def test_features_are_read_for_the_images_as_they_are_shown(
 
 
 def test_whole_views_begin_where_they_are_asked_to(images: TaggedImages) -> None:
-    every = torch.cat(list(whole_views(images, crop_size=24, batch_size=2)))
+    every = torch.cat(list(whole_views(images, settings(), batch_size=2)))
     cache = PixelCache(NUM_IMAGES, 2**20)
-    rest = list(whole_views(images, crop_size=24, batch_size=2, start=4, workers=1, cache=cache))
+    rest = list(whole_views(images, settings(workers=1), batch_size=2, start=4, cache=cache))
     assert [len(batch) for batch in rest] == [2, 1]
     assert torch.cat(rest).equal(every[4:])

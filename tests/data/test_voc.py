@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from afa.config import AugmentConfig, DataConfig
+from afa.config import DataConfig, load_config
 from afa.data.loader import train_batches
 from afa.data.palette import write_index_png
 from afa.data.voc import VOC_CLASSES, ScoredImages, TaggedImages, open_scored, open_tagged
@@ -276,7 +276,9 @@ def test_training_has_no_way_to_the_masks(data: DataConfig) -> None:
 
 def test_training_never_reads_the_masks(tmp_path: Path) -> None:
     """The same batches with masks, with garbage for masks, and without the folder."""
-    augment = AugmentConfig(crop_size=32)
+    config = load_config(
+        None, {"data.workers": 0, "augment.crop_size": 32, "schedule.batch_size": 2, "schedule.max_steps": 3}
+    )
     outcomes = []
     for case in ("whole", "garbage", "deleted"):
         data = write_root(tmp_path / case)
@@ -287,7 +289,7 @@ def test_training_never_reads_the_masks(tmp_path: Path) -> None:
         if case == "deleted":
             shutil.rmtree(masks)
         images = open_tagged(data)
-        outcomes.append(list(train_batches(images, augment=augment, batch_size=2, seed=0, start_step=0, max_steps=3)))
+        outcomes.append(list(train_batches(images, config)))
     for other in outcomes[1:]:
         for ours, theirs in zip(outcomes[0], other, strict=True):
             assert ours.names == theirs.names

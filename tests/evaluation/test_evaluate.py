@@ -22,9 +22,9 @@ from afa.evaluation.evaluate import (
     EvaluationResult,
     evaluate,
     group_by_size,
-    read_ahead,
     resolve_batch_size,
 )
+from afa.runtime import read_ahead
 from afa.types import IMAGE_MEAN, IMAGE_STD, NetworkOutput
 from mistakes import refused
 

@@ -80,22 +80,12 @@ def make_network(config: Config) -> AfaNetwork:
 
 def prepare(config: Config, run: Path, network: AfaNetwork | None = None) -> FeatureReader:
     network = network or make_network(config)
-    return prepare_features(network, open_tagged(config.data), config, run, device=CPU, progress=False)
+    return prepare_features(network, open_tagged(config.data), config, run, progress=False)
 
 
-def batches(config: Config, reader: FeatureReader | None, *, steps: int = 6, **options: Any) -> list[Batch]:
-    return list(
-        train_batches(
-            open_tagged(config.data),
-            augment=config.augment,
-            batch_size=config.schedule.batch_size,
-            seed=config.train.seed,
-            start_step=0,
-            max_steps=steps,
-            features=None if reader is None else reader.read,
-            **options,
-        )
-    )
+def batches(config: Config, reader: FeatureReader | None, **options: Any) -> list[Batch]:
+    read = None if reader is None else reader.read
+    return list(train_batches(open_tagged(config.data), config, features=read, **options))
 
 
 def test_rows_are_the_tokens_of_each_view(pictures: Path, tmp_path: Path) -> None:
@@ -173,8 +163,7 @@ def plan_is_mirrored(config: Config, step: int) -> list[bool]:
         seen.extend(flips)
         return ()
 
-    options: dict[str, Any] = {"augment": config.augment, "batch_size": 4, "seed": 0, "features": note}
-    list(train_batches(open_tagged(config.data), start_step=step, max_steps=step + 1, **options))
+    next(train_batches(open_tagged(config.data), config, start=step, features=note))
     return seen
 
 
@@ -208,8 +197,9 @@ def test_workers_and_device_change_nothing(pictures: Path, tmp_path: Path, worke
     config = make_config(pictures)
     reader = prepare(config, tmp_path)
     expected = batches(config, reader)
-    for options in ({"workers": workers}, {"workers": workers, "device": CPU}):
-        for batch, other in zip(batches(config, reader, **options), expected, strict=True):
+    threaded = make_config(pictures, **{"data.workers": workers})
+    for device in (None, CPU):
+        for batch, other in zip(batches(threaded, reader, device=device), expected, strict=True):
             assert len(batch.frozen) == len(other.frozen) > 0
             assert all(part.equal(same) for part, same in zip(batch.frozen, other.frozen, strict=True))
 
@@ -356,7 +346,7 @@ def test_size_is_said_before_it_is_made(
         patch.setattr(feature_store.FeatureStore, "is_complete", True)
         patch.setattr(feature_store.FeatureStore, "open", lambda _: None)
         patch.setattr(feature_cache, "FeatureReader", lambda store, _: store)
-        store: Any = prepare_features(make_network(config), images, config, tmp_path, device=CPU)
+        store: Any = prepare_features(make_network(config), images, config, tmp_path)
     values = 64 * 2 * (1 + 64 + 64 + 1 + 16 + 1 + 144)
     assert store.num_bytes == 6 * 2 * values
     said = capsys.readouterr().err

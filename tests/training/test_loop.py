@@ -184,9 +184,7 @@ def test_an_unreadable_image_is_one_line_and_the_run_can_go_on(tiny_data: Path, 
     shutil.copytree(tiny_data, root)
     config = tiny_config(root, {"data.workers": workers, "schedule.max_steps": 4, "train.save_steps": 1})
     # Not in the first batches, so that there is something to go on from.
-    batches = loop_module.train_batches(
-        open_tagged(config.data), augment=config.augment, batch_size=4, seed=0, start_step=0, max_steps=4
-    )
+    batches = loop_module.train_batches(open_tagged(config.data), config)
     name = list(batches)[3].names[0]
     path = next((root / "JPEGImages").glob(f"{name}.*"))
     whole = path.read_bytes()
@@ -206,9 +204,9 @@ def test_images_that_can_reach_masks_never_enter_training(
     seen: list[TaggedImages] = []
     make = loop_module.train_batches
 
-    def recorded(images: TaggedImages, **settings: Any) -> Any:
+    def recorded(images: TaggedImages, *arguments: Any, **settings: Any) -> Any:
         seen.append(images)
-        return make(images, **settings)
+        return make(images, *arguments, **settings)
 
     monkeypatch.setattr(loop_module, "train_batches", recorded)
     train_tiny(tiny_config(tiny_data, {"schedule.max_steps": 1}), tmp_path)

@@ -18,7 +18,7 @@ from afa.losses.energy import energy_loss
 from afa.model.network import AfaNetwork
 from afa.pseudo import pipeline
 from afa.runs.build import build_network
-from afa.runtime import autocast
+from afa.runtime import Processes, autocast
 from afa.training import step as step_module
 from afa.training.schedule import Phase, phase
 from afa.training.step import StepLosses, compute_losses, gradients_are_finite
@@ -531,9 +531,10 @@ def test_shares_of_two_processes_add_up_to_the_whole_batch() -> None:
         for index in (0, 1):
             own: list[Tensor] = []
 
-            def total(count: Tensor, own: list[Tensor] = own) -> Tensor:
-                own.append(count)
-                return count if totals is None else totals[len(own) - 1]
+            class Two(Processes):
+                def total(self, count: Tensor, own: list[Tensor] = own) -> Tensor:
+                    own.append(count)
+                    return count if totals is None else totals[len(own) - 1]
 
             one = Batch(
                 *(tensor[index : index + 1] for tensor in (batch.image, batch.tags, batch.valid_box)), names=("x",)
@@ -541,7 +542,7 @@ def test_shares_of_two_processes_add_up_to_the_whole_batch() -> None:
             network = Scripted.of(scores[index : index + 1])
             results.append(
                 compute_losses(
-                    network.forward, network.score, one, config=config, phase=wanted, total=total, num_processes=2
+                    network.forward, network.score, one, config=config, phase=wanted, processes=Two(index, 2)
                 )
             )
             networks.append(network)

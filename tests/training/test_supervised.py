@@ -47,19 +47,10 @@ def test_masks_follow_their_images(tiny_data: Path, tmp_path: Path, processes: P
     root = coordinate_data(tmp_path / "data", tiny_data)
     config = tiny_config(root, {"augment.crop_size": 96, "augment.scale_min": 0.6, "augment.scale_max": 2.0})
     images = open_masked(find_layout(config.data), config.data.train_list)
-    batches = train_batches(
-        images,
-        augment=config.augment,
-        batch_size=4,
-        seed=config.train.seed,
-        start_step=2,
-        max_steps=6,
-        rank=processes.rank,
-        world_size=processes.count,
-    )
+    batches = train_batches(images, config, start=2, processes=processes)
     seen = 0
     sums = set()
-    for batch in with_masks(batches, images, config=config, start_step=2, processes=processes):
+    for batch in with_masks(batches, images, config, start=2, processes=processes):
         assert batch.mask.shape == (4 // processes.count, 96, 96)
         for image, mask, (top, bottom, left, right) in zip(
             batch.image, batch.mask, batch.valid_box.tolist(), strict=True

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final, TypeVar
 
@@ -23,11 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from afa.config import AugmentConfig
+from afa.config import AugmentConfig, Config
 from afa.data.pixel_cache import PixelCache
 from afa.data.transforms import CropPlan, draw_crop, fit_whole, pack_plans, resample_batch, resample_image
 from afa.data.voc import TaggedImages
 from afa.errors import AfaError
+from afa.runtime import ALONE, Processes, read_ahead
 from afa.types import Batch
 
 _ORDER, _AUGMENT = 0, 1  # Spawn keys: the two uses of the seed never share a random stream.
@@ -93,82 +92,63 @@ def resolve_workers(workers: int, *, processes: int = 1) -> int:
 
 def train_batches(
     images: TaggedImages,
+    config: Config,
     *,
-    augment: AugmentConfig,
-    batch_size: int,
-    seed: int,
-    start_step: int,
-    max_steps: int,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 0,
+    start: int = 0,
+    processes: Processes = ALONE,
     cache: PixelCache | None = None,
     features: FeatureFunction | None = None,
     device: torch.device | None = None,
-    pin_memory: bool = False,
 ) -> Generator[Batch, None, None]:
-    """Yield the training batches of steps `start_step` to `max_steps` - 1.
+    """Yield the training batches of the steps from `start` to the last one.
 
     Args:
         images: Images with tags.
-        augment: Augmentation settings; the crop size is the batch's height and width.
-        batch_size: Images per step, over all processes.
-        seed: Seed of the order and of the augmentation.
-        start_step: First step, from 0.
-        max_steps: Step to end before.
-        rank: This process, 0..world_size-1: it gets its contiguous share of each global batch.
-        world_size: Number of training processes.
-        workers: Threads that prepare batches ahead; 0 prepares them here. The batches are the same.
+        config: Augmentation, steps, images per step, seed, and `data.workers`, by which the batches do not differ.
+        start: First step, from 0.
+        processes: Processes that train together; this one gets its contiguous share of each global batch.
         cache: Where decoded images stay, for `images` alone; None decodes each time.
         features: Reads what the batches' `frozen` hold, in the workers; None leaves it empty.
         device: Where to scale, flip and crop, one batch ahead of the one in use; None does it in the workers. The
             crops are the same, the pixels as equal as `resample_batch` says.
-        pin_memory: Hand CPU tensors over in page-locked memory, for fast transfers to a GPU.
 
     Returns:
-        Iterator of batches with batch_size / world_size images each, on the CPU; with a device, image and valid box
-        are there, and tags, which a training step counts before it copies them, still on the CPU. Closing it ends its
-        threads.
+        Iterator of this process's shares of the batches, on the CPU; with a device, image and valid box are there, and
+        tags, which a training step counts before it copies them, still on the CPU. Closing it ends its threads.
 
     Raises:
-        AfaError: `batch_size` is not a multiple of `world_size`; during iteration, an image cannot be read.
+        AfaError: `schedule.batch_size` is not a multiple of the number of processes; during iteration, an image cannot
+            be read.
     """
-    if batch_size % world_size:
-        raise AfaError(f"schedule.batch_size is {batch_size}; use a multiple of the number of processes ({world_size})")
-    share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-    source = _Source(
-        images,
-        augment,
-        batch_size,
-        seed,
-        share,
-        cache,
-        features,
-        pin_memory or (device is not None and device.type == "cuda"),
-    )
-    steps = range(start_step, max_steps)
+    batch_size, count = config.schedule.batch_size, processes.count
+    if batch_size % count:
+        raise AfaError(f"schedule.batch_size is {batch_size}; use a multiple of the number of processes ({count})")
+    share = slice(processes.rank * batch_size // count, (processes.rank + 1) * batch_size // count)
+    source = _Source(images, config, share, cache, features, pinned=device is not None and device.type == "cuda")
+    steps = range(start, config.schedule.max_steps)
+    workers = resolve_workers(config.data.workers, processes=count)
     if device is None:
         return _in_order(source.batch, steps, workers=workers)
-    return _resampled(_in_order(source.decoded, steps, workers=workers), device, augment.crop_size)
+    return _resampled(_in_order(source.decoded, steps, workers=workers), device, config.augment.crop_size)
 
 
 def whole_views(
     images: TaggedImages,
+    config: Config,
     *,
-    crop_size: int,
     batch_size: int,
     start: int = 0,
-    workers: int = 0,
+    processes: Processes = ALONE,
     cache: PixelCache | None = None,
 ) -> Iterator[Tensor]:
     """Yield every image as `augment.whole_images` shows it, unflipped, in the order of the list.
 
     Args:
         images: Images.
-        crop_size: S, side of the canvas, pixels.
+        config: Crop size S and `data.workers`.
         batch_size: Images that come together; the last ones may be fewer.
         start: First image.
-        workers: As for `train_batches`.
+        processes: Processes that share this machine's cores.
         cache: As for `train_batches`.
 
     Returns:
@@ -177,16 +157,22 @@ def whole_views(
     Raises:
         AfaError: During iteration, an image cannot be read.
     """
+    size = config.augment.crop_size
 
     def prepare(first: int) -> Tensor:
         indices = range(first, min(first + batch_size, len(images)))
-        canvas = np.zeros((len(indices), 3, crop_size, crop_size), dtype=np.uint8)
+        canvas = np.zeros((len(indices), 3, size, size), dtype=np.uint8)
         for row, index in enumerate(indices):
-            pixels = images.image(index) if cache is None else cache.image(index, images.image)
-            resample_image(pixels, fit_whole(pixels.shape[:2], crop_size, flip=False), canvas[row])
+            pixels = _read(images, index, cache)
+            resample_image(pixels, fit_whole(pixels.shape[:2], size, flip=False), canvas[row])
         return torch.from_numpy(canvas)
 
+    workers = resolve_workers(config.data.workers, processes=processes.count)
     return _in_order(prepare, range(start, len(images), batch_size), workers=workers)
+
+
+def _read(images: TaggedImages, index: int, cache: PixelCache | None) -> NDArray[np.uint8]:
+    return images.image(index) if cache is None else cache.image(index, images.image)
 
 
 @lru_cache(maxsize=2)
@@ -201,86 +187,65 @@ def _generator(seed: int, *key: int) -> np.random.Generator:
 
 
 @dataclass(frozen=True)
-class _Decoded:
-    """A batch before its augmentation: `pixels` (B, H, W, 3), `plans` as `resample_batch` takes them."""
-
-    pixels: Tensor
-    plans: Tensor
-    tags: Tensor
-    valid_box: Tensor
-    names: tuple[str, ...]
-    frozen: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
 class _Source:
     """Step to batch, in any thread."""
 
     images: TaggedImages
-    augment: AugmentConfig
-    batch_size: int
-    seed: int
+    config: Config
     share: slice
     cache: PixelCache | None
     features: FeatureFunction | None
-    pin_memory: bool
+    pinned: bool
 
     def batch(self, step: int) -> Batch:
         """The augmented batch. NumPy does what PyTorch could: each thread would get its own pool of PyTorch's."""
-        indices, size = self._indices(step), self.augment.crop_size
+        indices, size = self._indices(step), self.config.augment.crop_size
         canvas = np.zeros((len(indices), 3, size, size), dtype=np.uint8)
         plans = []
         for row, index in enumerate(indices):
-            pixels = self._pixels(index)
-            plan = self._plan(pixels.shape[:2], step, row)
+            pixels, plan = self._planned(step, row, index)
             resample_image(pixels, plan, canvas[row])
             plans.append(plan)
-        batch = Batch(
-            image=torch.from_numpy(canvas),
-            tags=self._tags(indices),
-            valid_box=torch.tensor([plan.valid_box for plan in plans]),
-            names=self._names(indices),
-            frozen=self._frozen(step, indices, plans),
-        )
-        return batch.pin_memory() if self.pin_memory else batch
+        return self._batch(step, indices, plans, torch.from_numpy(canvas))
 
-    def decoded(self, step: int) -> _Decoded:
-        """The batch's pixels, no more of each image than its crop reads, and its plans."""
+    def decoded(self, step: int) -> tuple[Batch, Tensor]:
+        """The batch with (B, H, W, 3) pixels, no more of each image than its crop reads, and `pack_plans`."""
         indices = self._indices(step)
         windows, plans = [], []
         for row, index in enumerate(indices):
-            pixels = self._pixels(index)
-            plan = self._plan(pixels.shape[:2], step, row)
+            pixels, plan = self._planned(step, row, index)
             (top, bottom), (left, right) = plan.rows.window, plan.columns.window
             windows.append(pixels[top:bottom, left:right])
             plans.append(plan)
         height, width = (-(-max(w.shape[axis] for w in windows) // _PADDING) * _PADDING for axis in (0, 1))
-        padded = torch.empty((len(indices), height, width, 3), dtype=torch.uint8, pin_memory=self.pin_memory)
+        padded = torch.empty((len(indices), height, width, 3), dtype=torch.uint8, pin_memory=self.pinned)
         for place, window in zip(padded.numpy(), windows, strict=True):
             place[: window.shape[0], : window.shape[1]] = window
-        boxes = torch.tensor([plan.valid_box for plan in plans])
-        rest = pack_plans(plans), self._tags(indices), boxes, *self._frozen(step, indices, plans)
-        packed, tags, boxes, *frozen = (tensor.pin_memory() for tensor in rest) if self.pin_memory else rest
-        return _Decoded(padded, packed, tags, boxes, self._names(indices), tuple(frozen))
+        batch, packed = self._batch(step, indices, plans, padded), pack_plans(plans)
+        return (batch.map(_pinned), packed.pin_memory()) if self.pinned else (batch, packed)
 
     def _indices(self, step: int) -> list[int]:
-        indices = step_indices(len(self.images), step=step, batch_size=self.batch_size, seed=self.seed)[self.share]
+        batch_size, seed = self.config.schedule.batch_size, self.config.train.seed
+        indices = step_indices(len(self.images), step=step, batch_size=batch_size, seed=seed)[self.share]
         return [int(index) for index in indices]
 
-    def _plan(self, size: tuple[int, int], step: int, row: int) -> CropPlan:
-        return step_plan(size, self.augment, step=step, row=self.share.start + row, seed=self.seed)
+    def _planned(self, step: int, row: int, index: int) -> tuple[NDArray[np.uint8], CropPlan]:
+        pixels = _read(self.images, index, self.cache)
+        config, place = self.config, self.share.start + row
+        return pixels, step_plan(pixels.shape[:2], config.augment, step=step, row=place, seed=config.train.seed)
 
-    def _pixels(self, index: int) -> NDArray[np.uint8]:
-        return self.images.image(index) if self.cache is None else self.cache.image(index, self.images.image)
+    def _batch(self, step: int, indices: list[int], plans: list[CropPlan], image: Tensor) -> Batch:
+        return Batch(
+            image=image,
+            tags=torch.from_numpy(np.stack([self.images.tags(index) for index in indices])),
+            valid_box=torch.tensor([plan.valid_box for plan in plans]),
+            names=tuple(self.images.names[index] for index in indices),
+            frozen=self.features(step, indices, [plan.flip for plan in plans]) if self.features else (),
+        )
 
-    def _frozen(self, step: int, indices: list[int], plans: list[CropPlan]) -> tuple[Tensor, ...]:
-        return () if self.features is None else self.features(step, indices, [plan.flip for plan in plans])
 
-    def _tags(self, indices: list[int]) -> Tensor:
-        return torch.from_numpy(np.stack([self.images.tags(index) for index in indices]))
-
-    def _names(self, indices: list[int]) -> tuple[str, ...]:
-        return tuple(self.images.names[index] for index in indices)
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_pinned() else tensor.pin_memory()
 
 
 def _in_order(prepare: Callable[[int], _T], steps: range, *, workers: int) -> Generator[_T, None, None]:
@@ -288,34 +253,23 @@ def _in_order(prepare: Callable[[int], _T], steps: range, *, workers: int) -> Ge
     if workers == 0:
         yield from map(prepare, steps)
         return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="afa-train")
-    ahead: deque[Future[_T]] = deque()
-    try:
-        for step in steps:
-            ahead.append(pool.submit(prepare, step))
-            if len(ahead) > 2 * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with contextlib.closing(read_ahead(prepare, steps, workers=workers, ahead=2 * workers)) as readings:
+        for _, reading in readings:
+            yield reading.result()
 
 
 def _resampled(
-    decoded: Generator[_Decoded, None, None], device: torch.device, crop_size: int
+    decoded: Generator[tuple[Batch, Tensor], None, None], device: torch.device, crop_size: int
 ) -> Generator[Batch, None, None]:
     """Copy batches to the device and augment them there, each while the one before is being used."""
     side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def launch(batch: _Decoded) -> tuple[Batch, torch.cuda.Event | None]:
+    def launch(batch: Batch, plans: Tensor) -> tuple[Batch, torch.cuda.Event | None]:
         with torch.cuda.stream(side):  # None changes nothing
-            pixels = batch.pixels.to(device, non_blocking=True)
-            plans = batch.plans.to(device, non_blocking=True)
-            image = resample_batch(pixels.permute(0, 3, 1, 2), plans, crop_size)
-            valid_box = batch.valid_box.to(device, non_blocking=True)
-            frozen = tuple(part.to(device, non_blocking=True) for part in batch.frozen)
-            moved = Batch(image, batch.tags, valid_box, names=batch.names, frozen=frozen)
-            return moved, side.record_event() if side else None
+            moved = replace(batch.to(device, non_blocking=True), tags=batch.tags)
+            pixels = moved.image.permute(0, 3, 1, 2)  # (B, 3, H, W)
+            image = resample_batch(pixels, plans.to(device, non_blocking=True), crop_size)  # (B, 3, S, S)
+            return replace(moved, image=image), side.record_event() if side else None
 
     def hand_over(batch: Batch, done: torch.cuda.Event | None) -> Batch:
         if done is not None:
@@ -328,7 +282,7 @@ def _resampled(
     with contextlib.closing(decoded):
         previous = None
         for batch in decoded:
-            launched = launch(batch)
+            launched = launch(*batch)
             if previous is not None:
                 yield hand_over(*previous)
             previous = launched

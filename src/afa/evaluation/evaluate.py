@@ -6,12 +6,8 @@ Opens no data set and writes no file; both are up to the caller.
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -36,14 +32,11 @@ from afa.evaluation.protocols import (
     pseudo_sizes,
 )
 from afa.model.network import AfaNetwork
-from afa.runtime import progress_bar
+from afa.runtime import image_progress, read_ahead
 from afa.types import IGNORE_INDEX
 
 LABELS: Final = ("seg", *PSEUDO_LABELS)
 """What can be scored: the segmentation, or one of the pseudo labels made with the true tags."""
-
-READ_AHEAD: Final = 8
-"""Images that are read before the network asks for them."""
 
 GROUPS_AHEAD: Final = 4
 """Full batches' worth of images that may wait for others of their size."""
@@ -271,29 +264,6 @@ def evaluate(
     )
 
 
-def read_ahead(read: Callable[[int], _T], indices: Iterable[int]) -> Iterator[tuple[int, Future[_T]]]:
-    """Call `read` in threads, a few indices ahead of the consumer.
-
-    Args:
-        read: Reads one item; what it raises is raised by the `result()` of that item's future.
-        indices: Items in the order wanted.
-
-    Yields:
-        Index and future, in order.
-    """
-    executor = ThreadPoolExecutor(max_workers=min(READ_AHEAD, os.cpu_count() or 1), thread_name_prefix="afa-read")
-    waiting: deque[tuple[int, Future[_T]]] = deque()
-    try:
-        for index in indices:
-            waiting.append((index, executor.submit(read, index)))
-            if len(waiting) > READ_AHEAD:
-                yield waiting.popleft()
-        while waiting:
-            yield waiting.popleft()
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
 def group_by_size(
     items: Iterable[_T], *, sizes: Callable[[_T], tuple[tuple[int, int], ...]], batch_size: int
 ) -> Iterator[list[_T]]:
@@ -329,28 +299,6 @@ def group_by_size(
 def resolve_batch_size(batch_size: int, device: torch.device) -> int:
     """Turn a batch size of 0 into the one that is best for most: 8 on a GPU, 1 elsewhere."""
     return batch_size or _AUTOMATIC_BATCH_SIZE.get(device.type, 1)
-
-
-@contextmanager
-def image_progress(description: str, *, total: int, enabled: bool) -> Iterator[Callable[[int], None]]:
-    """Show images done, rate and time left on standard error.
-
-    Args:
-        description: What is going on.
-        total: Images in all.
-        enabled: False shows nothing.
-
-    Yields:
-        Function that takes the number of images done since the last call.
-    """
-    with progress_bar(enabled=enabled) as bar:
-        task = bar.add_task(description, total=total, rate="")
-
-        def advance(count: int) -> None:
-            speed = bar.tasks[task].speed
-            bar.update(task, advance=count, rate=f"{speed:.1f} images/s" if speed else "")
-
-        yield advance
 
 
 def rank_and_world_size() -> tuple[int, int]:

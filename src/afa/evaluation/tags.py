@@ -16,10 +16,10 @@ from torch import Tensor
 from afa.config import Config, Precision
 from afa.data.voc import TaggedImages
 from afa.errors import AfaError
-from afa.evaluation.evaluate import group_by_size, image_progress, read_ahead, resolve_batch_size, rounded
+from afa.evaluation.evaluate import group_by_size, resolve_batch_size, rounded
 from afa.evaluation.protocols import CRF, PROTOCOLS, check_choice, host_tensor, logit_maps, view_sizes
 from afa.model.network import AfaNetwork
-from afa.runtime import Processes
+from afa.runtime import ALONE, Processes, image_progress, read_ahead
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def evaluate_tags(
     protocol: str | None = None,
     precision: Precision = "fp32",
     limit: int | None = None,
-    processes: Processes = Processes(),  # noqa: B008  (frozen)
+    processes: Processes = ALONE,
     progress: bool = True,
 ) -> TagResult:
     """Compare the tags that the classifier finds with those of a list of images.

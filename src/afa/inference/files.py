@@ -32,7 +32,7 @@ from afa.data.palette import overlay as lay_over
 from afa.data.palette import write_index_png
 from afa.data.voc import TaggedImages
 from afa.errors import AfaError
-from afa.evaluation.evaluate import group_by_size, image_progress, read_ahead, resolve_batch_size
+from afa.evaluation.evaluate import group_by_size, resolve_batch_size
 from afa.evaluation.protocols import (
     CRF,
     PSEUDO_LABELS,
@@ -46,7 +46,7 @@ from afa.formats.write import FORMATS, FormatResult
 from afa.inference.predictor import Prediction, Predictor, PreparedImage
 from afa.model.network import AfaNetwork
 from afa.runs.files import write_whole
-from afa.runtime import say
+from afa.runtime import image_progress, read_ahead, say
 
 STAMP: Final = "predict.json"
 """File beside the masks that says what made them: the weights and all settings."""

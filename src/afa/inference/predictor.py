@@ -21,12 +21,12 @@ from afa.data.images import read_image
 from afa.data.palette import overlay, write_index_png
 from afa.data.tags import unknown_class
 from afa.errors import AfaError
-from afa.evaluation.evaluate import group_by_size, read_ahead, resolve_batch_size
+from afa.evaluation.evaluate import group_by_size, resolve_batch_size
 from afa.evaluation.protocols import PROTOCOLS, LogitMaps, check_choice, group_sizes, host_tensor, logit_maps
 from afa.inference.hub import find_pretrained, load_pretrained, push_to_hub, save_pretrained
 from afa.model.network import AfaNetwork
 from afa.runs.build import LoadedRun, load_run
-from afa.runtime import pick_device
+from afa.runtime import pick_device, read_ahead
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8]
 """An image file, a Pillow image, or an (H, W, 3) uint8 RGB array."""

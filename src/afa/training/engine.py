@@ -18,7 +18,7 @@ from afa.errors import AfaError
 from afa.model.backbone import FrozenTokens
 from afa.model.network import AfaNetwork
 from afa.pseudo.cam import ScoreFunction
-from afa.runtime import Processes, autocast, seed_step
+from afa.runtime import ALONE, Processes, autocast, seed_step
 from afa.training.feature_cache import CachedScore, FeatureReader
 from afa.training.optimizer import build_optimizer, set_learning_rate, trained_parameters
 from afa.training.schedule import Phase, phase
@@ -61,7 +61,7 @@ class TrainingEngine:
         config: Config,
         *,
         device: torch.device,
-        processes: Processes = Processes(),  # noqa: B008  (frozen)
+        processes: Processes = ALONE,
         compute: LossFunction = compute_losses,
     ) -> None:
         self.network = network
@@ -169,14 +169,7 @@ class TrainingEngine:
         return recording.losses
 
     def _record(self, batch: Batch, kind: Phase, num_slots: int) -> _Recording:
-        kept = replace(
-            batch,
-            image=batch.image.clone(),
-            tags=batch.tags.clone(),
-            valid_box=batch.valid_box.clone(),
-            names=(),
-            frozen=tuple(part.clone() for part in batch.frozen),
-        )
+        kept = replace(batch.map(torch.clone), names=())
         graph = torch.cuda.CUDAGraph()
         self.optimizer.zero_grad(set_to_none=True)
         # Threads that prepare batches go on using the device meanwhile.
@@ -197,8 +190,7 @@ class TrainingEngine:
             config=self.config,
             phase=kind,
             num_slots=num_slots,
-            total=self.processes.total if self.processes.count > 1 else None,
-            num_processes=self.processes.count,
+            processes=self.processes,
         )
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]

@@ -32,7 +32,7 @@ from afa.model.backbone import FrozenTokens
 from afa.model.network import AfaNetwork
 from afa.model.vit import TokenBackbone
 from afa.pseudo.cam import ViewScore, scale_view
-from afa.runtime import Processes, autocast, interrupts, progress_bar, say
+from afa.runtime import ALONE, Processes, autocast, duration, image_progress, interrupts, say
 from afa.training.feature_store import FeatureStore, format_gib, remove_store
 from afa.training.schedule import Phase, phase
 from afa.types import Batch, NetworkOutput, normalize_image
@@ -43,7 +43,6 @@ _VERSION: Final = 1
 _BATCH_IMAGES: Final = {"cpu": 4, "cuda": 32}
 _COMMIT_BYTES: Final = 2**28
 _COMMIT_SECONDS: Final = 30.0
-_TOLD_SECONDS: Final = 10.0
 _ADVICE: Final = "lower augment.crop_size or model.feature_levels, or take fewer pseudo.scales"
 
 
@@ -215,9 +214,7 @@ def prepare_features(
     config: Config,
     run: Path,
     *,
-    device: torch.device,
-    processes: Processes = Processes(),  # noqa: B008  (frozen)
-    workers: int = 0,
+    processes: Processes = ALONE,
     cache: PixelCache | None = None,
     progress: bool = True,
 ) -> FeatureReader:
@@ -226,13 +223,11 @@ def prepare_features(
     What was made for other weights, images or settings is never used. One of those in the run's own folder is deleted.
 
     Args:
-        network: Its encoder's frozen part is run, on `device`.
+        network: Its encoder's frozen part is run, where it is.
         images: Training images.
         config: Settings.
         run: Run folder.
-        device: Where to compute.
         processes: Processes that train together; the first one computes.
-        workers: Threads that decode images.
         cache: Where decoded images stay.
         progress: Show progress on standard error.
 
@@ -256,7 +251,7 @@ def prepare_features(
     if processes.is_main and (store is None or not store.is_complete):
         if not config.data.feature_dir:
             _remove_others(base, folder, key)
-        maker = _Maker(backbone, images, config, device, workers=workers, cache=cache)
+        maker = _Maker(backbone, images, config, processes, cache)
         store = maker.make(folder, key, store, progress=progress)
     while store is None or not store.is_complete:  # Not a barrier, which would give up after some minutes.
         time.sleep(1)
@@ -294,18 +289,16 @@ class _Maker:
         backbone: TokenBackbone,
         images: TaggedImages,
         config: Config,
-        device: torch.device,
-        *,
-        workers: int,
+        processes: Processes,
         cache: PixelCache | None,
     ) -> None:
         self.backbone = backbone
         self.images = images
         self.config = config
-        self.device = device
-        self.workers = workers
+        self.device = next(backbone.parameters()).device
+        self.processes = processes
         self.cache = cache
-        self.batch_size = _BATCH_IMAGES.get(device.type, 8)
+        self.batch_size = _BATCH_IMAGES.get(self.device.type, 8)
         self.scales = sorted({1.0, *config.pseudo.scales})
 
     def make(self, folder: Path, key: dict[str, Any], store: FeatureStore | None, *, progress: bool) -> FeatureStore:
@@ -327,7 +320,7 @@ class _Maker:
         if progress:
             say(
                 f"feature cache: {store.num_rows} images{there}, {2 * len(self.scales)} views each, "
-                f"{format_gib(store.num_bytes)} of at most {limit:g} GiB in {folder}; about {_format_time(seconds)}"
+                f"{format_gib(store.num_bytes)} of at most {limit:g} GiB in {folder}; about {duration(seconds)}"
             )
         self._fill(store, key, progress=progress)
         return store
@@ -335,16 +328,16 @@ class _Maker:
     def _fill(self, store: FeatureStore, key: dict[str, Any], *, progress: bool) -> None:
         views = whole_views(
             self.images,
-            crop_size=self.config.augment.crop_size,
+            self.config,
             batch_size=self.batch_size,
             start=store.num_done,
-            workers=self.workers,
+            processes=self.processes,
             cache=self.cache,
         )
-        began = told = committed = time.perf_counter()
-        first, done, pending = store.num_done, store.num_done, 0
-        with progress_bar(enabled=progress) as bar, interrupts() as asked_to_stop:
-            task = bar.add_task("feature cache", total=store.num_rows, completed=done, rate="")
+        began = committed = time.perf_counter()
+        done, pending = store.num_done, 0
+        bar = image_progress("feature cache", total=store.num_rows, done=done, enabled=progress, lines=True)
+        with bar as advance, interrupts() as asked_to_stop:
             for pixels in views:
                 rows = self._rows(pixels, key)
                 odd = np.flatnonzero(~np.isfinite(rows).all(1))
@@ -358,19 +351,14 @@ class _Maker:
                 if pending > _COMMIT_BYTES or now - committed > _COMMIT_SECONDS or stop or done == store.num_rows:
                     store.commit()
                     pending, committed = 0, now
-                rate = (done - first) / (now - began)
-                bar.update(task, completed=done, rate=f"{rate:.1f} images/s")
-                if progress and not bar.console.is_terminal and now - told > _TOLD_SECONDS:
-                    left = _format_time((store.num_rows - done) / rate)
-                    say(f"feature cache {done}/{store.num_rows}  {rate:.1f} images/s  {left} left")
-                    told = now
+                advance(len(rows))
                 if stop and not store.is_complete:
                     raise AfaError(
                         f"stopped after {done} of {store.num_rows} images of the feature cache; the same command with "
                         "--resume goes on"
                     )
         if progress:
-            say(f"feature cache: done after {_format_time(time.perf_counter() - began)}")
+            say(f"feature cache: done after {duration(time.perf_counter() - began)}")
 
     def _rows(self, pixels: Tensor, key: dict[str, Any]) -> NDArray[np.float16]:
         """(n, row_size) rows of n images."""
@@ -423,7 +411,3 @@ def _remove_others(base: Path, folder: Path, key: dict[str, Any]) -> None:
             changed = [name for name in key if theirs.get(name) != key[name]]
             say(f"{path}: a feature cache of other {', '.join(changed)}: deleted, made anew")
         remove_store(path)
-
-
-def _format_time(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

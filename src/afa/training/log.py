@@ -6,9 +6,16 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from afa.config import Config
 from afa.training.checkpoint import write_atomically
+
+LOSSES: Final = ("cls_loss", "seg_loss", "aff_loss", "reg_loss")
+"""Keys of the losses in metrics.jsonl, beside their weighted sum."""
+
+_UNLEARNT_AFFINITY: Final = 0.47
+"""Balanced affinity loss from which on an affinity counts as unlearnt: 0.5 is that of any constant one."""
 
 
 class MetricsLog:
@@ -63,6 +70,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and isinstance(line.get("step"), int) and "kind" in line:
             lines.append(line)
     return lines
+
+
+def describe(line: Mapping[str, Any]) -> str:
+    """The phase and the losses of a line, for the progress bar."""
+    parts = [f"{name[:-5]} {line[name]:.3f}" for name in LOSSES if line[name] is not None]
+    return f"{line['phase']}: " + ", ".join(parts)
+
+
+def affinity_warning(line: Mapping[str, Any], config: Config) -> str | None:
+    """What to say of an affinity that labels are made from before it has learnt anything, if a line shows one."""
+    walks = line["phase"] == "refined" and config.pseudo.propagation == "affinity"
+    known = walks and config.loss.affinity_form == "balanced" and line["aff_loss"] is not None
+    if not known or line["aff_loss"] < _UNLEARNT_AFFINITY:
+        return None
+    remedy = "" if config.model.attention_scaling else "--model.attention_scaling true or "
+    return (
+        f"warning: step {line['step']}: the affinity has learnt nothing (loss {line['aff_loss']:.2f}; one that is the "
+        f"same everywhere has 0.50), so refined labels will be poor; try {remedy}another --train.seed"
+    )
 
 
 def _is_not_finite(value: object) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from torch import Tensor
 from afa import __version__
 from afa.config import SUPERVISION_NAMES, Config, DataConfig, config_to_dict, config_to_toml, load_config
 from afa.data.layout import Layout
-from afa.data.loader import resolve_workers, train_batches
+from afa.data.loader import train_batches
 from afa.data.pixel_cache import PixelCache, resolve_cache
 from afa.data.voc import ScoredImages, TaggedImages
 from afa.errors import AfaError
 from afa.evaluation.evaluate import evaluate
 from afa.model.network import AfaNetwork
 from afa.runs.build import build_network, read_classes
-from afa.runtime import Processes, interrupts, progress_bar, say
+from afa.runtime import ALONE, Processes, image_progress, interrupts, say
 from afa.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -34,7 +34,7 @@ from afa.training.checkpoint import (
 )
 from afa.training.engine import TrainingEngine
 from afa.training.feature_cache import prepare_features
-from afa.training.log import MetricsLog
+from afa.training.log import LOSSES, MetricsLog, affinity_warning, describe
 from afa.training.schedule import learning_rate, phase
 from afa.training.step import LossFunction, StepLosses, compute_losses
 from afa.types import Batch
@@ -45,13 +45,6 @@ _FREE_KEYS = frozenset(
     | {"train.eval_images", "train.feature_cache_gib", "train.save_steps", "train.example_images", "train.tensorboard"}
 )
 """Keys that may differ between a run and its resumption: none of them changes the weights."""
-
-
-_UNLEARNT_AFFINITY = 0.47
-"""Balanced affinity loss from which on an affinity counts as unlearnt: 0.5 is that of any constant one."""
-
-_LOSSES = ("cls_loss", "seg_loss", "aff_loss", "reg_loss")
-"""Keys of the losses in metrics.jsonl, beside their weighted sum."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,7 @@ class _Sums:
 
     def means(self, processes: Processes) -> dict[str, float | None]:
         """Mean of each loss over steps; seg and aff are sums of the processes' shares, the others means over them."""
-        result: dict[str, float | None] = {"loss": None, **dict.fromkeys(_LOSSES)}
+        result: dict[str, float | None] = {"loss": None, **dict.fromkeys(LOSSES)}
         for name, value in self.values.items():
             total = float(processes.total(value)) / self.count
             key = "loss" if name == "total" else f"{name}_loss"
@@ -99,7 +92,7 @@ def train(
     run: Path,
     *,
     device: torch.device,
-    processes: Processes = Processes(),  # noqa: B008  (frozen)
+    processes: Processes = ALONE,
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
@@ -131,178 +124,170 @@ def train(
         _prepare_run(run, config, images.classes, resume=resume)
     processes.wait()
     engine = TrainingEngine(network, config, device=device, processes=processes, compute=compute)
-    start, seconds_before = 0, 0.0
-    checkpoint = latest_checkpoint(run) if resume else None
-    if checkpoint is not None:
-        state = load_checkpoint(checkpoint, network)
-        engine.load_state_dict(state)
-        start, seconds_before = state["step"], state["seconds"]
-        if processes.is_main:
-            say(f"resuming {run} after step {start} of {config.schedule.max_steps}")
-    workers = resolve_workers(config.data.workers, processes=processes.count)
+    start, seconds = _restore(run, engine) if resume else (0, 0.0)
     cache = PixelCache(len(images), resolve_cache(config.data.cache_gib, processes=processes.count))
     if config.train.feature_cache:
         engine.features = prepare_features(
-            network,
-            images,
-            config,
-            run,
-            device=device,
-            processes=processes,
-            workers=workers,
-            cache=cache,
-            progress=progress,
+            network, images, config, run, processes=processes, cache=cache, progress=progress
         )
     log = MetricsLog(run, resume_step=start, tensorboard=config.train.tensorboard) if processes.is_main else None
-    trainer = _Trainer(config, run, engine, images, scored, log, workers, cache)
-    try:
-        seconds = trainer.run_steps(start, seconds_before, progress=progress)
-    finally:
-        if log is not None:
-            log.close()
+    loop = _Loop(run, engine, scored, log, start, seconds, progress=progress)
+    with contextlib.closing(log) if log else contextlib.nullcontext():
+        seconds = loop.run(_batches(engine, images, start, cache))
     network.eval()
     if processes.is_main:
         save_weights(run / "model.safetensors", network)
-        _write_environment(run, config, device, processes, network, seconds)
+        _write_environment(run, engine, seconds)
     processes.wait()
     return TrainResult(network, images.classes, seconds)
 
 
-class _Trainer:
-    """The state of a running loop."""
+def _restore(run: Path, engine: TrainingEngine) -> tuple[int, float]:
+    """Go on from the newest checkpoint, if there is one: the steps done and the seconds that they took."""
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        return 0, 0.0
+    state = load_checkpoint(checkpoint, engine.network)
+    engine.load_state_dict(state)
+    if engine.processes.is_main:
+        say(f"resuming {run} after step {state['step']} of {engine.config.schedule.max_steps}")
+    return state["step"], state["seconds"]
+
+
+def _batches(
+    engine: TrainingEngine, images: TaggedImages, start: int, cache: PixelCache
+) -> Generator[Batch, None, None]:
+    """Batches from a step on, with masks where the run learns from them."""
+    config, processes = engine.config, engine.processes
+    batches = train_batches(
+        images,
+        config,
+        start=start,
+        processes=processes,
+        cache=cache,
+        features=None if engine.features is None else engine.features.read,
+        device=engine.device if engine.device.type == "cuda" else None,
+    )
+    if config.train.supervision == "tags":
+        return batches
+    from afa.training.supervised import with_masks
+
+    assert isinstance(images, ScoredImages)
+    return with_masks(batches, images, config, start=start, processes=processes)
+
+
+class _Loop:
+    """The loop of a run, and what it needs from step to step.
+
+    Attributes:
+        step: Steps done.
+        seconds: Time spent in them, all resumptions added up; evaluations do not count.
+    """
 
     def __init__(
         self,
-        config: Config,
         run: Path,
         engine: TrainingEngine,
-        images: TaggedImages,
         scored: ScoredImages | None,
         log: MetricsLog | None,
-        workers: int,
-        cache: PixelCache,
+        step: int,
+        seconds: float,
+        *,
+        progress: bool,
     ) -> None:
-        self.config = config
-        self.run = run
+        self.run_folder = run
         self.engine = engine
-        self.device = engine.device
-        self.processes = engine.processes
-        self.network = engine.network
-        self.images = images
+        self.config = engine.config
         self.scored = scored
         self.log = log
-        self.workers = workers
-        self.cache = cache
+        self.step = step
+        self.progress = progress
+        self.sums = _Sums()
+        self.warned = False
+        self.rate, self.words = 0.0, ""
+        self._began = time.perf_counter() - seconds
+        self._line = step, seconds
 
-    def run_steps(self, start: int, seconds_before: float, *, progress: bool) -> float:
-        """Do steps `start` .. max_steps - 1; returns the seconds of training, earlier ones included."""
-        config, schedule = self.config, self.config.schedule
-        loaded = train_batches(
-            self.images,
-            augment=config.augment,
-            batch_size=schedule.batch_size,
-            seed=config.train.seed,
-            start_step=start,
-            max_steps=schedule.max_steps,
-            rank=self.processes.rank,
-            world_size=self.processes.count,
-            workers=self.workers,
-            cache=self.cache,
-            features=None if self.engine.features is None else self.engine.features.read,
-            device=self.device if self.device.type == "cuda" else None,
-        )
-        batches: Iterator[Batch] = loaded
-        if config.train.supervision == "masks":
-            from afa.training.supervised import with_masks
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
 
-            assert isinstance(self.images, ScoredImages)
-            batches = with_masks(loaded, self.images, config=config, start_step=start, processes=self.processes)
-        sums = _Sums()
-        began = time.perf_counter()
-        line_began, line_step, told = began, start, began
-        step, warned = start, False
-        bar = progress_bar(enabled=progress, extra="loss")
-        self.network.train()
+    def run(self, batches: Generator[Batch, None, None]) -> float:
+        """Take the steps that are left; returns `seconds`."""
+        train, processes = self.config.train, self.engine.processes
+        total, batch_size = self.config.schedule.max_steps, self.config.schedule.batch_size
+        self.engine.network.train()
+        bar = image_progress("step", total=total, done=self.step, images=batch_size, enabled=self.progress, lines=True)
         # An error keeps this frame alive, and with it whatever still prepares batches, unless that is ended here.
-        with bar, interrupts() as asked_to_stop, contextlib.closing(loaded):
-            task = bar.add_task("training", total=schedule.max_steps, completed=start, rate="", loss="")
+        with bar as advance, interrupts() as asked_to_stop, contextlib.closing(batches):
             for batch in batches:
-                sums.add(self.engine.take_step(step, batch))
-                step += 1
-                last = step == schedule.max_steps
-                now = time.perf_counter()
-                if step % config.train.log_steps == 0 or last:
-                    rate = (step - line_step) * schedule.batch_size / (now - line_began)
-                    self.engine.check(step - 1)
-                    line = self._log_line(step, sums, rate, seconds_before + now - began)
-                    sums, line_began, line_step = _Sums(), now, step
-                    if progress and not warned and (warning := _affinity_warning(line, config)):
-                        warned = True
-                        say(warning)
-                    text = _describe(line)
-                    bar.update(task, rate=f"{rate:.1f} images/s", loss=text)
-                    if progress and not bar.console.is_terminal and now - told > 10:
-                        left = (schedule.max_steps - step) * schedule.batch_size / rate
-                        say(f"step {step}/{schedule.max_steps}  {rate:.1f} images/s  {text}  {left:.0f} s left")
-                        told = now
-                bar.update(task, completed=step)
+                self.sums.add(self.engine.take_step(self.step, batch))
+                self.step += 1
+                last = self.step == total
+                if self.step % train.log_steps == 0 or last:
+                    self._log()
+                advance(1, self.rate, self.words)
                 # What belongs to a step is logged before it is saved: a resumed run never comes back to it.
-                if config.train.eval_steps and step % config.train.eval_steps == 0 and not last:
-                    paused = time.perf_counter()
-                    self._evaluate(step)
-                    # Evaluation is not training: neither the clock nor the rate counts it.
-                    gone = time.perf_counter() - paused
-                    began, line_began = began + gone, line_began + gone
-                stop = self.processes.any(asked_to_stop(), self.device)
-                if step % config.train.save_steps == 0 or last or stop:
-                    self._save(step, seconds_before + time.perf_counter() - began)
+                if train.eval_steps and self.step % train.eval_steps == 0 and not last:
+                    self._evaluate()
+                stop = processes.any(asked_to_stop(), self.engine.device)
+                if self.step % train.save_steps == 0 or last or stop:
+                    self._save()
                 if stop:
-                    raise AfaError(
-                        f"stopped after step {step} of {schedule.max_steps}; the same command with --resume goes on"
-                    )
-        return seconds_before + time.perf_counter() - began
+                    raise AfaError(f"stopped after step {self.step} of {total}; the same command with --resume goes on")
+        return self.seconds
 
-    def _log_line(self, step: int, sums: _Sums, rate: float, seconds: float) -> dict[str, Any]:
-        config = self.config
+    def _log(self) -> None:
+        config, step = self.config, self.step
+        self.engine.check(step - 1)
+        means = self.sums.means(self.engine.processes)
+        seconds = self.seconds
+        line_step, line_seconds = self._line
+        self.rate = (step - line_step) * config.schedule.batch_size / (seconds - line_seconds)
+        self._line, self.sums = (step, seconds), _Sums()
         line: dict[str, Any] = {
             "kind": "train",
             "step": step,
             "phase": phase(step - 1, config.schedule, config.loss, supervision=config.train.supervision).name,
-            **sums.means(self.processes),
+            **means,
             "learning_rate": learning_rate(step - 1, config.schedule),
-            "images_per_second": rate,
+            "images_per_second": self.rate,
             "seconds": seconds,
         }
+        self.words = describe(line)
         if self.log is not None:
             self.log.write(line)
-        return line
+        if self.progress and not self.warned and (warning := affinity_warning(line, config)):
+            self.warned = True
+            say(warning)
 
-    def _save(self, step: int, seconds: float) -> None:
-        if self.processes.is_main:
-            state = self.engine.state_dict() | {"seconds": seconds}
-            save_checkpoint(self.run, step=step, network=self.network, state=state)
+    def _save(self) -> None:
+        if self.engine.processes.is_main:
+            state = self.engine.state_dict() | {"seconds": self.seconds}
+            save_checkpoint(self.run_folder, step=self.step, network=self.engine.network, state=state)
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self) -> None:
         if self.scored is None:
             return
-        self.network.eval()
+        paused = time.perf_counter()
         result = evaluate(
-            self.network,
+            self.engine.network,
             self.scored,
             config=self.config,
             labels="seg",
-            device=self.device,
+            device=self.engine.device,
             precision=self.config.train.precision,
             limit=self.config.train.eval_images,
             batch_size=self.config.evaluation.batch_size,
             progress=False,
         )
-        self.network.train()
         if self.log is not None:
             figures = result.to_json()
             keys = ("labels", "protocol", "miou", "num_images", "seconds")
-            self.log.write({"kind": "eval", "step": step} | {key: figures[key] for key in keys})
-            say(f"step {step}: segmentation mIoU {figures['miou']:.1f} on {figures['num_images']} images")
+            self.log.write({"kind": "eval", "step": self.step} | {key: figures[key] for key in keys})
+            say(f"step {self.step}: segmentation mIoU {figures['miou']:.1f} on {figures['num_images']} images")
+        # Evaluation is not training: neither the clock nor the rate counts it.
+        self._began += time.perf_counter() - paused
 
 
 def _open_training(config: Config, data: Layout, *, tell: bool) -> tuple[TaggedImages, LossFunction]:
@@ -366,38 +351,18 @@ def _flat(config: Config) -> dict[str, Any]:
     return {f"{s}.{key}": value for s, part in tree.items() if isinstance(part, dict) for key, value in part.items()}
 
 
-def _write_environment(
-    run: Path, config: Config, device: torch.device, processes: Processes, network: AfaNetwork, seconds: float
-) -> None:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def _write_environment(run: Path, engine: TrainingEngine, seconds: float) -> None:
+    device = engine.device
     environment = {
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "afa": __version__,
         "seconds_train": round(seconds, 3),
-        "steps": config.schedule.max_steps,
-        "num_parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "processes": processes.count,
-        "precision": config.train.precision,
+        "steps": engine.config.schedule.max_steps,
+        "num_parameters": sum(parameter.numel() for parameter in engine.network.parameters()),
+        "processes": engine.processes.count,
+        "precision": engine.config.train.precision,
         "threads": torch.get_num_threads(),
     }
     write_atomically(run / "environment.json", json.dumps(environment, indent=2) + "\n")
-
-
-def _affinity_warning(line: dict[str, Any], config: Config) -> str | None:
-    """What to say of an affinity that labels are made from before it has learnt anything, if a log line shows one."""
-    walks = line["phase"] == "refined" and config.pseudo.propagation == "affinity"
-    known = walks and config.loss.affinity_form == "balanced" and line["aff_loss"] is not None
-    if not known or line["aff_loss"] < _UNLEARNT_AFFINITY:
-        return None
-    remedy = "" if config.model.attention_scaling else "--model.attention_scaling true or "
-    return (
-        f"warning: step {line['step']}: the affinity has learnt nothing (loss {line['aff_loss']:.2f}; one that is the "
-        f"same everywhere has 0.50), so refined labels will be poor; try {remedy}another --train.seed"
-    )
-
-
-def _describe(line: dict[str, Any]) -> str:
-    parts = [f"{name[:-5]} {line[name]:.3f}" for name in _LOSSES if line[name] is not None]
-    return f"{line['phase']}: " + ", ".join(parts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,13 +12,12 @@ from afa.config import Config
 from afa.kernels.resize import resize
 from afa.losses.affinity import affinity_loss
 from afa.losses.classification import classification_loss
-from afa.losses.count import TotalFunction
 from afa.losses.energy import energy_loss
 from afa.losses.segmentation import segmentation_loss
 from afa.pseudo.affinity import affinity_label, token_label
 from afa.pseudo.cam import ScoreFunction
 from afa.pseudo.pipeline import TrainingLabels, training_labels
-from afa.runtime import one_cast
+from afa.runtime import ALONE, Processes, one_cast
 from afa.training.schedule import Phase
 from afa.types import Batch, NetworkOutput, normalize_image
 
@@ -48,22 +46,8 @@ class StepLosses:
     labels: TrainingLabels
 
 
-class LossFunction(Protocol):
-    """What a step computes: `compute_losses`, or that of full supervision."""
-
-    def __call__(
-        self,
-        forward: ForwardFunction,
-        score: ScoreFunction,
-        batch: Batch,
-        *,
-        config: Config,
-        phase: Phase,
-        num_slots: int | None = None,
-        total: TotalFunction | None = None,
-        num_processes: int = 1,
-    ) -> StepLosses:
-        """Compute the losses of a batch, as `compute_losses`."""
+LossFunction = Callable[..., StepLosses]
+"""What a step computes: `compute_losses`, or that of full supervision, which takes the same."""
 
 
 def compute_losses(
@@ -74,8 +58,7 @@ def compute_losses(
     config: Config,
     phase: Phase,
     num_slots: int | None = None,
-    total: TotalFunction | None = None,
-    num_processes: int = 1,
+    processes: Processes = ALONE,
 ) -> StepLosses:
     """Compute everything that a step of this phase needs.
 
@@ -86,62 +69,38 @@ def compute_losses(
         config: Settings.
         phase: What the step computes.
         num_slots: 1 + the largest number of tags of an image, if known on the host.
-        total: Adds a count up over all processes.
-        num_processes: Number of processes.
+        processes: Processes that train together; the batch is this one's share.
 
     Returns:
         Losses; `total` = cls + lambda_1 seg + lambda_2 aff + lambda_3 reg (paper Eq. 12).
     """
-    with one_cast(batch.image.device):
-        return _compute_losses(
-            forward,
-            score,
-            batch,
-            config=config,
-            phase=phase,
-            num_slots=num_slots,
-            total=total,
-            num_processes=num_processes,
-        )
-
-
-def _compute_losses(
-    forward: ForwardFunction,
-    score: ScoreFunction,
-    batch: Batch,
-    *,
-    config: Config,
-    phase: Phase,
-    num_slots: int | None,
-    total: TotalFunction | None,
-    num_processes: int,
-) -> StepLosses:
-    image = batch.image.float() / 255
-    # The training pass comes first: the copies of weights that autocast makes for it carry gradients, and serve all.
-    output = forward(normalize_image(image), phase.segmentation, phase.affinity)
+    image = batch.image.float() / 255  # (B, 3, H, W)
+    labels = TrainingLabels(None, None)
+    with one_cast(image.device):
+        # The training pass is first: the copies of weights that autocast makes for it carry gradients, and serve all.
+        output = forward(normalize_image(image), phase.segmentation, phase.affinity)
+        if phase.want_initial or phase.want_refined:
+            labels = training_labels(
+                score,
+                image,
+                batch.tags,
+                batch.valid_box,
+                config=config.pseudo,
+                want_initial=phase.want_initial,
+                want_refined=phase.want_refined,
+                plain_scores=output.class_scores if config.pseudo.reuse_training_pass else None,
+                num_slots=num_slots,
+            )
     cls = classification_loss(output.image_logits, batch.tags)
     loss = cls
     seg = aff = reg = None
-    labels = TrainingLabels(None, None)
-    if phase.want_initial or phase.want_refined:
-        labels = training_labels(
-            score,
-            image,
-            batch.tags,
-            batch.valid_box,
-            config=config.pseudo,
-            want_initial=phase.want_initial,
-            want_refined=phase.want_refined,
-            plain_scores=output.class_scores if config.pseudo.reuse_training_pass else None,
-            num_slots=num_slots,
-        )
-    target = labels.refined_label if phase.want_refined else labels.initial_label
+    target = labels.refined_label if phase.want_refined else labels.initial_label  # (B, H, W)
     if phase.segmentation:
         assert output.seg_logits is not None
         assert target is not None
-        logits = resize(output.seg_logits, target.shape[1:])
-        seg = segmentation_loss(logits, target, form=config.loss.segmentation_form, total=total)
-        loss = loss + num_processes * config.loss.segmentation_weight * seg
+        logits = resize(output.seg_logits, target.shape[1:])  # (B, K, H/4, W/4) -> (B, K, H, W)
+        seg = segmentation_loss(logits, target, form=config.loss.segmentation_form, total=processes.total)
+        loss = loss + processes.count * config.loss.segmentation_weight * seg
         if config.loss.energy_weight > 0:
             # Building a lattice waits for the device, and on a GPU the sum over all pairs is fast.
             on_host = logits.device.type in ("cpu", "mps")
@@ -150,20 +109,19 @@ def _compute_losses(
     if phase.affinity:
         follows = config.schedule.affinity_target == "segmentation"
         source = target if follows else labels.initial_label
-        assert output.affinity is not None
-        assert source is not None
-        grid = (output.class_scores.shape[2], output.class_scores.shape[3])
-        pairs = affinity_label(token_label(source, grid), radius=config.pseudo.affinity_radius)
-        aff = affinity_loss(output.affinity, pairs, form=config.loss.affinity_form, total=total)
-        loss = loss + num_processes * config.loss.affinity_weight * aff
-    return StepLosses(
-        total=loss,
-        cls=cls.detach(),
-        seg=None if seg is None else seg.detach(),
-        aff=None if aff is None else aff.detach(),
-        reg=None if reg is None else reg.detach(),
-        labels=labels,
-    )
+        aff = _affinity_loss(output, source, config, processes)
+        loss = loss + processes.count * config.loss.affinity_weight * aff
+    seg, aff, reg = (None if part is None else part.detach() for part in (seg, aff, reg))
+    return StepLosses(loss, cls.detach(), seg, aff, reg, labels)
+
+
+def _affinity_loss(output: NetworkOutput, label: Tensor | None, config: Config, processes: Processes) -> Tensor:
+    assert output.affinity is not None
+    assert label is not None
+    grid = (output.class_scores.shape[2], output.class_scores.shape[3])
+    tokens = token_label(label, grid)  # (B, H, W) -> (B, h, w)
+    pairs = affinity_label(tokens, radius=config.pseudo.affinity_radius)  # (B, h, w) -> (B, hw, hw)
+    return affinity_loss(output.affinity, pairs, form=config.loss.affinity_form, total=processes.total)
 
 
 def gradients_are_finite(parameters: list[torch.nn.Parameter]) -> Tensor:

@@ -5,8 +5,10 @@ The one module of the training side that reads masks. Nothing imports it unless 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,15 +22,12 @@ from afa.data.loader import step_indices, step_plan
 from afa.data.transforms import CropPlan
 from afa.data.voc import ScoredImages
 from afa.errors import AfaError
-from afa.evaluation.evaluate import read_ahead
 from afa.kernels.resize import resize
 from afa.losses.classification import classification_loss
-from afa.losses.count import TotalFunction
 from afa.losses.segmentation import segmentation_loss
 from afa.pseudo.cam import ScoreFunction
 from afa.pseudo.pipeline import TrainingLabels
-from afa.runtime import Processes
-from afa.training.schedule import Phase
+from afa.runtime import ALONE, Processes, read_ahead
 from afa.training.step import ForwardFunction, StepLosses
 from afa.types import IGNORE_INDEX, Batch, normalize_image
 
@@ -42,15 +41,6 @@ class MaskedBatch(Batch):
     """
 
     mask: Tensor = field(kw_only=True)
-
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> MaskedBatch:
-        """Copy the tensors to `device`."""
-        moved = super().to(device, non_blocking=non_blocking)
-        return with_mask(moved, self.mask.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> MaskedBatch:
-        """Copy the tensors to page-locked memory, for fast transfers to a GPU."""
-        return with_mask(super().pin_memory(), self.mask.pin_memory())
 
 
 def with_mask(batch: Batch, mask: Tensor) -> MaskedBatch:
@@ -82,15 +72,15 @@ def open_masked(data: Layout, train_list: str) -> ScoredImages:
 
 
 def with_masks(
-    batches: Iterator[Batch], images: ScoredImages, *, config: Config, start_step: int, processes: Processes
-) -> Iterator[MaskedBatch]:
+    batches: Generator[Batch, None, None], images: ScoredImages, config: Config, *, start: int, processes: Processes
+) -> Generator[MaskedBatch, None, None]:
     """Put the masks of the same crops beside the images of training batches.
 
     Args:
-        batches: What `train_batches` yields of these images from `start_step` on.
+        batches: What `train_batches` yields of these images from `start` on.
         images: Images with masks.
         config: Settings that the batches were made with.
-        start_step: First step, from 0.
+        start: First step, from 0.
         processes: Processes that train together; the batches are this one's share.
 
     Yields:
@@ -113,10 +103,10 @@ def with_masks(
             resample_mask(mask, plan, canvas[row])
         return torch.from_numpy(canvas)
 
-    readings = read_ahead(masks, range(start_step, schedule.max_steps))
-    for batch, (_, reading) in zip(batches, readings, strict=True):
-        mask = reading.result()
-        yield with_mask(batch, mask.pin_memory() if batch.image.is_cuda else mask)
+    with closing(batches), closing(read_ahead(masks, range(start, schedule.max_steps))) as readings:
+        for batch, (_, reading) in zip(batches, readings, strict=True):
+            mask = reading.result()
+            yield with_mask(batch, mask.pin_memory() if batch.image.is_cuda else mask)
 
 
 def resample_mask(mask: NDArray[np.uint8], plan: CropPlan, canvas: NDArray[np.uint8]) -> None:
@@ -138,42 +128,24 @@ def resample_mask(mask: NDArray[np.uint8], plan: CropPlan, canvas: NDArray[np.ui
 
 
 def supervised_losses(
-    forward: ForwardFunction,
-    score: ScoreFunction,
-    batch: Batch,
-    *,
-    config: Config,
-    phase: Phase,
-    num_slots: int | None = None,
-    total: TotalFunction | None = None,
-    num_processes: int = 1,
+    forward: ForwardFunction, score: ScoreFunction, batch: Batch, *, processes: Processes = ALONE, **_: Any
 ) -> StepLosses:
-    """Compute the losses of a fully-supervised step; arguments as `compute_losses`.
+    """Compute the losses of a fully-supervised step, whatever its phase.
 
     Args:
         forward: Training pass of the network.
         score: Not used.
         batch: A `MaskedBatch`, on the network's device.
-        config: Not used: the weights of the losses are those of weak supervision.
-        phase: Not used: every step is the same.
-        num_slots: Not used.
-        total: Adds a count up over all processes.
-        num_processes: Number of processes.
+        processes: Processes that train together; the batch is this one's share.
 
     Returns:
-        Losses; `total` = classification + plain cross-entropy of the segmentation.
+        Losses; `total` = classification + plain cross-entropy of the segmentation, of equal weight.
     """
     assert isinstance(batch, MaskedBatch)
     output = forward(normalize_image(batch.image.float() / 255), True, False)
     assert output.seg_logits is not None
     cls = classification_loss(output.image_logits, batch.tags)
     logits = resize(output.seg_logits, batch.mask.shape[1:])
-    seg = segmentation_loss(logits, batch.mask.long(), form="plain", total=total)
-    return StepLosses(
-        total=cls + num_processes * seg,
-        cls=cls.detach(),
-        seg=seg.detach(),
-        aff=None,
-        reg=None,
-        labels=TrainingLabels(None, None),
-    )
+    seg = segmentation_loss(logits, batch.mask.long(), form="plain", total=processes.total)
+    total = cls + processes.count * seg
+    return StepLosses(total, cls.detach(), seg.detach(), None, None, TrainingLabels(None, None))
