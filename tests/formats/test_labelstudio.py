@@ -1,4 +1,4 @@
-"""Label Studio's tasks and interface, read back."""
+"""Label Studio's tasks and interface, read back; its run lengths against a slow reader of the bits."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from urllib.parse import parse_qs, urlsplit
 from xml.etree import ElementTree
 
 import numpy as np
+import pytest
 
+from afa.formats.labelstudio import LENGTH_BITS, brush_rle
 from afa.formats.write import write_format
-from made_masks import labels, read_label_studio, write_items
+from made_masks import binary_masks, labels, read_label_studio, write_items
 
 CLASSES = ('the "cat"', "<&>", "Straße")
 
@@ -50,3 +52,26 @@ def test_interface_fits_the_tasks(tmp_path: Path) -> None:
     task = json.loads((path / "tasks.json").read_text())[0]
     for region in task["predictions"][0]["result"]:
         assert (region["from_name"], region["to_name"]) == (brush.attrib["name"], image.attrib["name"])
+
+
+def test_bits_give_four_equal_channels() -> None:
+    for mask in binary_masks():
+        pixels = read_label_studio(brush_rle(mask)).reshape(*mask.shape, 4)
+        np.testing.assert_array_equal(pixels, np.repeat(255 * mask[:, :, None].astype(np.uint8), 4, axis=2))
+
+
+@pytest.mark.parametrize("num_pixels", [1, 2, 3, 4, 5, 64, 65, 16384, 16385, 2 * 16384, 40000])
+def test_runs_at_the_limits_of_each_width(num_pixels: int) -> None:
+    """Lengths are bytes, four for a pixel: 8, 16, 256 and 65,536 are the longest of a block."""
+    mask = np.zeros((1, 40001), dtype=bool)
+    mask[0, 1 : 1 + num_pixels] = True
+    values = read_label_studio(brush_rle(mask))
+    assert values.sum() == 255 * 4 * num_pixels
+    assert values[4 : 4 + 4 * num_pixels].all()
+
+
+def test_header() -> None:
+    stream = brush_rle(np.ones((2, 3), dtype=bool))
+    assert stream[:4] == [0, 0, 0, 24]
+    bits = "".join(f"{byte:08b}" for byte in stream[4:7])
+    assert bits[:21] == "00111" + "".join(f"{width - 1:04b}" for width in LENGTH_BITS)

@@ -10,16 +10,16 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from afa.formats.job import Job, JsonList, MaskItem, png
-from afa.formats.rle import alternating_counts, class_runs, coco_string
 
 PANOPTIC_BACKGROUND: Final = (1, 1, 1)
 """Color of the background in panoptic PNGs, in which black is a pixel of no segment."""
@@ -33,22 +33,12 @@ def write_coco(job: Job) -> None:
         for image_id, (item, label) in enumerate(job.masks, start=1):
             job.count_ignored(label)
             images.add(_image(image_id, item, label))
-            starts, lengths, values = class_runs(label.ravel(order="F"))
-            for value in job.present(label):
+            values = job.present(label)
+            for value, (run_lengths, figures) in zip(values, _segments(label, values), strict=True):
                 annotation_id += 1
-                is_run = values == value
-                counts = alternating_counts(starts[is_run], lengths[is_run], label.size)
-                annotations.add(
-                    {
-                        "id": annotation_id,
-                        "image_id": image_id,
-                        "category_id": value,
-                        "segmentation": {"size": list(label.shape), "counts": coco_string(counts)},
-                        "area": int(lengths[is_run].sum()),
-                        "bbox": _box(label == value),
-                        "iscrowd": 0,
-                    }
-                )
+                segmentation = {"size": list(label.shape), "counts": run_lengths}
+                place = {"id": annotation_id, "image_id": image_id, "category_id": value}
+                annotations.add(place | {"segmentation": segmentation} | figures)
 
 
 def write_panoptic(job: Job) -> None:
@@ -75,15 +65,10 @@ def write_panoptic(job: Job) -> None:
             job.count_ignored(label)
             images.add(_image(image_id, item, label))
             job.write(f"annotations/panoptic_default/{item.name}.png", png(Image.fromarray(colors[label])))
+            values = ([0] if (label == 0).any() else []) + job.present(label)
             segments = [
-                {
-                    "id": segment_ids[value],
-                    "category_id": category_ids[value],
-                    "area": int(np.count_nonzero(label == value)),
-                    "bbox": _box(label == value),
-                    "iscrowd": 0,
-                }
-                for value in ([0] if (label == 0).any() else []) + job.present(label)
+                {"id": segment_ids[value], "category_id": category_ids[value]} | figures
+                for value, (_, figures) in zip(values, _segments(label, values), strict=True)
             ]
             annotations.add({"image_id": image_id, "file_name": f"{item.name}.png", "segments_info": segments})
 
@@ -106,8 +91,13 @@ def _image(image_id: int, item: MaskItem, label: NDArray[np.uint8]) -> dict[str,
     return {"id": image_id, "file_name": item.file_name, "height": height, "width": width}
 
 
-def _box(mask: NDArray[np.bool_]) -> list[int]:
-    """Left, top, width, height of what is set."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    left, top = int(columns[0]), int(rows[0])
-    return [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
+def _segments(label: NDArray[np.uint8], values: Sequence[int]) -> list[tuple[str, dict[str, Any]]]:
+    """For each value of an (H, W) mask: compressed run lengths; and area, box (left, top, width, height), no crowd."""
+    if not values:
+        return []
+    encoded = coco_mask.encode(np.asfortranarray(label[:, :, None] == np.array(values)).view(np.uint8))
+    areas, boxes = coco_mask.area(encoded).tolist(), coco_mask.toBbox(encoded).astype(int).tolist()
+    return [
+        (each["counts"].decode("ascii"), {"area": area, "bbox": box, "iscrowd": 0})
+        for each, area, box in zip(encoded, areas, boxes, strict=True)
+    ]

@@ -20,11 +20,10 @@ from afa.data.images import read_mask
 from afa.data.palette import voc_palette
 from afa.errors import AfaError
 from afa.formats.coco import PANOPTIC_BACKGROUND, write_coco, write_panoptic
-from afa.formats.contours import MIN_AREA
 from afa.formats.job import Job, MaskItem, Tally, replacing
 from afa.formats.labelstudio import write_labelstudio
-from afa.formats.layouts import write_cvat, write_hf, write_mmseg, write_voc
-from afa.formats.polygons import write_labelme, write_yolo
+from afa.formats.png import write_cvat, write_hf, write_mmseg, write_voc
+from afa.formats.polygons import MIN_AREA, write_labelme, write_yolo
 from afa.formats.voc_test import write_voc_test
 from afa.runtime import progress_bar
 from afa.types import IGNORE_INDEX
@@ -62,26 +61,20 @@ FORMATS: Final[Mapping[str, FormatInfo]] = MappingProxyType(
 """Formats by name."""
 
 
-@dataclass(frozen=True)
-class FormatResult:
+@dataclass(kw_only=True)
+class FormatResult(Tally):
     """What a conversion wrote, and what the format could not keep.
 
     Attributes:
         format: Name of the format.
         path: File or folder written.
         num_images: Images in it.
-        ignored_pixels: Ignored pixels (255) that became background or belong to no annotation.
-        filled_holes: Holes of regions that polygons cover.
-        dropped_regions: Regions too small for a polygon.
         seconds: Wall time.
     """
 
     format: str
     path: Path
     num_images: int
-    ignored_pixels: int
-    filled_holes: int
-    dropped_regions: int
     seconds: float
 
     @property
@@ -184,15 +177,8 @@ def write_format(
 
     with replacing(target, format=format) as partial:
         info.write(Job(masks(), tuple(classes), palette, target, partial, tally))
-    return FormatResult(
-        format=format,
-        path=target,
-        num_images=num_images,
-        ignored_pixels=tally.ignored_pixels,
-        filled_holes=tally.filled_holes,
-        dropped_regions=tally.dropped_regions,
-        seconds=time.monotonic() - started,
-    )
+    seconds = time.monotonic() - started
+    return FormatResult(format=format, path=target, num_images=num_images, seconds=seconds, **vars(tally))
 
 
 def _check_format(name: str) -> None:
