@@ -1,4 +1,12 @@
-"""The one exception that users meet: a message of one line that names what to change."""
+"""What users are told when something fails: one exception, of one line that names what to change."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
 
 
 class AfaError(ValueError):
@@ -7,3 +15,29 @@ class AfaError(ValueError):
     The message is one line and names the file or key, the value found and what to do. The command line
     prints it without a traceback and exits with status 2. Broken invariants of our own are `assert`s.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What a foreign exception says, cut to one line; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Keep libraries from talking to the user about their own insides; their exceptions become ours.
+
+    Args:
+        loggers: Names of loggers of which only errors are let through.
+    """
+    found = [logging.getLogger(name) for name in loggers]
+    levels = [logger.level for logger in found]
+    for logger in found:
+        logger.setLevel(logging.ERROR)
+    try:
+        talk = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(talk), contextlib.redirect_stderr(talk):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(found, levels, strict=True):
+            logger.setLevel(level)

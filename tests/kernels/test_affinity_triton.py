@@ -10,7 +10,7 @@ from torch import nn
 
 from afa.kernels import dispatch
 from afa.kernels.dispatch import fused
-from afa.model.affinity_head import AffinityHead
+from afa.model.heads import AffinityHead
 from afa.types import RawAttention
 from interpreted import interpret
 

@@ -1,4 +1,4 @@
-"""The attention function: fused and recorded paths against the formula, and what goes into the sink."""
+"""The attention function against the formula, and what a recorder takes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from afa.model.attention import ATTENTION_NAME, attention_forward, mark_recorded
-from afa.types import RawAttention
+from afa.model.attention import ATTENTION_NAME, Recorder, attention_forward
 
 BATCH, HEADS, QUERIES, KEYS, DEPTH = 2, 3, 7, 5, 4
 
@@ -22,10 +21,9 @@ def random_inputs() -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def recorded_module() -> nn.Module:
+def recorded_module(num_prefix_tokens: int = 0) -> tuple[nn.Module, Recorder]:
     module = nn.Module()
-    mark_recorded(module)
-    return module
+    return module, Recorder([module], num_prefix_tokens)
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: Tensor | float = 0.0) -> Tensor:
@@ -40,45 +38,62 @@ def test_function_is_registered_with_transformers() -> None:
 
 @pytest.mark.parametrize("scaling", [None, 0.3])
 @pytest.mark.parametrize("masked", [False, True])
-def test_both_paths_equal_the_formula(scaling: float | None, masked: bool) -> None:
+def test_with_and_without_a_recorder_it_equals_the_formula(scaling: float | None, masked: bool) -> None:
     query, key, value = random_inputs()
     mask = torch.linspace(-2, 1, QUERIES * KEYS, dtype=torch.float64).view(1, 1, QUERIES, KEYS) if masked else None
     expected = plain_attention(query, key, value, scale=scaling or DEPTH**-0.5, mask=0.0 if mask is None else mask)
-    fused, no_weights = attention_forward(nn.Module(), query, key, value, mask, scaling=scaling)
-    assert no_weights is None
-    assert fused.shape == (BATCH, QUERIES, HEADS, DEPTH)
-    torch.testing.assert_close(fused, expected, rtol=0, atol=1e-12)
-    recorded, no_weights = attention_forward(
-        recorded_module(), query, key, value, mask, scaling=scaling, attention_sink=[]
-    )
-    assert no_weights is None
-    torch.testing.assert_close(recorded, expected, rtol=0, atol=1e-12)
+    module, recorder = recorded_module()
+    with recorder.listen():
+        for each in (nn.Module(), module):
+            result, no_weights = attention_forward(each, query, key, value, mask, scaling=scaling)
+            assert no_weights is None
+            assert result.shape == (BATCH, QUERIES, HEADS, DEPTH)
+            torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
 
 
-def test_sink_receives_the_raw_product_before_scale_and_mask() -> None:
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_a_recorder_takes_the_raw_product_before_scale_and_mask(prefix: int) -> None:
     query, key, value = random_inputs()
-    sink: list[RawAttention] = []
+    module, recorder = recorded_module(prefix)
     mask = torch.full((QUERIES, KEYS), -3.0, dtype=torch.float64)
-    attention_forward(recorded_module(), query, key, value, mask, scaling=0.5, attention_sink=sink)
-    assert len(sink) == 1
-    torch.testing.assert_close(sink[0].logits, torch.einsum("bhnd,bhmd->bhnm", query, key), rtol=0, atol=1e-12)
+    with recorder.listen() as taken:
+        attention_forward(module, query, key, value, mask, scaling=0.5)
+    assert len(taken) == 1
+    expected = torch.einsum("bhnd,bhmd->bhnm", query, key)[:, :, prefix:, prefix:]
+    torch.testing.assert_close(taken[0].logits, expected, rtol=0, atol=1e-12)
 
 
-def test_only_a_marked_module_with_a_sink_records() -> None:
+def test_only_a_listening_recorder_takes_and_only_from_its_modules() -> None:
     query, key, value = random_inputs()
-    sink: list[RawAttention] = []
-    unmarked, _ = attention_forward(nn.Module(), query, key, value, attention_sink=sink)
-    assert sink == []
-    marked, _ = attention_forward(recorded_module(), query, key, value)
-    assert torch.equal(marked, unmarked)
+    module, recorder = recorded_module()
+    with recorder.listen() as taken:
+        other, _ = attention_forward(nn.Module(), query, key, value)
+    with recorder.listen(wanted=False) as unwanted:
+        unheard, _ = attention_forward(module, query, key, value)
+    after, _ = attention_forward(module, query, key, value)
+    assert taken == unwanted == []
+    assert torch.equal(unheard, other)
+    assert torch.equal(after, other)
+
+
+def test_what_runs_can_end_with_the_next_queries_and_keys() -> None:
+    query, key, value = random_inputs()
+    module, recorder = recorded_module()
+    with recorder.listen() as taken:
+        with recorder.stop_after_next():
+            attention_forward(module, query, key, value)
+            raise AssertionError("went on")
+        attention_forward(module, query, key, value)
+    assert len(taken) == 2
 
 
 def test_gradient_of_the_recorded_product_reaches_query_and_key() -> None:
     query, key, value = (tensor.requires_grad_() for tensor in random_inputs())
-    sink: list[RawAttention] = []
-    attention_forward(recorded_module(), query, key, value, attention_sink=sink)
-    weight = torch.randn_like(sink[0].logits)
-    (sink[0].logits * weight).sum().backward()
+    module, recorder = recorded_module()
+    with recorder.listen() as taken:
+        attention_forward(module, query, key, value)
+    weight = torch.randn_like(taken[0].logits)
+    (taken[0].logits * weight).sum().backward()
     assert query.grad is not None
     assert key.grad is not None
     torch.testing.assert_close(query.grad, weight @ key.detach())
@@ -91,12 +106,13 @@ def test_dropout_zeroes_weights_and_rescales_the_rest(recorded: bool) -> None:
     torch.manual_seed(0)
     query, key, _ = (tensor.float() for tensor in random_inputs())
     value = torch.eye(KEYS).expand(BATCH, HEADS, KEYS, KEYS)
-    sink: list[RawAttention] = []
-    module = recorded_module()
-    kept, _ = attention_forward(module, query, key, value, attention_sink=sink if recorded else None)
-    dropped, _ = attention_forward(module, query, key, value, dropout=0.25, attention_sink=sink if recorded else None)
+    module, recorder = recorded_module()
+    with recorder.listen(recorded) as taken:
+        kept, _ = attention_forward(module, query, key, value)
+        dropped, _ = attention_forward(module, query, key, value, dropout=0.25)
     zero = dropped == 0
     assert 0.1 < zero.float().mean() < 0.4
     torch.testing.assert_close(dropped[~zero], kept[~zero] / 0.75)
     # What the affinity learns from is not dropped.
-    assert all(torch.equal(taken.logits, sink[0].logits) for taken in sink)
+    assert len(taken) == 2 * recorded
+    assert all(torch.equal(each.logits, taken[0].logits) for each in taken)

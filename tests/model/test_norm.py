@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
-from afa.model.norm import DistributedBatchNorm2d
+from afa.model.decoder import DistributedBatchNorm2d
 
 CHANNELS = 3
 STEPS = 2

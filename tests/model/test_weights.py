@@ -33,8 +33,9 @@ from transformers import (
 )
 
 from afa.errors import AfaError
+from afa.model.families import TOKEN_FAMILIES
 from afa.model.registry import BACKBONES, build_backbone
-from afa.model.vit import TOKEN_FAMILIES, TokenBackbone
+from afa.model.vit import TokenBackbone
 from afa.model.weights import init_from_scratch
 from mistakes import refused
 

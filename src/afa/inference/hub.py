@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from afa import __version__
 from afa.config import Config, config_from_dict, config_to_dict
-from afa.errors import AfaError
+from afa.errors import AfaError, first_line
 from afa.inference.model_card import is_hub_id, model_card, read_figures
 from afa.runs.build import LoadedRun, build_network, load_run, load_weights
 from afa.types import IMAGE_MEAN, IMAGE_STD
@@ -94,8 +94,9 @@ def save_pretrained(source: str | Path | LoadedRun, folder: str | Path, *, origi
         for name in _FILES:
             (partial / name).replace(folder / name)
     except (OSError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise AfaError(f"{folder}: cannot be written ({reason}); free space or choose another folder") from None
+        raise AfaError(
+            f"{folder}: cannot be written ({first_line(error)}); free space or choose another folder"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -116,7 +117,7 @@ def find_pretrained(source: str | Path) -> Path:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(_FILES)))
     except Exception as error:
         raise AfaError(
-            f"{source}: cannot be fetched from the Hugging Face hub ({_reason(error)}); "
+            f"{source}: cannot be fetched from the Hugging Face hub ({first_line(error)}); "
             "download it elsewhere and pass its folder"
         ) from None
 
@@ -185,7 +186,7 @@ def push_to_hub(
             raise
         except Exception as error:
             raise AfaError(
-                f"{repo_id}: cannot be pushed to the Hugging Face hub ({_reason(error)}); "
+                f"{repo_id}: cannot be pushed to the Hugging Face hub ({first_line(error)}); "
                 "check the connection and log in with `hf auth login`"
             ) from None
     return str(url)
@@ -273,11 +274,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AfaError(f"{path}: not valid JSON ({_reason(error)}); write it again with save_pretrained") from None
+        raise AfaError(f"{path}: not valid JSON ({first_line(error)}); write it again with save_pretrained") from None
     if not isinstance(value, dict):
         raise AfaError(f"{path}: holds {type(value).__name__}, not a JSON object; write it again with save_pretrained")
     return value
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

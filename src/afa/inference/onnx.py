@@ -9,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
-import io
 import itertools
 import json
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -29,7 +26,7 @@ from torch.nn.functional import interpolate
 from afa import __version__
 from afa.data.images import find_images, read_image
 from afa.demo.shapes import draw_shapes
-from afa.errors import AfaError
+from afa.errors import AfaError, first_line, quiet
 from afa.evaluation.protocols import MIN_SIDE
 from afa.model.network import AfaNetwork
 from afa.types import IMAGE_MEAN, IMAGE_STD
@@ -295,7 +292,7 @@ def _write_checked(
     partial = path.with_name(f".partial_{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with torch.no_grad(), _silence():
+        with torch.no_grad(), quiet("torch.onnx", "torch.export", "onnxscript", "onnx_ir"):
             write(partial)
             check = _compare(deployed, load(partial), path, images=images or _generated_images(), pixels=pixels)
         partial.replace(path)
@@ -304,8 +301,8 @@ def _write_checked(
     except OSError as error:
         raise AfaError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from None
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise AfaError(f"{path}: this network cannot be exported ({type(error).__name__}: {reason})") from None
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise AfaError(f"{path}: this network cannot be exported ({reason})") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -341,20 +338,3 @@ def _compare(
 def _generated_images() -> list[NDArray[np.uint8]]:
     rng = np.random.default_rng(0)
     return [draw_shapes(rng, 192).image for _ in range(4)]
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep the exporters from talking to the user about their own insides."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        talk = io.StringIO()
-        with warnings.catch_warnings(), contextlib.redirect_stdout(talk), contextlib.redirect_stderr(talk):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

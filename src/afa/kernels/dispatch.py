@@ -16,6 +16,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from afa.errors import first_line
+
 MOST_BLOCKS = 65_535
 """Blocks that a CUDA grid can have along its second and its third axis."""
 
@@ -77,10 +79,9 @@ def _builds_kernels(device: torch.device) -> bool:
 
         try_kernel(device)
     except Exception as error:
-        reason = (str(error) or repr(error)).strip().splitlines()[0]
         print(
-            f"fused GPU kernels are off, computing goes on without them and slower: {reason}; Triton needs a C "
-            "compiler and the headers of Python (on Debian: gcc and python3-dev)",
+            f"fused GPU kernels are off, computing goes on without them and slower: {first_line(error)}; "
+            "Triton needs a C compiler and the headers of Python (on Debian: gcc and python3-dev)",
             file=sys.stderr,
             flush=True,
         )

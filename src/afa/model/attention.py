@@ -1,11 +1,13 @@
-"""One fused attention function for every encoder, which can give away the queries and keys of chosen blocks.
+"""One fused attention function for every encoder, which can give away the queries and keys of chosen modules.
 
-Registered with transformers' attention interface as `afa`. A caller that wants the raw maps of a forward pass
-hands a list down as the keyword `attention_sink`; modules marked by `mark_recorded` append to it.
+It is registered with transformers' attention interface as `afa`. Not every encoder hands keywords down to its attention
+function, so a `Recorder` is known to the modules themselves.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -16,12 +18,56 @@ from afa.types import RawAttention
 ATTENTION_NAME: Final = "afa"
 """Name under which the function is registered with transformers."""
 
-_RECORDED: Final = "afa_recorded"
+_RECORDER: Final = "afa_recorder"
 
 
-def mark_recorded(module: nn.Module) -> None:
-    """Let an attention module append its queries and keys whenever a forward pass carries a sink."""
-    setattr(module, _RECORDED, True)
+class Recorder:
+    """Where the attention modules of one encoder leave their queries and keys while somebody listens.
+
+    Args:
+        modules: Attention modules that are recorded, in the order in which they run.
+        num_prefix_tokens: Class and register tokens, which are left out: before the product, not after it.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], num_prefix_tokens: int = 0) -> None:
+        self.num_prefix_tokens = num_prefix_tokens
+        self._taken: list[RawAttention] | None = None
+        self._suffices = False
+        for module in modules:
+            setattr(module, _RECORDER, self)
+
+    @contextlib.contextmanager
+    def listen(self, wanted: bool = True) -> Iterator[list[RawAttention]]:
+        """A list that receives queries and keys, with gradient, as the modules run; stays empty if not `wanted`."""
+        taken: list[RawAttention] = []
+        self._taken = taken if wanted else None
+        try:
+            yield taken
+        finally:
+            self._taken = None
+
+    @contextlib.contextmanager
+    def stop_after_next(self) -> Iterator[None]:
+        """End what runs inside once the next queries and keys are known, where nothing else of it is wanted."""
+        self._suffices = True
+        try:
+            with contextlib.suppress(_Enough):
+                yield
+        finally:
+            self._suffices = False
+
+    def take(self, query: Tensor, key: Tensor) -> None:
+        """Take the queries and keys, (B, heads, N, d), of a module that runs."""
+        if self._taken is None:
+            return
+        first = self.num_prefix_tokens
+        self._taken.append(RawAttention(query[:, :, first:], key[:, :, first:]))  # (B, heads, hw, d)
+        if self._suffices:
+            raise _Enough
+
+
+class _Enough(Exception):  # noqa: N818  (no error)
+    """Queries and keys are known."""
 
 
 def attention_forward(
@@ -33,30 +79,29 @@ def attention_forward(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    attention_sink: list[RawAttention] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention that can give away what its logits are made of.
+    """Scaled dot-product attention that gives what its logits are made of to the module's recorder, if it has one.
 
     Args:
-        module: Attention module that calls; recorded if `mark_recorded` was called on it.
+        module: Attention module that calls.
         query: (B, heads, N, d).
         key: (B, heads, M, d).
         value: (B, heads, M, d).
         attention_mask: Additive mask, or None.
         scaling: Factor of Q K^T before the softmax; None = 1 / sqrt(d).
         dropout: Probability of dropping an attention weight.
-        attention_sink: List that receives query and key, with gradient; None records nothing.
 
     Returns:
         (B, N, heads, d) and None, as transformers expects.
     """
-    if attention_sink is not None and getattr(module, _RECORDED, False):
-        attention_sink.append(RawAttention(query, key))
+    recorder: Recorder | None = getattr(module, _RECORDER, None)
+    if recorder is not None:
+        recorder.take(query, key)
     output = nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
     )
-    return output.transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2).contiguous(), None  # (B, N, heads, d)
 
 
 AttentionInterface.register(ATTENTION_NAME, attention_forward)

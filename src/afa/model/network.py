@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from afa.model.affinity_head import AffinityHead
 from afa.model.backbone import Backbone, BackboneOutput, FrozenTokens
 from afa.model.decoder import MlpDecoder
+from afa.model.heads import AffinityHead
 from afa.model.vit import TokenBackbone
 from afa.types import NetworkOutput
 
@@ -67,15 +68,10 @@ class AfaNetwork(nn.Module):
             Everything asked for; `class_scores` carry no gradient.
         """
         encoded = self._encode(image, attention=affinity)
-        image_logits = self.classifier(self._pool(encoded.features[-1]))[:, :, 0, 0]
-        return NetworkOutput(
-            image_logits=image_logits.float(),
-            class_scores=self._class_scores(encoded),
-            seg_logits=self.decoder(encoded.features).float() if segmentation else None,
-            affinity=self._affinity(encoded),
-            attention=encoded.attention,
-            attention_scale=self.backbone.attention_scale,
-        )
+        output = self._classify(encoded)
+        if segmentation:
+            output = replace(output, seg_logits=self.decoder(encoded.features).float())  # (B, K, H / 4, W / 4)
+        return output
 
     @torch.no_grad()
     def score(self, image: Tensor | FrozenTokens, affinity: bool = False) -> NetworkOutput:
@@ -91,13 +87,7 @@ class AfaNetwork(nn.Module):
         """
         with _in_eval_mode(self.backbone):
             encoded = self._encode(image, attention=affinity)
-        return NetworkOutput(
-            image_logits=self.classifier(self._pool(encoded.features[-1]))[:, :, 0, 0].float(),
-            class_scores=self._class_scores(encoded),
-            affinity=self._affinity(encoded),
-            attention=encoded.attention,
-            attention_scale=self.backbone.attention_scale,
-        )
+        return self._classify(encoded)
 
     def segment(self, image: Tensor) -> Tensor:
         """Segment a batch.
@@ -118,26 +108,31 @@ class AfaNetwork(nn.Module):
         encoded: BackboneOutput = self.backbone(image, attention=attention)
         return encoded
 
-    def _affinity(self, encoded: BackboneOutput) -> Tensor | None:
-        if encoded.attention is None:
-            return None
-        affinity: Tensor = self.affinity_head(encoded.attention, scale=self.attention_factor)
-        return affinity
-
-    @torch.no_grad()
-    def _class_scores(self, encoded: BackboneOutput) -> Tensor:
-        return nn.functional.conv2d(encoded.features[-1], self.classifier.weight).float()
+    def _classify(self, encoded: BackboneOutput) -> NetworkOutput:
+        """All but the segmentation."""
+        feature, attention = encoded.features[-1], encoded.attention  # (B, D, h, w)
+        image_logits = self.classifier(self._pool(feature))[:, :, 0, 0]  # (B, C)
+        # After the logits: autocast keeps the first copy of a weight, and one made here would have no gradient.
+        with torch.no_grad():
+            class_scores = nn.functional.conv2d(feature, self.classifier.weight).float()  # (B, C, h, w)
+        return NetworkOutput(
+            image_logits=image_logits.float(),
+            class_scores=class_scores,
+            affinity=None if attention is None else self.affinity_head(attention, scale=self.attention_factor),
+            attention=attention,
+            attention_scale=self.backbone.attention_scale,
+        )
 
     def _pool(self, feature: Tensor) -> Tensor:
         """Pool (B, D, h, w) over space to (B, D, 1, 1)."""
         if self.pooling == "gmp":
-            return feature.amax((2, 3), keepdim=True)
+            return feature.amax((2, 3), keepdim=True)  # (B, D, 1, 1)
         if self.pooling == "gap":
-            return feature.mean((2, 3), keepdim=True)
+            return feature.mean((2, 3), keepdim=True)  # (B, D, 1, 1)
         assert self.pooling == "topk", self.pooling
-        flat = feature.flatten(2)
+        flat = feature.flatten(2)  # (B, D, h w)
         count = max(1, math.ceil(flat.shape[2] * self.pooling_percent / 100))
-        return flat.topk(count, dim=2).values.mean(2)[:, :, None, None]
+        return flat.topk(count, dim=2).values.mean(2)[:, :, None, None]  # (B, D, 1, 1)
 
 
 @contextlib.contextmanager

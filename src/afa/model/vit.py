@@ -7,207 +7,23 @@ in two halves, `frozen` and `trainable`, so that the first can be computed once 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    DeiTConfig,
-    DeiTModel,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-    ViTConfig,
-    ViTModel,
-)
 
 from afa.errors import AfaError
-from afa.model.attention import attention_forward
+from afa.model.attention import ATTENTION_NAME, Recorder
 from afa.model.backbone import Backbone, BackboneOutput, FrozenTokens, join_attention
+from afa.model.families import TOKEN_FAMILIES, TOKEN_SIZES
 from afa.model.layers import speed_up
-from afa.model.weights import init_from_scratch, load_pretrained
-from afa.types import IMAGE_MEAN, IMAGE_STD, RawAttention
+from afa.model.weights import Architecture, build_encoder
+from afa.types import IMAGE_MEAN, IMAGE_STD
 
-TOKEN_ATTENTION: Final = "afa_tokens"
-"""Name under which `token_attention` is registered with transformers."""
-
-_RECORDER: Final = "afa_recorder"
 _MAX_GRIDS: Final = 32
 
-
-@dataclass(frozen=True)
-class TokenFamily:
-    """What the encoders of one family share, and where their parts are called what.
-
-    Attributes:
-        title: Name for people.
-        model: Class of the encoder in transformers.
-        config: Class of its configuration.
-        patch: Path of the patch embedding, a convolution.
-        positions: Path of the position embeddings.
-        blocks: Path of the list of blocks.
-        norm: Path of the final norm layer.
-        placed_tokens: Paths of the tokens before the patches that have a position embedding.
-        unplaced_tokens: Paths of the tokens before the patches that have none.
-        first_norm: Path of the norm layer before the first block; empty if there is none.
-        mean: Mean per RGB channel that the weights expect images to be normalized with.
-        std: Standard deviation, likewise.
-        antialias: Whether the family smooths its position embeddings before it shrinks them.
-        settings: Fixed fields of the configuration.
-        options: Further arguments of the model class.
-        foreign: Starts of the keys of its checkpoints that the encoder here has no place for.
-    """
-
-    title: str
-    model: Any
-    config: Any
-    patch: str
-    positions: str
-    blocks: str
-    norm: str
-    placed_tokens: tuple[str, ...] = ()
-    unplaced_tokens: tuple[str, ...] = ()
-    first_norm: str = ""
-    mean: tuple[float, float, float] = IMAGE_MEAN
-    std: tuple[float, float, float] = IMAGE_STD
-    antialias: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
-    foreign: tuple[str, ...] = ("classifier.", "pooler.", "embeddings.mask_token")
-
-
-@dataclass(frozen=True)
-class TokenSize:
-    """Size of one encoder.
-
-    Attributes:
-        family: Key in `TOKEN_FAMILIES`.
-        width: D, channels of a token.
-        depth: Number of blocks.
-        heads: Attention heads of a block.
-        patch: Side of a patch, pixels.
-        image_size: Side of the image that the position embeddings were made for, pixels.
-    """
-
-    family: str
-    width: int
-    depth: int
-    heads: int
-    patch: int
-    image_size: int
-
-
-_DINO: Final[Mapping[str, Any]] = {
-    "patch": "embeddings.patch_embeddings.projection",
-    "positions": "embeddings.position_embeddings",
-    "blocks": "encoder.layer",
-    "norm": "layernorm",
-    "placed_tokens": ("embeddings.cls_token",),
-    "foreign": ("classifier.", "embeddings.mask_token"),
-}
-_VIT: Final[Mapping[str, Any]] = {
-    "patch": "embeddings.patch_embeddings.projection",
-    "positions": "embeddings.position_embeddings",
-    "blocks": "layers",
-    "norm": "layernorm",
-    "options": {"add_pooling_layer": False},
-    "foreign": ("classifier.", "cls_classifier.", "distillation_classifier.", "pooler.", "embeddings.mask_token"),
-}
-_CONTRASTIVE: Final[Mapping[str, Any]] = {
-    "patch": "embeddings.patch_embedding",
-    "positions": "embeddings.position_embedding.weight",
-    "blocks": "encoder.layers",
-    "norm": "post_layernorm",
-    "foreign": ("text_model.", "text_projection.", "visual_projection.", "logit_", "head.", "classifier."),
-}
-
-TOKEN_FAMILIES: Final[Mapping[str, TokenFamily]] = {
-    "dinov2": TokenFamily(
-        "DINOv2", Dinov2Model, Dinov2Config, settings={"use_mask_token": False, "mlp_ratio": 4}, **_DINO
-    ),
-    "dinov2_reg": TokenFamily(
-        "DINOv2 with registers",
-        Dinov2WithRegistersModel,
-        Dinov2WithRegistersConfig,
-        unplaced_tokens=("embeddings.register_tokens",),
-        antialias=True,
-        settings={"num_register_tokens": 4, "mlp_ratio": 4},
-        **_DINO,
-    ),
-    "vit": TokenFamily(
-        "ViT",
-        ViTModel,
-        ViTConfig,
-        placed_tokens=("embeddings.cls_token",),
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        **_VIT,
-    ),
-    "deit": TokenFamily(
-        "distilled DeiT",
-        DeiTModel,
-        DeiTConfig,
-        placed_tokens=("embeddings.cls_token", "embeddings.distillation_token"),
-        **_VIT,
-    ),
-    "clip": TokenFamily(
-        "CLIP vision",
-        CLIPVisionModel,
-        CLIPVisionConfig,
-        placed_tokens=("embeddings.class_embedding",),
-        first_norm="pre_layrnorm",
-        mean=(0.48145466, 0.4578275, 0.40821073),
-        std=(0.26862954, 0.26130258, 0.27577711),
-        **_CONTRASTIVE,
-    ),
-    "siglip": TokenFamily(
-        "SigLIP vision",
-        SiglipVisionModel,
-        SiglipVisionConfig,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        settings={"vision_use_head": False},
-        **_CONTRASTIVE,
-    ),
-}
-"""The families. CLIP norms only its class token at the end; here that layer norms the patch tokens too."""
-
-TOKEN_SIZES: Final[Mapping[str, TokenSize]] = {
-    "dinov2_tiny": TokenSize("dinov2", 64, 4, 4, 8, 64),
-    "dinov2_small": TokenSize("dinov2", 384, 12, 6, 14, 518),
-    "dinov2_base": TokenSize("dinov2", 768, 12, 12, 14, 518),
-    "dinov2_large": TokenSize("dinov2", 1024, 24, 16, 14, 518),
-    "dinov2_tiny_reg": TokenSize("dinov2_reg", 64, 4, 4, 8, 64),
-    "dinov2_small_reg": TokenSize("dinov2_reg", 384, 12, 6, 14, 518),
-    "dinov2_base_reg": TokenSize("dinov2_reg", 768, 12, 12, 14, 518),
-    "dinov2_large_reg": TokenSize("dinov2_reg", 1024, 24, 16, 14, 518),
-    "vit_mini": TokenSize("vit", 64, 4, 4, 8, 64),
-    "vit_small": TokenSize("vit", 384, 12, 6, 16, 224),
-    "vit_base": TokenSize("vit", 768, 12, 12, 16, 224),
-    "vit_large": TokenSize("vit", 1024, 24, 16, 16, 224),
-    "deit_mini": TokenSize("deit", 64, 4, 4, 8, 64),
-    "deit_tiny": TokenSize("deit", 192, 12, 3, 16, 224),
-    "deit_small": TokenSize("deit", 384, 12, 6, 16, 224),
-    "deit_base": TokenSize("deit", 768, 12, 12, 16, 224),
-    "clip_mini": TokenSize("clip", 64, 4, 4, 8, 64),
-    "clip_b16": TokenSize("clip", 768, 12, 12, 16, 224),
-    "clip_b32": TokenSize("clip", 768, 12, 12, 32, 224),
-    "clip_l14": TokenSize("clip", 1024, 24, 16, 14, 224),
-    "siglip_mini": TokenSize("siglip", 64, 4, 4, 8, 64),
-    "siglip_b16": TokenSize("siglip", 768, 12, 12, 16, 224),
-}
-"""The published sizes, and small ones of ours for tests and generated data: *_mini, as ViT and DeiT have a tiny of
-their own, and dinov2_tiny, dinov2_tiny_reg."""
 
 # DINOv2 was rebuilt in the course of transformers 5; a run's weights have the newer names whatever is installed.
 _NEW_NAMES: Final[Mapping[str, str]] = {
@@ -216,19 +32,6 @@ _NEW_NAMES: Final[Mapping[str, str]] = {
     ".attention.attention.value.": ".attention.v_proj.",
     ".attention.output.dense.": ".attention.o_proj.",
 }
-
-
-class _Recorder:
-    """Where the attention modules of one backbone leave the patch tokens' queries and keys, if it is a list."""
-
-    def __init__(self, num_prefix_tokens: int) -> None:
-        self.num_prefix_tokens = num_prefix_tokens
-        self.taken: list[RawAttention] | None = None
-        self.suffices = False
-
-
-class _Enough(Exception):  # noqa: N818  (no error)
-    """Ends a block once its queries and keys are known, where nothing else of it is wanted."""
 
 
 class TokenBackbone(Backbone):
@@ -249,7 +52,7 @@ class TokenBackbone(Backbone):
             output; the others are normed per token without weights, as the scale of tokens varies over depth.
 
     Raises:
-        AfaError: The size is unknown; it has fewer blocks than asked for; weights as in `load_pretrained`.
+        AfaError: There are fewer blocks than asked for; weights as in `afa.model.weights.build_encoder`.
     """
 
     def __init__(
@@ -263,8 +66,6 @@ class TokenBackbone(Backbone):
         feature_levels: int = 4,
     ) -> None:
         super().__init__()
-        if size not in TOKEN_SIZES:
-            raise AfaError(f"model.backbone is {size!r}; use one of {', '.join(TOKEN_SIZES)}")
         shape = TOKEN_SIZES[size]
         counts = {"affinity_blocks": attention_blocks, "freeze_blocks": freeze_blocks, "feature_levels": feature_levels}
         for key, count in counts.items():
@@ -272,7 +73,8 @@ class TokenBackbone(Backbone):
                 raise AfaError(f"model.{key} is {count}, but {size} has {shape.depth} blocks; use at most that many")
         self.shape = shape
         self.family = TOKEN_FAMILIES[shape.family]
-        self.encoder = _build_encoder(size, weights, drop_path)
+        self.encoder = build_encoder(_architecture(size, drop_path), weights)
+        _prepare(self.encoder, drop_path)
         self.levels = tuple(shape.depth * (level + 1) // feature_levels for level in range(feature_levels))
         self.channels = (shape.width,) * feature_levels
         self.strides = (shape.patch,) * feature_levels
@@ -283,9 +85,8 @@ class TokenBackbone(Backbone):
         self._first_recorded = shape.depth - attention_blocks
         tokens = [self._part(path) for path in (*self.family.placed_tokens, *self.family.unplaced_tokens)]
         self._num_prefix_tokens = sum(token.numel() // shape.width for token in tokens)
-        self._recorder = _Recorder(self._num_prefix_tokens)
-        for block in self._blocks[self._first_recorded :]:
-            setattr(_attention_of(block), _RECORDER, self._recorder)
+        recorded = [_attention_of(block) for block in self._blocks[self._first_recorded :]]
+        self._recorder = Recorder(recorded, self._num_prefix_tokens)
         self._positions: dict[tuple[int, int], Tensor] = {}
         self._positions_of: tuple[int, int] = (0, 0)
         # From ImageNet's normalization to the family's: image * scale + shift.
@@ -342,16 +143,14 @@ class TokenBackbone(Backbone):
         dtype = self._part(self.family.positions).dtype
         hidden = frozen.tokens.to(dtype)
         features = [feature.to(dtype) for feature in frozen.features]
-        with self._record(attention) as taken:
+        with self._recorder.listen(attention) as taken:
             if attention and frozen.attention_tokens is not None:
                 with torch.no_grad():
                     again = frozen.attention_tokens.to(dtype)
                     for index in range(self._first_recorded, self.freeze_blocks - 1):
                         again = self._run_block(index, again)
-                    self._recorder.suffices = True
-                    with contextlib.suppress(_Enough):
+                    with self._recorder.stop_after_next():
                         self._run_block(self.freeze_blocks - 1, again)
-                    self._recorder.suffices = False
             if self.freeze_blocks in self.levels:
                 features.append(self._feature(self.freeze_blocks, hidden, frozen.grid))
             for index in range(self.freeze_blocks, self.shape.depth):
@@ -380,17 +179,18 @@ class TokenBackbone(Backbone):
         size = (grid[0] * self.shape.patch, grid[1] * self.shape.patch)
         # An exported program must hold for every size, so that it always resizes, be it to the same size.
         if torch.compiler.is_compiling() or image.shape[2:] != size:
-            image = nn.functional.interpolate(image, size=size, mode="bilinear", align_corners=False)
+            image = nn.functional.interpolate(image, size=size, mode="bilinear", align_corners=False)  # (B, 3, H', W')
         if self.family.mean != IMAGE_MEAN:
             image = image * self.image_scale + self.image_shift
         width, family = self.shape.width, self.family
-        patches = self._part(family.patch)(image).flatten(2).transpose(1, 2) + self._patch_positions(grid)
+        patches = self._part(family.patch)(image).flatten(2).transpose(1, 2) + self._patch_positions(grid)  # (B, hw, D)
         prefix = [self._part(path).view(1, -1, width) for path in family.placed_tokens]
         if prefix:
-            placed = torch.cat(prefix, dim=1)
+            placed = torch.cat(prefix, dim=1)  # (1, placed, D)
             prefix = [placed + self._part(family.positions).view(1, -1, width)[:, : placed.shape[1]]]
         prefix += [self._part(path).view(1, -1, width) for path in family.unplaced_tokens]
-        hidden = torch.cat([*(token.expand(image.shape[0], -1, -1) for token in prefix), patches], dim=1)
+        tokens = [token.expand(image.shape[0], -1, -1) for token in prefix]
+        hidden = torch.cat([*tokens, patches], dim=1)  # (B, p + hw, D)
         if family.first_norm:
             hidden = self._part(family.first_norm)(hidden)
         return hidden
@@ -412,7 +212,7 @@ class TokenBackbone(Backbone):
 
     def _interpolate_positions(self, weights: Tensor, grid: tuple[int, int]) -> Tensor:
         side = self.shape.image_size // self.shape.patch
-        table = weights.view(1, -1, self.shape.width)[:, -side * side :]
+        table = weights.view(1, -1, self.shape.width)[:, -side * side :]  # (1, side^2, D)
         if not torch.compiler.is_compiling() and grid == (side, side):
             return table
         resized = nn.functional.interpolate(
@@ -421,8 +221,8 @@ class TokenBackbone(Backbone):
             mode="bicubic",
             align_corners=False,
             antialias=self.family.antialias,
-        )
-        return resized.flatten(2).transpose(1, 2)
+        )  # (1, D, h, w)
+        return resized.flatten(2).transpose(1, 2)  # (1, hw, D)
 
     def _run_block(self, index: int, hidden: Tensor) -> Tensor:
         # CLIP and SigLIP demand an attention mask, some versions of DINOv2 take none.
@@ -432,98 +232,48 @@ class TokenBackbone(Backbone):
 
     def _feature(self, level: int, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, D, h, w) feature map of the tokens after `level` blocks."""
-        patches = hidden[:, self._num_prefix_tokens :]
+        patches = hidden[:, self._num_prefix_tokens :]  # (B, hw, D)
         if level == self.shape.depth:
             patches = self._part(self.family.norm)(patches)
         else:
             patches = nn.functional.layer_norm(patches, (self.shape.width,))
-        return patches.transpose(1, 2).reshape(patches.shape[0], self.shape.width, *grid)
-
-    @contextlib.contextmanager
-    def _record(self, attention: bool) -> Iterator[list[RawAttention]]:
-        """A list that receives Q K^T of the last blocks as they run, if asked for."""
-        taken: list[RawAttention] = []
-        self._recorder.taken = taken if attention else None
-        try:
-            yield taken
-        finally:
-            self._recorder.taken = None
-            self._recorder.suffices = False
+        return patches.transpose(1, 2).reshape(patches.shape[0], self.shape.width, *grid)  # (B, D, h, w)
 
 
-def token_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    **settings: Any,
-) -> tuple[Tensor, None]:
-    """Fused attention that leaves Q K^T of the patch tokens with the module's recorder, if it has one that listens.
-
-    Not every encoder hands keywords down to its attention function, so that the sink of `attention_forward` would not
-    arrive; and class and register tokens are left out before the product, not after it.
-
-    Args:
-        module: Attention module that calls.
-        query: (B, heads, N, d).
-        key: (B, heads, N, d).
-        value: (B, heads, N, d).
-        attention_mask: Additive mask, or None.
-        settings: As for `attention_forward`.
-
-    Returns:
-        (B, N, heads, d) and None, as transformers expects.
-    """
-    recorder: _Recorder | None = getattr(module, _RECORDER, None)
-    if recorder is not None and recorder.taken is not None:
-        first = recorder.num_prefix_tokens
-        recorder.taken.append(RawAttention(query[:, :, first:], key[:, :, first:]))
-        if recorder.suffices:
-            raise _Enough
-    return attention_forward(module, query, key, value, attention_mask, **settings)
-
-
-def _build_encoder(name: str, weights: str, drop_path: float) -> Any:
+def _architecture(name: str, drop_path: float) -> Architecture:
     size = TOKEN_SIZES[name]
     family = TOKEN_FAMILIES[size.family]
-    settings = dict(family.settings)
-    if family.model in (Dinov2Model, Dinov2WithRegistersModel):
-        settings["drop_path_rate"] = drop_path
-    else:
-        settings["intermediate_size"] = 4 * size.width
+    is_dino = "mlp_ratio" in family.settings
     config = family.config(
         hidden_size=size.width,
         num_hidden_layers=size.depth,
         num_attention_heads=size.heads,
         patch_size=size.patch,
         image_size=size.image_size,
-        **settings,
+        **({"drop_path_rate": drop_path} if is_dino else {"intermediate_size": 4 * size.width}),
+        **family.settings,
     )
-    config._attn_implementation = TOKEN_ATTENTION
-    if weights:
-        encoder = load_pretrained(
-            family.model,
-            config,
-            weights,
-            architecture=name,
-            family=family.title,
-            wanted=f"{family.title} encoder",
-            sizes=("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size"),
-            foreign=family.foreign,
-            options=family.options,
-        )
-    else:
-        encoder = family.model(config, **family.options)
-        init_from_scratch(encoder)
+    config._attn_implementation = ATTENTION_NAME
+    return Architecture(
+        name,
+        family.title,
+        family.model,
+        config,
+        sizes=("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size"),
+        options=family.options,
+    )
+
+
+def _prepare(encoder: Any, drop_path: float) -> None:
+    """Make an encoder of transformers ready to learn here."""
     if getattr(encoder.embeddings, "mask_token", None) is not None:
         # Only its pretraining needs it; here it would be a parameter without a gradient.
         encoder.embeddings.mask_token = None
     speed_up(encoder)
-    if "drop_path_rate" in settings and drop_path > 0:
-        for index, block in enumerate(encoder.encoder.layer):
-            block.drop_path.drop_prob = drop_path * index / max(1, size.depth - 1)
-    return encoder
+    if hasattr(encoder.config, "drop_path_rate") and drop_path > 0:
+        blocks = encoder.encoder.layer
+        for index, block in enumerate(blocks):
+            block.drop_path.drop_prob = drop_path * index / max(1, len(blocks) - 1)
 
 
 def _attention_of(block: nn.Module) -> nn.Module:
@@ -544,6 +294,3 @@ def _rename_saved(module: nn.Module, state: dict[str, Any], prefix: str, _: Any)
 
 def _rename_loaded(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     _rename(state, {new: old for old, new in _NEW_NAMES.items()}, prefix)
-
-
-AttentionInterface.register(TOKEN_ATTENTION, token_attention)

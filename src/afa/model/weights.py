@@ -1,102 +1,70 @@
-"""Where an encoder's weights come from: a transformers folder, a hub id, or fan-in scaled random numbers.
+"""Where an encoder's weights come from: a transformers folder, a hub id, an original file, or scaled random numbers.
 
 Checks weights against the architecture that they are meant for; every mismatch is one line for the user.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
-from huggingface_hub.utils import logging as hub_logging
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from torch import Tensor, nn
+from transformers import PretrainedConfig
 
-from afa.errors import AfaError
+from afa.errors import AfaError, first_line, quiet
+
+_FOREIGN: Final = (
+    *("classifier.", "cls_classifier.", "distillation_classifier.", "decode_head.", "head."),
+    *("pooler.", "embeddings.mask_token", "text_model.", "text_projection.", "visual_projection.", "logit_"),
+)
+"""Starts of the keys of published checkpoints that an encoder has no place for: heads, text encoders."""
 
 
-def load_pretrained(
-    model_class: type[PreTrainedModel],
-    config: PretrainedConfig,
-    weights: str,
-    *,
-    architecture: str,
-    family: str,
-    wanted: str,
-    sizes: Sequence[str],
-    foreign: tuple[str, ...],
-    accepted: str = "a folder or a hub id",
-    options: Mapping[str, Any] | None = None,
-) -> Any:
-    """Load an encoder in float32 whose architecture is known beforehand.
+@dataclass(frozen=True)
+class Architecture:
+    """An encoder that is known before its weights are.
+
+    Attributes:
+        name: As in `model.backbone`, for messages.
+        family: Name of its family, for messages.
+        model: Class of the encoder in transformers.
+        config: Its configuration.
+        sizes: Fields of the configuration in which weights must agree; whatever else theirs says is overruled.
+        options: Further arguments of the class.
+        convert: Renames the keys of an original `.pth` file to those of the class; None where there are no such files.
+    """
+
+    name: str
+    family: str
+    model: Any
+    config: PretrainedConfig
+    sizes: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+
+
+def build_encoder(architecture: Architecture, weights: str) -> Any:
+    """Build an encoder in float32.
 
     Args:
-        model_class: Class of the encoder in transformers.
-        config: The architecture; whatever the weights' own configuration says beyond `sizes` is overruled.
-        weights: Local folder in transformers' layout, or hub id; an encoder alone, or a model that holds one.
-        architecture: Name of the architecture, for messages.
-        family: Name of the family of encoders, for messages.
-        wanted: What the user should pass, for messages.
-        sizes: Fields of the configuration that must agree.
-        foreign: Starts of the keys that an encoder has no place for, such as those of a classification head.
-        accepted: Which kinds of weights the caller takes, for messages.
-        options: Further arguments of the class.
+        architecture: What to build.
+        weights: Local folder in transformers' layout, or hub id, of an encoder alone or of a model that holds one; an
+            original `.pth` file where the architecture has such; empty for random weights.
 
     Raises:
         AfaError: No such folder; no configuration in it; a model of another type or size; a key that is missing,
             unmatched or of another shape; files that cannot be read; a hub that cannot be reached.
     """
-    folder = Path(weights)
-    if not folder.is_dir() and (weights.count("/") != 1 or weights.startswith((".", "/", "~"))):
-        raise AfaError(f"{weights}: no such weights folder; pass {accepted} as model.weights")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise AfaError(f"{weights}: has no config.json; model.weights needs a transformers model folder")
-    try:
-        with _silence():
-            stored, _ = type(config).get_config_dict(weights)
-            _check_config(config, stored, weights, architecture=architecture, wanted=wanted, sizes=sizes)
-            # Mismatched shapes are let through here so that the message below can name the key.
-            loaded: Any = model_class.from_pretrained(
-                weights,
-                config=config,
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **(options or {}),
-            )
-    except AfaError:
-        raise
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if "Weights only load failed" in reason:  # the rest of that message invites to load it regardless
-            raise AfaError(
-                f"{weights}: its weights are a pickle that holds more than tensors, and could run any program; pass "
-                "weights as model.safetensors"
-            ) from None
-        if folder.is_dir():
-            raise AfaError(f"{weights}: cannot be loaded as {family} encoder weights ({reason})") from None
-        raise AfaError(
-            f"{weights}: cannot be fetched from the Hugging Face hub ({reason}); "
-            "download it elsewhere and pass its folder as model.weights"
-        ) from None
-    encoder, info = loaded
-    unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(foreign))
-    missing = sorted(info["missing_keys"])
-    if missing or unexpected:
-        odd = missing or unexpected
-        what = "lacks" if missing else "has unmatched"
-        raise AfaError(f"{weights}: {what} key {odd[0]!r} ({len(odd)} in all); check model.backbone")
-    if info["mismatched_keys"]:
-        key, found, needed = min(info["mismatched_keys"])
-        raise AfaError(
-            f"{weights}: {key!r} has shape {tuple(found)}, the backbone needs {tuple(needed)}; check model.backbone"
-        )
+    if architecture.convert and weights.endswith((".pth", ".pt")):
+        return _load_original(architecture, Path(weights))
+    if weights:
+        return _load_folder(architecture, weights)
+    encoder = architecture.model(architecture.config, **architecture.options)
+    init_from_scratch(encoder)
     return encoder
 
 
@@ -117,41 +85,105 @@ def init_from_scratch(encoder: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def _check_config(
-    config: PretrainedConfig,
-    stored: Mapping[str, Any],
-    weights: str,
-    *,
-    architecture: str,
-    wanted: str,
-    sizes: Sequence[str],
-) -> None:
+def _load_folder(architecture: Architecture, weights: str) -> Any:
+    """Load from a folder or the hub, through transformers."""
+    is_folder = Path(weights).is_dir()
+    if not is_folder and (weights.count("/") != 1 or weights.startswith((".", "/", "~"))):
+        accepted = "a folder, a hub id or a .pth" if architecture.convert else "a folder or a hub id"
+        raise AfaError(f"{weights}: no such weights folder; pass {accepted} as model.weights")
+    if is_folder and not (Path(weights) / "config.json").is_file():
+        raise AfaError(f"{weights}: has no config.json; model.weights needs a transformers model folder")
+    try:
+        with quiet("transformers", "huggingface_hub"):
+            stored, _ = type(architecture.config).get_config_dict(weights)
+            _check_config(architecture, stored, weights)
+            # Mismatched shapes are let through here so that `_check_keys` can name the key.
+            encoder, info = architecture.model.from_pretrained(
+                weights,
+                config=architecture.config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **architecture.options,
+            )
+    except AfaError:
+        raise
+    except Exception as error:
+        reason = first_line(error)
+        if "Weights only load failed" in reason:  # the rest of that message invites to load it regardless
+            raise AfaError(
+                f"{weights}: its weights are a pickle that holds more than tensors, and could run any program; pass "
+                "weights as model.safetensors"
+            ) from None
+        if is_folder:
+            raise AfaError(f"{weights}: cannot be loaded as {architecture.family} encoder weights ({reason})") from None
+        raise AfaError(
+            f"{weights}: cannot be fetched from the Hugging Face hub ({reason}); "
+            "download it elsewhere and pass its folder as model.weights"
+        ) from None
+    unexpected = [key for key in info["unexpected_keys"] if not key.startswith(_FOREIGN)]
+    _check_keys(weights, info["missing_keys"], unexpected, info["mismatched_keys"])
+    return encoder
+
+
+def _load_original(architecture: Architecture, path: Path) -> Any:
+    """Load from a file of the architecture's authors."""
+    encoder = architecture.model(architecture.config, **architecture.options)
+    try:
+        with quiet():  # of warnings about pickles that it refuses anyway
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise AfaError(f"{path}: no such weights file; check model.weights") from None
+    except Exception:
+        raise AfaError(
+            f"{path}: not a plain PyTorch weights file (broken, or it holds more than tensors); check model.weights"
+        ) from None
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise AfaError(f"{path}: holds no state dictionary; expected an original {architecture.name}.pth")
+    assert architecture.convert is not None
+    try:
+        state = architecture.convert(state)
+    except AfaError as error:
+        raise AfaError(f"{path}: {error}") from None
+    expected = encoder.state_dict()
+    mismatched = [
+        (key, tensor.shape, expected[key].shape)
+        for key, tensor in state.items()
+        if key in expected and tensor.shape != expected[key].shape
+    ]
+    _check_keys(path, expected.keys() - state.keys(), state.keys() - expected.keys(), mismatched)
+    encoder.load_state_dict(state)
+    return encoder
+
+
+def _check_config(architecture: Architecture, stored: Mapping[str, Any], weights: str) -> None:
     """Compare type and sizes; an image-text model such as CLIP describes its image encoder in a part of its own."""
-    found = stored.get("model_type")
+    config, found = architecture.config, stored.get("model_type")
     if found not in (config.model_type, config.model_type.removesuffix("_vision_model")):
-        raise AfaError(f"{weights}: holds a {found!r} model; model.weights needs a {wanted}")
+        raise AfaError(f"{weights}: holds a {found!r} model; model.weights needs a {architecture.family} encoder")
     vision: Any = stored if found == config.model_type else stored.get("vision_config") or {}
     described = type(config).from_dict(vision)
-    for name in sizes:
+    for name in architecture.sizes:
         if getattr(described, name) != getattr(config, name):
             raise AfaError(
-                f"{weights}: {name} is {getattr(described, name)}, but {architecture} has {getattr(config, name)}; "
-                "set model.backbone to the architecture of the weights"
+                f"{weights}: {name} is {getattr(described, name)}, but {architecture.name} has "
+                f"{getattr(config, name)}; set model.backbone to the architecture of the weights"
             )
 
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep the loading libraries from printing anything but errors, which become ours."""
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    loggers = (transformers_logging, hub_logging)
-    verbosities = [logger.get_verbosity() for logger in loggers]
-    for logger in loggers:
-        logger.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            yield
-    finally:
-        for logger, verbosity in zip(loggers, verbosities, strict=True):
-            logger.set_verbosity(verbosity)
+def _check_keys(
+    origin: str | Path,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    mismatched: Iterable[tuple[str, Iterable[int], Iterable[int]]],
+) -> None:
+    """Refuse weights whose keys, or the shapes found and needed under them, are not the encoder's."""
+    for what, keys in (("lacks", sorted(missing)), ("has unmatched", sorted(unexpected))):
+        if keys:
+            raise AfaError(f"{origin}: {what} key {keys[0]!r} ({len(keys)} in all); check model.backbone")
+    for key, found, needed in sorted(mismatched):
+        raise AfaError(
+            f"{origin}: {key!r} has shape {tuple(found)}, the backbone needs {tuple(needed)}; check model.backbone"
+        )

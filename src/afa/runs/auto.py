@@ -18,7 +18,7 @@ from afa.data.layout import Layout
 from afa.errors import AfaError
 from afa.model.registry import BACKBONES, BackboneSpec
 from afa.model.mit import MitSize
-from afa.model.vit import TOKEN_FAMILIES
+from afa.model.families import TOKEN_FAMILIES
 from afa.runtime import resolve_precision
 
 BACKBONE: Final = "dinov2_small_reg"

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from afa.errors import AfaError
+from afa.errors import AfaError, first_line
 from afa.runs.build import load_weights
 
 KEPT_CHECKPOINTS = 2
@@ -56,7 +56,7 @@ def save_checkpoint(run: Path, *, step: int, network: nn.Module, state: Mapping[
         good = latest_checkpoint(run)
         kept = f"the last good one is {good.name}" if good else "there is none yet"
         raise AfaError(
-            f"{final}: cannot write the checkpoint ({_reason(error)}); {kept}; free space, then --resume"
+            f"{final}: cannot write the checkpoint ({first_line(error)}); {kept}; free space, then --resume"
         ) from None
     for old in (*sorted(folder.glob("step_*"))[:-KEPT_CHECKPOINTS], *folder.glob(".partial_*")):
         shutil.rmtree(old, ignore_errors=True)
@@ -85,7 +85,7 @@ def load_checkpoint(folder: Path, network: nn.Module) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise AfaError(
-            f"{path}: broken training state ({_reason(error)}); delete {folder.name} to resume from the one before"
+            f"{path}: broken training state ({first_line(error)}); delete {folder.name} to resume from the one before"
         ) from None
     if not isinstance(state, dict) or "step" not in state:
         raise AfaError(f"{path}: not a training state of afa; delete {folder.name} to resume from the one before")
@@ -109,7 +109,7 @@ def save_weights(path: Path, network: nn.Module) -> None:
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        raise AfaError(f"{path}: cannot write the weights ({_reason(error)}); free space, then --resume") from None
+        raise AfaError(f"{path}: cannot write the weights ({first_line(error)}); free space, then --resume") from None
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -133,7 +133,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from afa.model.affinity_head import AffinityHead
+from afa.model.heads import AffinityHead
 from afa.types import RawAttention
 
 NUM_MAPS, TOKENS, DEPTH = 16, 12, 5
