@@ -1,14 +1,50 @@
-"""A small encoder of transformers, and its faster copy."""
+"""Encoders for tests: one of each kind with random weights, transformers' own of these weights, and a faster copy."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import SegformerConfig, SegformerModel
 
 from afa.model.layers import speed_up
+from afa.model.registry import build_backbone
+
+SMALL = ("dinov2_tiny", "dinov2_tiny_reg", "vit_mini", "deit_mini", "clip_mini", "siglip_mini")
+"""One plain vision transformer of each family."""
+
+ONE_OF_EACH_KIND = ("mit_tiny", *SMALL)
+
+
+def random_image(size: tuple[int, int], *, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def random_backbone(name: str, **settings: Any) -> Any:
+    """The same weights for every setting, each parameter off its initial value; in evaluation mode."""
+    torch.manual_seed(0)
+    backbone = build_backbone(name, **settings)
+    state = backbone.state_dict()
+    generator = torch.Generator().manual_seed(0)
+    for key in sorted(state):
+        state[key] = state[key] + 0.1 * torch.randn(state[key].shape, generator=generator)
+    backbone.load_state_dict(state)
+    return backbone.eval()
+
+
+def load_eager(backbone: Any) -> Any:
+    """transformers' own model with the weights of a backbone and its own attention."""
+    encoder = backbone.encoder
+    config = copy.deepcopy(encoder.config)
+    config._attn_implementation = "eager"
+    family = getattr(backbone, "family", None)
+    eager = SegformerModel(config) if family is None else family.model(config, **family.options)
+    missing, unexpected = eager.load_state_dict(encoder.state_dict(), strict=False)
+    assert set(missing) <= {"embeddings.mask_token"}
+    assert unexpected == []
+    return eager.eval()
 
 
 def plain_encoder() -> SegformerModel:

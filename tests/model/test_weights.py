@@ -1,6 +1,6 @@
-"""Loading weights of plain vision transformers: every layout they come in, every line for a user's mistake.
+"""Loading weights: every layout they come in, every line for a user's mistake.
 
-tests/model/test_mit.py does the same for MiT.
+tests/model/test_mit.py has the original files of MiT.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from transformers import (
     Dinov2ForImageClassification,
     Dinov2WithRegistersForImageClassification,
     PreTrainedModel,
+    SegformerForImageClassification,
+    SegformerForSemanticSegmentation,
+    SegformerModel,
     SiglipConfig,
     SiglipForImageClassification,
     SiglipModel,
@@ -32,26 +35,18 @@ from transformers import (
     ViTModel,
 )
 
-from afa.errors import AfaError
-from afa.model.families import TOKEN_FAMILIES
-from afa.model.registry import BACKBONES, build_backbone
-from afa.model.vit import TokenBackbone
+from afa.model.backbone import Backbone
+from afa.model.registry import build_backbone
 from afa.model.weights import init_from_scratch
+from encoders import ONE_OF_EACH_KIND, random_backbone
 from mistakes import refused
 
-SMALL = ("dinov2_tiny", "dinov2_tiny_reg", "vit_mini", "deit_mini", "clip_mini", "siglip_mini")
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 TEXT |= {"vocab_size": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 
-def reference(size: str) -> TokenBackbone:
-    """Weights to be saved; CLIP's and SigLIP's own initialization would do as well."""
-    torch.manual_seed(0)
-    return TokenBackbone(size).eval()
-
-
 def plain_config(size: str) -> Any:
-    config = reference(size).encoder.config
+    config = random_backbone(size).encoder.config
     config._attn_implementation = "eager"
     return config
 
@@ -65,14 +60,15 @@ def fill(model: PreTrainedModel, encoder: nn.Module, part: str = "") -> PreTrain
     return model
 
 
-def save_encoder(size: str, folder: Path) -> TokenBackbone:
-    backbone = reference(size)
-    family = TOKEN_FAMILIES[BACKBONES[size].kind]
-    fill(family.model(plain_config(size)), backbone.encoder).save_pretrained(folder)
-    return backbone
+def save_encoder(size: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
+    """Save an encoder with what transformers adds by default: a pooler, a pooling head, a mask token."""
+    backbone = random_backbone(size).to(dtype)
+    model = type(backbone.encoder)(plain_config(size)).to(dtype)
+    fill(model, backbone.encoder).save_pretrained(folder)
+    return backbone.float()
 
 
-def assert_same(size: str, folder: Path, expected: TokenBackbone) -> None:
+def assert_same(size: str, folder: Path, expected: Backbone) -> None:
     loaded = build_backbone(size, str(folder)).state_dict()
     wanted = expected.state_dict()
     assert loaded.keys() == wanted.keys()
@@ -89,17 +85,22 @@ def assert_message(size: str, weights: object, *parts: str) -> None:
 # --- Layouts -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", SMALL)
-def test_folder_of_an_encoder(size: str, tmp_path: Path) -> None:
-    # With what transformers adds by default: a pooler, a pooling head, a mask token.
-    assert_same(size, tmp_path, save_encoder(size, tmp_path))
+@pytest.mark.parametrize("size", ONE_OF_EACH_KIND)
+def test_folder_of_an_encoder_is_loaded_in_silence(
+    size: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    backbone = save_encoder(size, tmp_path)
+    capfd.readouterr()
+    build_backbone(size, str(tmp_path))
+    assert capfd.readouterr() == ("", "")
+    assert_same(size, tmp_path, backbone)
 
 
 def test_folder_without_a_pooler_or_head(tmp_path: Path) -> None:
-    backbone = reference("vit_mini")
+    backbone = random_backbone("vit_mini")
     fill(ViTModel(plain_config("vit_mini"), add_pooling_layer=False), backbone.encoder).save_pretrained(tmp_path / "v")
     assert_same("vit_mini", tmp_path / "v", backbone)
-    backbone = reference("siglip_mini")
+    backbone = random_backbone("siglip_mini")
     fill(SiglipVisionModel(backbone.encoder.config), backbone.encoder).save_pretrained(tmp_path / "s")
     assert_same("siglip_mini", tmp_path / "s", backbone)
 
@@ -111,12 +112,18 @@ def test_folder_without_a_pooler_or_head(tmp_path: Path) -> None:
         ("dinov2_tiny_reg", Dinov2WithRegistersForImageClassification, "dinov2_with_registers"),
         ("vit_mini", ViTForImageClassification, "vit"),
         ("deit_mini", DeiTForImageClassificationWithTeacher, "deit"),
+        ("mit_tiny", SegformerForImageClassification, "segformer"),
+        ("mit_tiny", SegformerForSemanticSegmentation, "segformer"),
     ],
 )
-def test_folder_of_a_classifier(size: str, model: Any, part: str, tmp_path: Path) -> None:
-    backbone = reference(size)
+def test_folder_of_a_model_with_a_head(
+    size: str, model: Any, part: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    backbone = random_backbone(size)
     fill(model(plain_config(size)), backbone.encoder, part).save_pretrained(tmp_path)
+    capfd.readouterr()
     assert_same(size, tmp_path, backbone)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +136,7 @@ def test_folder_of_a_classifier(size: str, model: Any, part: str, tmp_path: Path
     ],
 )
 def test_folder_of_an_image_text_model(size: str, model: Any, config: Any, tmp_path: Path) -> None:
-    backbone = reference(size)
+    backbone = random_backbone(size)
     vision = {key: value for key, value in backbone.encoder.config.to_dict().items() if value is not None}
     full = model(config(text_config=TEXT, vision_config=vision))
     fill(full, backbone.encoder, "vision_model").save_pretrained(tmp_path)
@@ -137,18 +144,17 @@ def test_folder_of_an_image_text_model(size: str, model: Any, config: Any, tmp_p
     assert_same(size, tmp_path, backbone)
 
 
-def test_half_precision_is_loaded_as_float32(tmp_path: Path) -> None:
-    backbone = reference("dinov2_tiny").half()
-    fill(TOKEN_FAMILIES["dinov2"].model(plain_config("dinov2_tiny")).half(), backbone.encoder).save_pretrained(tmp_path)
-    assert_same("dinov2_tiny", tmp_path, backbone.float())
+@pytest.mark.parametrize("size", ["mit_tiny", "dinov2_tiny"])
+def test_half_precision_is_loaded_as_float32(size: str, tmp_path: Path) -> None:
+    assert_same(size, tmp_path, save_encoder(size, tmp_path, dtype=torch.float16))
 
 
-@pytest.mark.parametrize("size", SMALL)
-def test_loading_is_silent(size: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    save_encoder(size, tmp_path)
-    capfd.readouterr()
-    build_backbone(size, str(tmp_path))
-    assert capfd.readouterr() == ("", "")
+def test_the_stride_of_a_folder_is_overruled(tmp_path: Path) -> None:
+    config = plain_config("mit_tiny")
+    config.strides = [4, 2, 2, 2]
+    SegformerModel(config).save_pretrained(tmp_path)
+    features = build_backbone("mit_tiny", str(tmp_path))(torch.zeros(2, 3, 64, 96)).features
+    assert features[3].shape[2:] == (4, 6)
 
 
 # --- Mistakes ------------------------------------------------------------------------------------------------------
@@ -175,6 +181,20 @@ def test_another_size_is_named(field: str, found: int, needed: int, tmp_path: Pa
     assert_message("clip_b16", tmp_path, f"{field} is {found}, but clip_b16 has {needed}; set model.backbone")
 
 
+@pytest.mark.parametrize(
+    ("stored", "asked", "said"),
+    [
+        ("mit_tiny", "mit_b0", "hidden_sizes is [16, 32, 64, 128], but mit_b0 has [32, 64, 160, 256]"),
+        ("mit_b1", "mit_b2", "depths is [2, 2, 2, 2], but mit_b2 has [3, 4, 6, 3]"),
+    ],
+)
+def test_another_size_of_mit_is_named(stored: str, asked: str, said: str, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        encoder: Any = build_backbone(stored).encoder
+    encoder.config.save_pretrained(tmp_path)
+    assert_message(asked, tmp_path, f"{said}; set model.backbone")
+
+
 def test_sizes_of_an_image_text_model_are_those_of_its_image_encoder(tmp_path: Path) -> None:
     config: dict[str, Any] = {"model_type": "clip", "text_config": {"hidden_size": 768}}
     config |= {"vision_config": {"hidden_size": 1024, "num_attention_heads": 16}}
@@ -188,40 +208,57 @@ def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_keys_that_do_not_match_are_named(tmp_path: Path) -> None:
-    save_encoder("dinov2_tiny", tmp_path)
+@pytest.mark.parametrize(
+    ("size", "stored", "key"),
+    [
+        ("dinov2_tiny", "layernorm.bias", "layernorm.bias"),
+        ("mit_tiny", "encoder.layer_norm.2.bias", "stages.2.layer_norm.bias"),
+    ],
+)
+def test_keys_that_do_not_match_are_named(size: str, stored: str, key: str, tmp_path: Path) -> None:
+    save_encoder(size, tmp_path)
     edit_weights(tmp_path, lambda state: state.update(odd=torch.zeros(1)))
-    assert_message("dinov2_tiny", tmp_path, "unmatched key 'odd' (1 in all); check model.backbone")
-    edit_weights(tmp_path, lambda state: (state.pop("odd"), state.update({"layernorm.bias": torch.zeros(5)})))
-    assert_message("dinov2_tiny", tmp_path, "'layernorm.bias' has shape (5,)", "(64,); check model.backbone")
-    edit_weights(tmp_path, lambda state: state.pop("layernorm.bias"))
-    assert_message("dinov2_tiny", tmp_path, "lacks key 'layernorm.bias' (1 in all); check model.backbone")
+    assert_message(size, tmp_path, "unmatched key 'odd' (1 in all); check model.backbone")
+    edit_weights(tmp_path, lambda state: (state.pop("odd"), state.update({stored: torch.zeros(5)})))
+    assert_message(size, tmp_path, f"{key!r} has shape (5,)", "(64,); check model.backbone")
+    edit_weights(tmp_path, lambda state: state.pop(stored))
+    assert_message(size, tmp_path, f"lacks key {key!r} (1 in all); check model.backbone")
 
 
-def test_broken_weights(tmp_path: Path) -> None:
-    save_encoder("vit_mini", tmp_path)
+@pytest.mark.parametrize(("size", "family"), [("vit_mini", "ViT"), ("mit_tiny", "SegFormer (MiT)")])
+def test_a_folder_that_cannot_be_read(size: str, family: str, tmp_path: Path) -> None:
+    assert_message(size, tmp_path, "no config.json", "model.weights")
+    save_encoder(size, tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"garbage")
-    with pytest.raises(AfaError, match=r"^\S+: .*ViT .*weights \(.+\)$"):
-        build_backbone("vit_mini", str(tmp_path))
+    assert_message(size, tmp_path, f"{family} encoder weights (")
 
 
-def test_folder_without_config(tmp_path: Path) -> None:
-    assert_message("vit_mini", tmp_path, "no config.json", "model.weights")
-
-
-@pytest.mark.parametrize("weights", ["weights", "./missing/folder", "mit_b1.pth"])
-def test_missing_folder(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("size", "weights"),
+    [
+        *(("mit_b0", weights) for weights in ("weights", "./missing/folder", "~/weights", "a/b/c", "/nowhere/weights")),
+        *(("vit_mini", weights) for weights in ("weights", "mit_b1.pth")),
+    ],
+)
+def test_missing_folder(size: str, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert_message("vit_mini", weights, "no such weights folder", "hub id", "model.weights")
+    accepted = "a hub id or a .pth" if size == "mit_b0" else "a folder or a hub id"
+    assert_message(size, weights, "no such weights folder", accepted, "model.weights")
 
 
-def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("no network in tests")
+@pytest.mark.parametrize("size", ["mit_b0", "dinov2_small"])
+def test_unreachable_hub(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: list[Any] = []
+
+    def refuse(*address: Any, **_: Any) -> None:
+        attempts.append(address)
+        raise OSError("no network in tests")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert_message("dinov2_small", "nobody/no-such-model", "cannot be fetched", "(", "); download", "model.weights")
+    assert_message(size, "nobody/no-such-model", "cannot be fetched", "(", "); download", "model.weights")
+    assert attempts == []
 
 
 # --- Random weights ------------------------------------------------------------------------------------------------
