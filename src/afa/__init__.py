@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from afa.config import Config, load_config
     from afa.errors import AfaError
     from afa.inference.predictor import Prediction, Predictor
+    from afa.model.network import Network
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AfaError",
     "Config",
+    "Network",
     "Prediction",
     "Predictor",
     "__version__",
@@ -33,6 +35,7 @@ __all__ = [
 _HOMES = {
     "AfaError": "afa.errors",
     "Config": "afa.config",
+    "Network": "afa.model.network",
     "Prediction": "afa.inference.predictor",
     "Predictor": "afa.inference.predictor",
     "check_data": "afa.api",

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import Tensor
 
 from afa.kernels import dispatch as kernels
-from afa.kernels.dispatch import fused
+from afa.kernels.dispatch import fused, fused_by
 from interpreted import interpret
 
 CUDA = torch.device("cuda")
@@ -56,6 +62,39 @@ def test_the_kernel_runs_in_the_interpreter() -> None:
         "; assert out.item() == 1"
     )
     interpret(command, __file__)
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor, int], Tensor]:
+    """A reference that adds, and a fused function that subtracts, of vectors alone."""
+
+    @fused_by("pair_triton", when=lambda tokens, amount: tokens.dim() == 1)
+    def shift(tokens: Tensor, amount: int) -> Tensor:
+        return tokens + amount
+
+    module = SimpleNamespace(shift=lambda tokens, amount: tokens - amount)
+    monkeypatch.setitem(sys.modules, "afa.kernels.pair_triton", module)  # type: ignore[arg-type]
+    return shift
+
+
+@pytest.mark.parametrize(
+    ("where", "fits", "compiling", "expected"),
+    [(True, True, False, -1), (False, True, False, 1), (True, False, False, 1), (True, True, True, 1)],
+)
+def test_the_fused_function_serves_where_kernels_run_and_take_the_arguments(
+    pair: Callable[..., Tensor],
+    where: bool,
+    fits: bool,
+    compiling: bool,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "fused", lambda device: where)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    tokens = torch.zeros(3) if fits else torch.zeros(3, 1)
+    for found in (pair(tokens, 1), pair(tokens=tokens, amount=1)):
+        assert found.unique().tolist() == [expected]
+    assert inspect.unwrap(pair)(tokens, 1).unique().tolist() == [1]
 
 
 @pytest.mark.gpu

@@ -254,3 +254,12 @@ def test_outputs_are_float32_under_autocast() -> None:
     assert {scored.image_logits.dtype, scored.class_scores.dtype, scored.affinity.dtype, segmented.dtype} == {
         torch.float32
     }
+
+
+def test_the_classifier_learns_under_autocast() -> None:
+    """Class scores use its weight without gradient: autocast must not keep that copy for the image logits."""
+    network = random_network().train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        network(random_image()).image_logits.sum().backward()
+    assert network.classifier.weight.grad is not None
+    assert network.classifier.weight.grad.abs().max() > 0

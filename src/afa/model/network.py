@@ -16,26 +16,30 @@ from torch import Tensor, nn
 from afa.model.backbone import Backbone, BackboneOutput, FrozenTokens
 from afa.model.decoder import MlpDecoder
 from afa.model.heads import AffinityHead
+from afa.model.registry import build_backbone
 from afa.model.vit import TokenBackbone
 from afa.types import NetworkOutput
 
 
 class AfaNetwork(nn.Module):
-    """Encoder, classifier, decoder and affinity head.
+    """Encoder, classifier, decoder and affinity head; users know it as `afa.Network`.
 
     Args:
-        backbone: Encoder.
+        backbone: Encoder, or its name as in docs/backbones.md for random weights.
         num_classes: C, foreground classes; the decoder has C + 1.
         pooling: Global pooling of the classifier: `gmp`, `gap` or `topk` (Table 1).
         pooling_percent: Share of positions that `topk` averages, percent.
         decoder_width: Channels of the decoder.
         decoder_dropout: Dropout before the decoder's class layer.
         attention_scaling: Divide Q K^T by sqrt(d) before the affinity head, as the paper writes.
+
+    >>> AfaNetwork("dinov2_tiny_reg", 5).segment(torch.zeros(1, 3, 64, 96)).shape
+    torch.Size([1, 6, 8, 12])
     """
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: Backbone | str,
         num_classes: int,
         *,
         pooling: str = "gmp",
@@ -45,6 +49,8 @@ class AfaNetwork(nn.Module):
         attention_scaling: bool = False,
     ) -> None:
         super().__init__()
+        if isinstance(backbone, str):
+            backbone = build_backbone(backbone)
         self.num_classes = num_classes
         self.pooling = pooling
         self.pooling_percent = pooling_percent
@@ -133,6 +139,9 @@ class AfaNetwork(nn.Module):
         flat = feature.flatten(2)  # (B, D, h w)
         count = max(1, math.ceil(flat.shape[2] * self.pooling_percent / 100))
         return flat.topk(count, dim=2).values.mean(2)[:, :, None, None]  # (B, D, 1, 1)
+
+
+Network = AfaNetwork
 
 
 @contextlib.contextmanager
