@@ -388,13 +388,13 @@ def _report(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     if len(runs) > 1 or arguments.out:
         raise AfaError(f"{'several runs are' if len(runs) > 1 else '--out is'} for --compare; add it")
     if arguments.figures:
-        from afa.report.figures import write_figures
+        from afa.report.pictures import write_figures
 
         for path in write_figures(runs[0], data=arguments.data):
             print(path)
     elif arguments.data:
         raise AfaError("--data is for --figures; add it")
-    from afa.report.html import write_report
+    from afa.report.page import write_report
 
     print(write_report(runs[0]))
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from afa.check.fast import check_fast
+from afa.check.tags import check_fast
 from afa.config import Config, load_config
 from afa.data.layout import Layout, find_layout
 from afa.demo.shapes import MARKER_NAME, write_shapes
@@ -18,8 +18,8 @@ from afa.errors import AfaError
 from afa.evaluation.evaluate import evaluate
 from afa.evaluation.tags import evaluate_tags
 from afa.model.network import AfaNetwork
-from afa.report.examples import write_examples
-from afa.report.html import write_report
+from afa.report.page import write_report
+from afa.report.pictures import write_examples
 from afa.runtime import Processes, pick_device, process_group, say
 from afa.training.checkpoint import write_atomically
 from afa.training.loop import open_validation, train

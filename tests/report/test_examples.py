@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from afa.report.examples import blend_heat, blend_label, draw_sheet, heat_colors, write_examples
 from PIL import Image
 from torch import Tensor, nn
 
@@ -13,7 +14,6 @@ from afa.config import Config, ModelConfig, PseudoConfig, load_config
 from afa.data.palette import voc_palette
 from afa.data.voc import ScoredImages, TaggedImages
 from afa.report import examples
-from afa.report.examples import blend_heat, blend_label, draw_sheet, heat_colors, write_examples
 from afa.types import NetworkOutput, normalize_image
 
 CPU = torch.device("cpu")

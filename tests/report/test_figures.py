@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from afa.report.examples import DISPLAY_SIZE, blend_label, resized_label
+from afa.report.figures import FIGURES, write_figures
 from PIL import Image
 
 from afa.cli import main
 from afa.data.layout import open_scored
 from afa.errors import AfaError
 from afa.evaluation.protocols import pseudo_label, seg_logits
-from afa.report.examples import DISPLAY_SIZE, blend_label, resized_label
-from afa.report.figures import FIGURES, write_figures
 from afa.runs.build import load_run
 
 CPU = torch.device("cpu")

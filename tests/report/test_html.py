@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from afa.report.examples import PICTURES
+from afa.report.html import write_report
 from PIL import Image
 
 from afa.config import config_to_toml, load_config
 from afa.errors import AfaError
 from afa.report import html
-from afa.report.examples import PICTURES
-from afa.report.html import write_report
 
 VOID = {"meta", "link", "img", "br"}
 

@@ -2,52 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from afa.check.cost import CacheCost, TrainingCost, measure_cache, measure_cost
-from afa.check.fast import OpenedData, Problem, by_severity, check_tags, open_data, path_below, together
-from afa.check.scan import Scan, identical_groups, scan_images, similar_groups
+from afa.check.images import check_images, describe_images, read_images
+from afa.check.tags import OpenedData, Problem, by_severity, check_tags, open_sides, together
 from afa.config import Config
-from afa.data.layout import Layout, find_layout
+from afa.data.layout import find_layout
 from afa.data.loader import resolve_workers
 from afa.data.voc import ScoredImages, data_root
 from afa.errors import AfaError
-from afa.runtime import pick_device, progress_bar, say
-
-TINY_SIDE: Final = 64
-"""Images with a shorter side, in pixels, have too little detail."""
-
-LONG_ASPECT: Final = 4.0
-"""Images so many times as long as wide lose most of themselves in square crops."""
-
-LARGE_PIXELS: Final = 4_000_000
-"""Images of more pixels take long to decode, for a crop of a fraction of them."""
-
-_LISTED: Final = 1000  # names or groups of one kind in the dictionary
-
-
-@dataclass(frozen=True)
-class _Table:
-    """The images of a run, each file once.
-
-    Attributes:
-        paths: N files.
-        shown: N paths as messages show them.
-        train, validation: (N,) which side they are on.
-        tags: (N, C).
-    """
-
-    paths: tuple[Path, ...]
-    shown: tuple[str, ...]
-    train: NDArray[np.bool_]
-    validation: NDArray[np.bool_]
-    tags: NDArray[np.bool_]
+from afa.report.render import gibibytes
+from afa.runtime import pick_device, say
 
 
 def check_data(
@@ -74,27 +44,58 @@ def check_data(
           (each minimum, median, maximum), `gray`, `tiny`; `num_identical`, `num_similar`: images that are copies of
           others; and `identical` and `similar`: groups of `image`, `side`, `tags`, at most a thousand.
         - `training`: None if fast, else `device`, `steps`, `epochs`, `phases`, `seconds`, `decode_seconds`, `memory`,
-          `batch_size`,
-          `measured_batch`; `cache`: None if fast, else `needed`, `given`, `free` bytes.
+          `batch_size`, `measured_batch`; `cache`: None if fast, else `needed`, `given`, `free` bytes.
 
     Raises:
         AfaError: `data.root` is no folder, or the device is absent: a mistake of the call, not of the data.
     """
-    root = data_root(config.data)
-    device = pick_device(config.train.device)
-    report: dict[str, Any] = {"root": str(root), "layout": None, "kind": None, "images": None}
+    report: dict[str, Any] = {"root": str(data_root(config.data)), "layout": None, "kind": None, "images": None}
     report |= {"training": None, "cache": None, "classes": [], "together": [], "tags_per_image": None}
     report |= {"num_train": 0, "num_validation": 0, "num_untagged": 0, "scored": False}
+    device = pick_device(config.train.device)
     try:
-        layout = find_layout(config.data)
-        report |= {"layout": layout.describe(), "kind": layout.kind}
+        opened = open_sides(find_layout(config.data), config)
+        report |= _describe_tags(opened)
     except AfaError as error:
-        return _with_problems(report, [Problem("error", str(error))])
-    opened = open_data(layout, config)
+        return report | _listed([Problem("error", str(error))])
     problems = [*opened.problems, *check_tags(opened, config)]
-    report |= _describe_tags(layout, opened)
-    if fast or opened.train is None:
-        return _with_problems(report, problems)
+    if not fast and opened.train is not None:
+        measured, found = _measure(config, opened, device, limit, progress=progress)
+        report |= measured
+        problems += found
+    return report | _listed(problems)
+
+
+def _listed(problems: Iterable[Problem]) -> dict[str, Any]:
+    listed = [problem._asdict() for problem in by_severity(problems)]
+    counts = {f"{kind}s": sum(problem["severity"] == kind for problem in listed) for kind in ("error", "warning")}
+    return {"problems": listed, **counts}
+
+
+def _describe_tags(opened: OpenedData) -> dict[str, Any]:
+    layout, per_image = opened.layout, opened.train_tags.sum(axis=1)
+    counts = zip(opened.train_tags.sum(axis=0).tolist(), opened.validation_tags.sum(axis=0).tolist(), strict=True)
+    return {
+        "layout": layout.describe(),
+        "kind": layout.kind,
+        "num_train": len(opened.train_tags),
+        "num_validation": len(opened.validation_tags),
+        "num_untagged": len(layout.untagged),
+        "scored": isinstance(opened.validation, ScoredImages),
+        "classes": [
+            {"name": name, "train": train, "validation": validation}
+            for name, (train, validation) in zip(layout.classes, counts, strict=True)
+        ],
+        "together": together(opened.train_tags).tolist(),
+        "tags_per_image": {"mean": float(per_image.mean()), "most": int(per_image.max())} if per_image.size else None,
+    }
+
+
+def _measure(
+    config: Config, opened: OpenedData, device: torch.device, limit: int | None, *, progress: bool
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Take a few training steps and read the images: `images`, `training` and `cache` of the report, and problems."""
+    problems: list[Problem] = []
     cost = None
     try:
         if progress:
@@ -103,220 +104,23 @@ def check_data(
         cost = measure_cost(config, opened.train_tags, device=device)
     except AfaError as error:
         problems.append(Problem("error", str(error)))
-    table, scan, threads = _scan(config, opened, limit, progress=progress)
-    problems += _check_images(config, table, scan)
-    identical, similar = identical_groups(scan), similar_groups(scan)
-    problems += _check_groups(table, layout.classes, identical, similar)
-    report["images"] = _describe_images(opened, table, scan, layout.classes, identical, similar)
-    trained = scan.readable[table.train[scan.readable]]
+    workers = resolve_workers(config.data.workers)
+    table = read_images(opened, limit, threads=workers + 1, progress=progress)  # this thread only waits
+    problems += check_images(table, config.augment)
+    report: dict[str, Any] = {"images": describe_images(table)}
+    trained = table.scan.sizes[table.train & (table.scan.sizes[:, 0] > 0)]
     if trained.size:
-        cache = measure_cache(config, scan.sizes[trained], len(opened.train))
-        report["cache"] = {"needed": cache.needed, "given": cache.given, "free": cache.free}
+        count = len(opened.train_tags)
+        cache = measure_cache(config, trained, count)
+        report["cache"] = asdict(cache)
         if cost is not None:
-            rate = len(table.paths) / scan.seconds / threads * max(1, resolve_workers(config.data.workers))
-            report["training"] = _describe_cost(config, len(opened.train), cost, cache, rate)
-            problems += _check_memory(cost, cache, device.type)
-    return _with_problems(report, problems)
-
-
-def _with_problems(report: dict[str, Any], problems: Sequence[Problem]) -> dict[str, Any]:
-    listed = [{"severity": problem.severity, "message": problem.message} for problem in by_severity(problems)]
-    counts = {f"{kind}s": sum(problem["severity"] == kind for problem in listed) for kind in ("error", "warning")}
-    return report | {"problems": listed} | counts
-
-
-def _describe_tags(layout: Layout, opened: OpenedData) -> dict[str, Any]:
-    train, validation = opened.train_tags.sum(axis=0), opened.validation_tags.sum(axis=0)
-    per_image = opened.train_tags.sum(axis=1)
-    return {
-        "num_train": len(opened.train_tags),
-        "num_validation": len(opened.validation_tags),
-        "num_untagged": len(layout.untagged),
-        "scored": isinstance(opened.validation, ScoredImages),
-        "classes": [
-            {"name": name, "train": int(train[i]), "validation": int(validation[i])}
-            for i, name in enumerate(layout.classes)
-        ],
-        "together": together(opened.train_tags).tolist(),
-        "tags_per_image": {"mean": float(per_image.mean()), "most": int(per_image.max())} if per_image.size else None,
-    }
-
-
-def _scan(config: Config, opened: OpenedData, limit: int | None, *, progress: bool) -> tuple[_Table, Scan, int]:
-    """Read the images of both sides, each file once, or `limit` of them; and the masks of those that have one."""
-    assert opened.train is not None
-    places: dict[Path, list[int]] = {}
-    for side, images in enumerate((opened.train, opened.validation)):
-        for index in range(0 if images is None else len(images)):
-            assert images is not None
-            places.setdefault(images.image_path(index), [-1, -1])[side] = index
-    rows = np.array(list(places.values()), dtype=np.int64)
-    kept = np.arange(len(rows))
-    if limit is not None and limit < len(rows):
-        kept = np.linspace(0, len(rows) - 1, limit).astype(np.int64)
-    every_path, rows = list(places), rows[kept]
-    paths = tuple(every_path[i] for i in kept)
-    train, validation = rows[:, 0] >= 0, rows[:, 1] >= 0
-    tags = np.zeros((len(rows), len(opened.layout.classes)), dtype=bool)
-    tags[validation] = opened.validation_tags[rows[validation, 1]]
-    tags[train] = opened.train_tags[rows[train, 0]]
-    table = _Table(paths, tuple(path_below(path, opened.layout.root) for path in paths), train, validation, tags)
-    scored = opened.validation if isinstance(opened.validation, ScoredImages) else None
-
-    def read_mask(index: int) -> None:
-        if scored is not None and rows[index, 1] >= 0:
-            scored.mask(int(rows[index, 1]))
-
-    threads = resolve_workers(config.data.workers) + 1  # this thread only waits
-    with progress_bar(enabled=progress) as bar:
-        task = bar.add_task("reading images", total=len(paths), rate="")
-        scan = scan_images(paths, threads=threads, read_mask=read_mask, tell=lambda: bar.advance(task))
-    return table, scan, threads
-
-
-def _check_images(config: Config, table: _Table, scan: Scan) -> list[Problem]:
-    """What single images tell."""
-    broken = [Problem("error", scan.failures[i]) for i in sorted(scan.failures)]
-    problems = broken + [Problem("error", scan.mask_failures[i]) for i in sorted(scan.mask_failures)]
-    readable = scan.readable
-    if not readable.size:
-        return problems
-    short, long = scan.sizes.min(axis=1), scan.sizes.max(axis=1)
-
-    def first(chosen: NDArray[np.int64]) -> str:
-        names = [f"{table.shown[i]} {scan.sizes[i, 1]}x{scan.sizes[i, 0]}" for i in chosen[:3]]
-        return ", ".join(names) + (", ..." if len(chosen) > 3 else "")
-
-    tiny = readable[short[readable] < TINY_SIDE]
-    if tiny.size:
-        message = f"{_count(len(tiny))} with a side below {TINY_SIDE} pixels ({first(tiny)}): too little detail; "
-        problems.append(Problem("warning", message + "take larger ones, or leave them out"))
-    narrow = readable[long[readable] > LONG_ASPECT * short[readable]]
-    if narrow.size:
-        message = f"{_count(len(narrow))} over {LONG_ASPECT:g} times as long as wide ({first(narrow)}): "
-        problems.append(Problem("note", message + "a crop rarely has what is tagged; cut them up"))
-    augment = config.augment
-    side = augment.short_side or float(np.median(short[readable]))
-    if side * augment.scale_max < augment.crop_size:
-        problems.append(
-            Problem(
-                "warning",
-                f"augment.crop_size is {augment.crop_size}, and half of the images are at most {side:g} pixels on the "
-                f"short side, {side * augment.scale_max:g} at augment.scale_max: crops are mostly empty; lower "
-                "augment.crop_size, or set augment.short_side",
-            )
-        )
-    large = readable[np.prod(scan.sizes[readable], axis=1, dtype=np.int64) > LARGE_PIXELS]
-    if 2 * large.size > readable.size:
-        message = f"{_count(len(large))} above {LARGE_PIXELS / 1e6:g} megapixels ({first(large)}): decoding them "
-        problems.append(Problem("note", message + "takes long, for small crops; scale copies down"))
-    return problems
-
-
-def _check_groups(
-    table: _Table, classes: Sequence[str], identical: Sequence[list[int]], similar: Sequence[list[int]]
-) -> list[Problem]:
-    """What copies do: contradict each other, or stand on both sides."""
-    problems: list[Problem] = []
-    for groups, same, copy in ((identical, "has the same pixels as", ""), (similar, "looks the same as", "near ")):
-        conflicts = []
-        leaks = []
-        for group in groups:
-            tagged = [i for i in group if table.tags[i].any()]
-            odd = next((i for i in tagged if (table.tags[i] != table.tags[tagged[0]]).any()), None)
-            if odd is not None:
-                conflicts.append((tagged[0], odd))
-            train = next((i for i in group if table.train[i]), None)
-            leaks += [(i, train) for i in group if train is not None and table.validation[i] and not table.train[i]]
-        for one, other in conflicts[:_LISTED]:
-            tags = " and ".join(
-                "(" + ", ".join(classes[c] for c in np.flatnonzero(table.tags[i]).tolist()) + ")" for i in (one, other)
-            )
-            problems.append(
-                Problem(
-                    "warning",
-                    f"{table.shown[one]} {same} {table.shown[other]}, but other tags, {tags}: correct one of them, or "
-                    "keep one image",
-                )
-            )
-        if leaks:
-            one, other = leaks[0]
-            problems.append(
-                Problem(
-                    "warning",
-                    f"{copy}copies of training images among those for validation: {len(leaks):,} (first: "
-                    f"{table.shown[one]} {same} {table.shown[other]}): scores will be too high; keep one of each",
-                )
-            )
-        copies = sum(len(group) - 1 for group in groups)
-        if copies:
-            one, other = groups[0][:2]
-            problems.append(
-                Problem(
-                    "note",
-                    f"{copy}copies of other images: {copies:,} (first: {table.shown[other]} {same} "
-                    f"{table.shown[one]}): keep one of each",
-                )
-            )
-    return problems
-
-
-def _check_memory(cost: TrainingCost, cache: CacheCost, device_type: str) -> list[Problem]:
-    if device_type != "cpu" or not cache.free or cost.memory <= cache.free:
-        return []
-    needed, free = (f"{size / 2**30:.1f} GiB" for size in (cost.memory, cache.free))
-    message = f"training takes about {needed} of memory, and {free} are free; lower schedule.batch_size"
-    return [Problem("warning", f"{message} or augment.crop_size")]
-
-
-def _describe_images(
-    opened: OpenedData,
-    table: _Table,
-    scan: Scan,
-    classes: Sequence[str],
-    identical: Sequence[list[int]],
-    similar: Sequence[list[int]],
-) -> dict[str, Any]:
-    sizes = scan.sizes[scan.readable].astype(np.float64)
-    total = len(
-        {images.image_path(i) for images in (opened.train, opened.validation) if images for i in range(len(images))}
-    )
-
-    def spread(values: NDArray[np.float64]) -> dict[str, float] | None:
-        if not values.size:
-            return None
-        return {"minimum": float(values.min()), "median": float(np.median(values)), "maximum": float(values.max())}
-
-    def members(groups: Sequence[list[int]]) -> list[list[dict[str, Any]]]:
-        return [
-            [
-                {
-                    "image": table.shown[i],
-                    "side": "train" if table.train[i] else "validation",
-                    "tags": [classes[c] for c in np.flatnonzero(table.tags[i]).tolist()],
-                }
-                for i in group[:_LISTED]
-            ]
-            for group in groups[:_LISTED]
-        ]
-
-    tiny = scan.readable[scan.sizes[scan.readable].min(axis=1) < TINY_SIDE]
-    return {
-        "total": total,
-        "read": len(table.paths),
-        "seconds": scan.seconds,
-        "broken": [table.shown[i] for i in sorted(scan.failures)],
-        "broken_masks": [table.shown[i] for i in sorted(scan.mask_failures)],
-        "width": spread(sizes[:, 1]),
-        "height": spread(sizes[:, 0]),
-        "aspect": spread(sizes[:, 1] / sizes[:, 0]),
-        "gray": int(scan.gray.sum()),
-        "tiny": [table.shown[i] for i in tiny[:_LISTED]],
-        "num_identical": sum(len(group) - 1 for group in identical),
-        "num_similar": sum(len(group) - 1 for group in similar),
-        "identical": members(identical),
-        "similar": members(similar),
-    }
+            rate = len(table.shown) / table.scan.seconds / (workers + 1) * max(1, workers)
+            report["training"] = _describe_cost(config, count, cost, cache, rate)
+            if device.type == "cpu" and 0 < cache.free < cost.memory:
+                message = f"training takes about {gibibytes(cost.memory)} of memory, and {gibibytes(cache.free)} are "
+                message += "free; lower schedule.batch_size or augment.crop_size"
+                problems.append(Problem("warning", message))
+    return report, problems
 
 
 def _describe_cost(
@@ -330,7 +134,7 @@ def _describe_cost(
         "device": cost.device,
         "steps": cost.steps,
         "epochs": seen / num_images,
-        "phases": [{"name": p.name, "steps": p.steps, "step_seconds": p.step_seconds} for p in cost.phases],
+        "phases": [asdict(phase) for phase in cost.phases],
         # Images are decoded while the device computes.
         "seconds": max(cost.seconds, decode_seconds),
         "decode_seconds": decode_seconds,
@@ -338,7 +142,3 @@ def _describe_cost(
         "batch_size": config.schedule.batch_size,
         "measured_batch": cost.measured_batch,
     }
-
-
-def _count(number: int) -> str:
-    return f"{number:,} image{'' if number == 1 else 's'}"

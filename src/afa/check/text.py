@@ -1,13 +1,18 @@
-"""The check as text for a terminal."""
+"""The check in words: its figures by name, and the whole of it as text for a terminal."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final
 
+from afa.report.render import duration, gibibytes
+
 _WIDTH: Final = 100
+_ROWS: Final = 10  # of classes, before a second column begins
 _MATRIX_CLASSES: Final = 8  # with more, only the pairs that meet most often are shown
 _PAIRS: Final = 6
 _MESSAGES: Final = 12
+_SPREADS: Final = {"width": ("width", " pixels"), "height": ("height", " pixels"), "aspect": ("width / height", "")}
 
 
 def render_text(report: dict[str, Any]) -> str:
@@ -19,115 +24,91 @@ def render_text(report: dict[str, Any]) -> str:
     Returns:
         Lines, the problems last.
     """
-    lines = [report["layout"] or report["root"]]
-    parts = (_classes(report), _together(report), _facts(report), _problems(report))
-    return "\n".join([*lines, *(line for part in parts if part for line in ("", *part))]) + "\n"
+    facts = describe_figures(report)
+    width = max(map(len, facts), default=0)
+    parts = [
+        [report["layout"] or report["root"]],
+        _classes(report["classes"]) if report["num_train"] else [],
+        _together([entry["name"] for entry in report["classes"]], report["together"]),
+        [f"{key:{width}}  {value}" for key, value in facts.items()],
+        [*_problems(report["problems"])] or ["no problem found"],
+    ]
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
-def image_facts(images: dict[str, Any]) -> dict[str, str]:
-    """The figures of `images` of a check in words, by what they are of."""
-    read, total = images["read"], images["total"]
-    of = "" if read == total else f" of {total:,}, evenly spread"
-    facts = {"images read": f"{read:,}{of}, in {duration(images['seconds'])}"}
-    if images["width"] is not None:
-        width, height, aspect = (
-            {key: round(value, 2) for key, value in images[name].items()} for name in ("width", "height", "aspect")
-        )
-        facts["width"] = f"{width['minimum']:g} to {width['maximum']:g} pixels, median {width['median']:g}"
-        facts["height"] = f"{height['minimum']:g} to {height['maximum']:g} pixels, median {height['median']:g}"
-        facts["width / height"] = f"{aspect['minimum']:g} to {aspect['maximum']:g}, median {aspect['median']:g}"
-    facts["broken"] = f"{len(images['broken']):,}"
-    if images["broken_masks"]:
-        facts["broken masks"] = f"{len(images['broken_masks']):,}"
-    facts["gray"] = f"{images['gray']:,}"
-    facts["exact copies"] = f"{images['num_identical']:,}"
-    facts["near copies"] = f"{images['num_similar']:,}"
-    return facts
+def describe_figures(report: dict[str, Any]) -> dict[str, str]:
+    """What was read and what training would cost in words, by what it is.
 
-
-def cost_facts(report: dict[str, Any]) -> dict[str, str]:
-    """What training would cost in words, by what it is."""
-    training, cache = report["training"], report["cache"]
+    Args:
+        report: What `check_data` gives.
+    """
+    images, training, cache = report["images"], report["training"], report["cache"]
     facts = {}
+    if images is not None:
+        read, total = images["read"], images["total"]
+        of = "" if read == total else f" of {total:,}, evenly spread"
+        facts["images read"] = f"{read:,}{of}, in {duration(images['seconds'])}"
+        for name, key, unit in (
+            ("width",) * 2 + (" pixels",),
+            ("height",) * 2 + (" pixels",),
+            ("width / height", "aspect", ""),
+        ):
+            if images[key] is not None:
+                low, median, high = (round(images[key][part], 2) for part in ("minimum", "median", "maximum"))
+                facts[name] = f"{low:g} to {high:g}{unit}, median {median:g}"
+        facts["broken"] = f"{len(images['broken']):,}"
+        if images["broken_masks"]:
+            facts["broken masks"] = f"{len(images['broken_masks']):,}"
+        facts["gray"] = f"{images['gray']:,}"
+        facts["exact copies"] = f"{images['num_identical']:,}"
+        facts["near copies"] = f"{images['num_similar']:,}"
     if training is not None:
+        pace = "; reading images sets the pace" if training["decode_seconds"] >= training["seconds"] else ""
         facts["training"] = (
             f"about {duration(training['seconds'])} for {training['steps']:,} steps ({training['epochs']:.3g} epochs) "
-            f"on {training['device']}, evaluation not counted"
+            f"on {training['device']}, evaluation not counted{pace}"
         )
-        if training["decode_seconds"] >= training["seconds"]:
-            facts["training"] += "; reading images sets the pace"
-        steps = (f"{p['name']} {p['steps']:,} x {_seconds(p['step_seconds'])}" for p in training["phases"])
-        facts["steps"] = ", ".join(steps)
+        facts["steps"] = ", ".join(
+            f"{p['name']} {p['steps']:,} x {_short(p['step_seconds'])}" for p in training["phases"]
+        )
         if training["measured_batch"] < training["batch_size"]:
             facts["steps"] += f" (in proportion, from steps of {training['measured_batch']} images)"
         if training["memory"]:
             facts["memory"] = f"about {gibibytes(training['memory'])}"
     if cache is not None:
         share = min(1.0, cache["given"] / max(1, cache["needed"]))
-        facts["decoded images"] = (
-            f"{gibibytes(cache['needed'])}, of which the cache keeps {100 * share:.0f} % (data.cache_gib)"
-            + (f"; {gibibytes(cache['free'])} of memory free" if cache["free"] else "")
-        )
+        free = f"; {gibibytes(cache['free'])} of memory free" if cache["free"] else ""
+        kept = f"of which the cache keeps {100 * share:.0f} % (data.cache_gib)"
+        facts["decoded images"] = f"{gibibytes(cache['needed'])}, {kept}{free}"
     return facts
 
 
-def duration(seconds: float) -> str:
-    """Seconds in words.
-
-    >>> duration(0.4), duration(42), duration(307), duration(33240)
-    ('0.4 s', '42 s', '5:07 min', '9:14 h')
-    """
-    whole = round(seconds)
-    if whole < 10:
-        return f"{seconds:.2g} s"
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02d} min"
-    return f"{whole // 3600:,}:{whole % 3600 // 60:02d} h"
-
-
-def gibibytes(size: float) -> str:
-    """Bytes in words.
-
-    >>> gibibytes(3 * 2**29), gibibytes(2**20)
-    ('1.5 GiB', '1 MiB')
-    """
-    return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.0f} MiB"
-
-
-def _seconds(seconds: float) -> str:
+def _short(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds >= 1 else f"{1000 * seconds:.2g} ms" if seconds < 0.1 else f"{seconds:.2f} s"
 
 
-def _classes(report: dict[str, Any]) -> list[str]:
-    classes = report["classes"]
-    if not report["num_train"]:
-        return []
-    name_width = max(len("class"), *(len(entry["name"]) for entry in classes))
+def _classes(classes: list[dict[str, Any]]) -> list[str]:
+    """Images by class, in as many columns as there is room for."""
+    width = max(len("class"), *(len(entry["name"]) for entry in classes))
     rows = [("class", "train", "val"), *((c["name"], f"{c['train']:,}", f"{c['validation']:,}") for c in classes)]
-    head, *cells = [f"{name:{name_width}} {train:>7} {val:>6}" for name, train, val in rows]
-    columns = max(1, min(_WIDTH // (len(head) + 3), -(-len(cells) // 10)))
+    head, *cells = [f"{name:{width}} {train:>7} {val:>6}" for name, train, val in rows]
+    columns = max(1, min(_WIDTH // (len(head) + 3), -(-len(cells) // _ROWS)))
     height = -(-len(cells) // columns)
     blocks = [[head, *cells[start : start + height]] for start in range(0, len(cells), height)]
     return ["   ".join(block[row] for block in blocks if row < len(block)).rstrip() for row in range(height + 1)]
 
 
-def _together(report: dict[str, Any]) -> list[str]:
+def _together(names: list[str], counts: list[list[int]]) -> list[str]:
     """Which classes meet in training images."""
-    names = [entry["name"] for entry in report["classes"]]
-    counts = report["together"]
     pairs = [(counts[i][j], i, j) for i in range(len(names)) for j in range(i) if counts[i][j]]
     if not pairs:
         return []
     if len(names) <= _MATRIX_CLASSES:
-        width = max(7, *(len(name) for name in names)) + 1
-        head = " " * max(len(name) for name in names) + "".join(f"{name:>{width}}" for name in names)
-        rows = (
-            f"{name:{len(head) - width * len(names)}}" + "".join(f"{count:>{width},}" for count in row)
-            for name, row in zip(names, counts, strict=True)
-        )
-        return ["together in a training image:", head, *rows]
+        first = max(map(len, names))
+        width = max(7, first) + 1
+        rows = [("", names), *zip(names, ([f"{count:,}" for count in row] for row in counts), strict=True)]
+        table = [f"{name:{first}}" + "".join(f"{cell:>{width}}" for cell in cells) for name, cells in rows]
+        return ["together in a training image:", *table]
     lines = ["together most often, in training images:"]
     for count, i, j in sorted(pairs, reverse=True)[:_PAIRS]:
         rare, other = (i, j) if counts[i][i] <= counts[j][j] else (j, i)
@@ -136,18 +117,9 @@ def _together(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _facts(report: dict[str, Any]) -> list[str]:
-    facts = image_facts(report["images"]) if report["images"] is not None else {}
-    facts |= cost_facts(report)
-    width = max((len(key) for key in facts), default=0)
-    return [f"{key:{width}}  {value}" for key, value in facts.items()]
-
-
-def _problems(report: dict[str, Any]) -> list[str]:
-    lines = []
+def _problems(problems: list[dict[str, Any]]) -> Iterator[str]:
     for severity in ("error", "warning", "note"):
-        messages = [problem["message"] for problem in report["problems"] if problem["severity"] == severity]
-        lines += [f"{severity}: {message}" for message in messages[:_MESSAGES]]
+        messages = [problem["message"] for problem in problems if problem["severity"] == severity]
+        yield from (f"{severity}: {message}" for message in messages[:_MESSAGES])
         if len(messages) > _MESSAGES:
-            lines.append(f"{severity}: and {len(messages) - _MESSAGES:,} more; --json and --out have all")
-    return lines or ["no problem found"]
+            yield f"{severity}: and {len(messages) - _MESSAGES:,} more; --json and --out have all"

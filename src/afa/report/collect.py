@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,21 +105,6 @@ def source_commit() -> str | None:
         return None
     # A virtual environment inside somebody else's repository would answer with their commit.
     return lines[1] if Path(lines[0]) / "src" / "afa" == package else None
-
-
-def label_values(per_class: dict[str, Any], classes: Sequence[str]) -> list[tuple[str, list[float | None]]]:
-    """Per-class scores as rows, in class order with the background first.
-
-    Args:
-        per_class: Label kind -> class -> IoU in percent or None, as `collect_report` gives it.
-        classes: C foreground class names.
-
-    Returns:
-        (class, values in the order of LABEL_KINDS) for each class that any of the kinds scored.
-    """
-    tables = [per_class.get(kind) or {} for kind in LABEL_KINDS]
-    rows = [(name, [table.get(name) for table in tables]) for name in ("background", *classes)]
-    return [(name, values) for name, values in rows if any(value is not None for value in values)]
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import json
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -18,10 +17,14 @@ from afa.errors import AfaError
 from afa.report.charts import bar_chart
 from afa.report.collect import collect_report
 from afa.report.paper_tables import PaperRow, PaperTable, find_table
-from afa.report.style import STYLE
+from afa.report.render import fixed, render_page
 from afa.training.checkpoint import write_atomically
 
 _LABELS: Final = ("seg", "cam", "propagated", "initial", "refined")
+_COLORS: Final = ("seg", "propagated", "cam")
+"""Labels with a color of their own on the page."""
+
+_TITLE: Final = "mIoU in percent"
 _PROTOCOLS: Final = ("multiscale+crf", "multiscale", "single+crf", "single")
 _SAME_RUN: Final = {"train": ("seed", "label", "device"), "data": ("root", "workers", "cache_gib")}
 """Keys in which runs of one row may differ."""
@@ -42,9 +45,14 @@ class Column(NamedTuple):
     protocol: str
     split: str
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is at a single scale, without a CRF."""
+        return self.protocol in ("", "single")
+
     def __str__(self) -> str:
         """Head of the column."""
-        protocol = "" if self.protocol in ("", "single") else self.protocol
+        protocol = "" if self.is_plain else self.protocol
         words = [self.labels, self.refinement.replace("+", ", "), protocol, "train" if self.split == "train" else ""]
         return " ".join(word for word in words if word)
 
@@ -177,6 +185,23 @@ def broken_orders(lines: Sequence[TableRow]) -> tuple[int, list[str]]:
     return count, broken
 
 
+def collect_tables(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
+    """What text and page show: each of the paper's tables that a run names, and one table of all other runs.
+
+    Args:
+        groups: What `compare_runs` gives.
+
+    Returns:
+        `title`, `head`, `rows` of texts, `notes`, and `chart` as `bar_chart` gives it, of each table.
+    """
+    named = sorted({g.table.number: g.table for g in groups if g.table}.values(), key=lambda table: table.number)
+    rest = [group for group in groups if group.table is None]
+    tables = [_paper_table(table, groups) for table in named] + ([_other_runs(rest)] if rest else [])
+    several = any(len(group.runs) > 1 for group in groups)
+    note = f"mIoU in percent{'; ± standard deviation over seeds' if several else ''}; – not evaluated"
+    return [table | {"notes": [note, *table["notes"]]} for table in tables]
+
+
 def render_text(groups: Sequence[RunGroup]) -> str:
     """Tables for a terminal: one for each of the paper's that a run names, and one of all other runs.
 
@@ -184,11 +209,11 @@ def render_text(groups: Sequence[RunGroup]) -> str:
         groups: What `compare_runs` gives.
     """
     blocks = []
-    for title, head, rows, notes in _tables(groups):
-        cells = [head, *rows]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    for table in collect_tables(groups):
+        cells = [table["head"], *table["rows"]]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells]
-        blocks.append("\n".join([title, *(line.rstrip() for line in lines), *notes]))
+        blocks.append("\n".join([table["title"], *(line.rstrip() for line in lines), *table["notes"]]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -238,7 +263,7 @@ def write_comparison(groups: Sequence[RunGroup], out: Path) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "compare.json", json.dumps(to_json(groups), indent=2) + "\n")
-        write_atomically(out / "compare.html", _page(groups))
+        write_atomically(out / "compare.html", render_page("compare", tables=collect_tables(groups)))
     except OSError as error:
         raise AfaError(f"{out}: cannot be written ({error.strerror or error}); choose another folder") from None
     return out / "compare.html"
@@ -300,8 +325,8 @@ def _read_scores(run: Path, config: dict[str, Any]) -> Iterator[tuple[Column, fl
 
 
 def _order(column: Column) -> tuple[object, ...]:
-    single = column.protocol in ("", "single")
-    return _LABELS.index(column.labels), column.split != "val", not single, column.refinement, column.protocol
+    place = _LABELS.index(column.labels)
+    return place, column.split != "val", not column.is_plain, column.refinement, column.protocol
 
 
 def _figure(group: RunGroup, table: PaperTable, row: PaperRow, split: str) -> Score | None:
@@ -311,30 +336,40 @@ def _figure(group: RunGroup, table: PaperTable, row: PaperRow, split: str) -> Sc
     return next((group.scores[column] for column in columns if column in group.scores), None)
 
 
-def _tables(groups: Sequence[RunGroup]) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
-    """Title, heads, rows of cells and notes of each table."""
-    several = any(len(group.runs) > 1 for group in groups)
-    note = [f"mIoU in percent{'; ± standard deviation over seeds' if several else ''}; – not evaluated"]
-    for table in sorted({g.table.number: g.table for g in groups if g.table}.values(), key=lambda each: each.number):
-        lines = table_rows(groups, table)
-        splits = [split for split in ("val", "train") if any(split in {**r.here, **r.paper} for r in lines)]
-        others = _columns([line.group for line in lines])
-        head = ["", *(f"{where} {split}" for split in splits for where in ("here", "paper"))]
-        rows = []
-        for line in lines:
-            cells = [line.name]
-            for split in splits:
-                paper = line.paper.get(split)
-                cells += [str(line.here.get(split, "–")), "–" if paper is None else f"{paper:.1f}"]
-            rows.append(cells + _cells(line.group, others))
-        count, broken = broken_orders(lines)
-        order = [f"order as in the paper: {count - len(broken)} of {count} pairs", *broken] if count else []
-        title = f"Table {table.number}: {table.title}"
-        yield title, head + _heads(others), rows, note + order
-    rest = [group for group in groups if group.table is None]
-    if rest:
-        columns = _columns(rest)
-        yield "Runs", ["", *_heads(columns)], [[group.name, *_cells(group, columns)] for group in rest], note
+def _paper_table(table: PaperTable, groups: Sequence[RunGroup]) -> dict[str, Any]:
+    """One of the paper's tables with the runs that name it; its chart has bars here and in the paper."""
+    lines = table_rows(groups, table)
+    splits = [split for split in ("val", "train") if any(split in {**r.here, **r.paper} for r in lines)]
+    columns = _columns([line.group for line in lines])
+    rows, bars = [], []
+    for line in lines:
+        figures = [(str(line.here.get(split, "–")), fixed(line.paper.get(split))) for split in splits]
+        rows.append([line.name, *(text for pair in figures for text in pair), *_cells(line.group, columns)])
+        split = "val" if "val" in line.here or "train" not in line.here else "train"
+        here = line.here.get(split)
+        bars.append((line.name, [here.mean if here else None, line.paper.get(split)]))
+    count, broken = broken_orders(lines)
+    return {
+        "title": f"Table {table.number}: {table.title}",
+        "head": ["", *(f"{where} {split}" for split in splits for where in ("here", "paper")), *_heads(columns)],
+        "rows": rows,
+        "notes": [f"order as in the paper: {count - len(broken)} of {count} pairs", *broken] if count else [],
+        "chart": bar_chart(bars, title=_TITLE, series=[("here", "seg"), ("paper", "propagated")]),
+    }
+
+
+def _other_runs(groups: Sequence[RunGroup]) -> dict[str, Any]:
+    """The runs that name no table; their chart has a bar a kind of label."""
+    columns = _columns(groups)
+    shown = [c for c in columns if c.labels in _COLORS and not c.refinement and c.split == "val" and c.is_plain]
+    bars = [(group.name, [group.scores[c].mean if c in group.scores else None for c in shown]) for group in groups]
+    return {
+        "title": "Runs",
+        "head": ["", *_heads(columns)],
+        "rows": [[group.name, *_cells(group, columns)] for group in groups],
+        "notes": [],
+        "chart": bar_chart(bars, title=_TITLE, series=[(str(c), c.labels) for c in shown]),
+    }
 
 
 def _columns(groups: Sequence[RunGroup]) -> list[Column]:
@@ -346,58 +381,12 @@ def _heads(columns: Sequence[Column]) -> list[str]:
 
 
 def _cells(group: RunGroup, columns: Sequence[Column]) -> list[str]:
-    steps = "–" if group.steps is None else f"{group.steps:,}"
+    steps = fixed(group.steps, "{:,}")
     return [
         *(str(group.scores.get(column, "–")) for column in columns),
-        "–" if group.num_images is None else str(group.num_images),
+        fixed(group.num_images, "{}"),
         group.backbone,
         steps if group.complete else f"{steps}, unfinished",
         str(len(group.runs)),
         group.machine,
     ]
-
-
-def _page(groups: Sequence[RunGroup]) -> str:
-    sections = []
-    for title, head, rows, notes in _tables(groups):
-        cells = "".join(
-            f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
-            for row in rows
-        )
-        heads = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
-        table = (
-            f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'
-            f"<p class='note'>{'<br>'.join(map(escape, notes))}</p>"
-        )
-        sections.append(f"<section><h2>{escape(title)}</h2>{table}{_chart(title, groups)}</section>")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>afa comparison</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        "<header><p class='kind'>afa comparison</p><h1>Runs side by side</h1><p>Figures of these runs beside those of "
-        "the paper, which were measured on PASCAL VOC 2012 with MiT-B1.</p></header>\n"
-        + "\n".join(sections)
-        + "\n</main>\n</body>\n</html>\n"
-    )
-
-
-def _chart(title: str, groups: Sequence[RunGroup]) -> str:
-    """Bars of a table: here and in the paper, or for other runs each kind of label."""
-    table = next((g.table for g in groups if g.table and title == f"Table {g.table.number}: {g.table.title}"), None)
-    if table is not None:
-        bars = []
-        for line in table_rows(groups, table):
-            split = "val" if "val" in line.here or "train" not in line.here else "train"
-            here = line.here.get(split)
-            bars.append((line.name, [here.mean if here else None, line.paper.get(split)]))
-        return bar_chart(bars, title="mIoU in percent", series=[("here", "seg"), ("paper", "propagated")])
-    colors = {"seg": "seg", "propagated": "propagated", "cam": "cam"}
-    rest = [group for group in groups if group.table is None]
-    plain = [c for c in _columns(rest) if c.labels in colors and not c.refinement and c.protocol in ("", "single")]
-    columns = [column for column in plain if column.split == "val"]
-    bars = [
-        (group.name, [score.mean if (score := group.scores.get(column)) else None for column in columns])
-        for group in rest
-    ]
-    return bar_chart(bars, title="mIoU in percent", series=[(str(c), colors[c.labels]) for c in columns])

@@ -1,12 +1,11 @@
-"""The paper's tables as data: what it reports for the rows that a run here can be put beside.
-
-Holds figures only; which run belongs to which row is up to its `train.label`.
-"""
+"""The paper's tables, of `templates/paper_tables.toml`: what it reports for rows that a run here can be put beside."""
 
 from __future__ import annotations
 
 import re
+import tomllib
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Final
 
 
@@ -24,8 +23,8 @@ class PaperRow:
     """
 
     name: str
-    train: float | None
-    val: float | None
+    train: float | None = None
+    val: float | None = None
     refinement: str = ""
     protocol: str = "single"
     run_of: str = ""
@@ -52,68 +51,6 @@ class PaperTable:
         return next((row for row in self.rows if _key(row.name) == _key(name)), None)
 
 
-PAPER_TABLES: Final[tuple[PaperTable, ...]] = (
-    PaperTable(
-        1,
-        "pooling of the classifier, CAM",
-        "cam",
-        (
-            PaperRow("gap", 30.7, 31.1),
-            PaperRow("top 50 %", 34.5, 34.8),
-            PaperRow("top 25 %", 39.6, 39.7),
-            PaperRow("top 10 %", 43.5, 43.6),
-            PaperRow("gmp", 48.2, 48.3),
-        ),
-    ),
-    PaperTable(
-        2,
-        "parts of the method, segmentation",
-        "seg",
-        (
-            PaperRow("baseline", None, 46.7),
-            PaperRow("PAR", None, 56.2),
-            PaperRow("PAR AFA", None, 62.6),
-            PaperRow("PAR AFA reg", None, 63.8),
-            PaperRow("PAR AFA reg CRF", None, 66.0, protocol="multiscale+crf", run_of="PAR AFA reg"),
-        ),
-    ),
-    PaperTable(
-        3,
-        "propagation, pseudo labels",
-        "propagated",
-        (
-            PaperRow("w/o AFA", 54.4, 54.2),
-            PaperRow("w/o propagation", 66.3, 64.4),
-            PaperRow("prop. with MHSA", 58.3, 55.9),
-            PaperRow("AFA", 68.7, 66.5),
-        ),
-    ),
-    PaperTable(
-        4,
-        "refinement of the CAM",
-        "cam",
-        (
-            PaperRow("CAM", 48.2, None),
-            PaperRow("PAMR", 51.4, None, refinement="pamr", run_of="CAM"),
-            PaperRow("PAR color only", 51.7, None, refinement="par_color", run_of="CAM"),
-            PaperRow("PAR", 52.9, None, refinement="par", run_of="CAM"),
-        ),
-    ),
-    PaperTable(
-        5,
-        "other methods with MiT-B1, segmentation",
-        "seg",
-        (
-            PaperRow("full supervision", None, 78.7, protocol=""),
-            PaperRow("RRM", None, 63.5, protocol=""),
-            PaperRow("AFA", None, 66.0, protocol="multiscale+crf"),
-        ),
-    ),
-    PaperTable(6, "COCO, segmentation", "seg", (PaperRow("AFA CRF", None, 38.9, protocol="multiscale+crf"),)),
-)
-"""Figures in percent mIoU. Source: Ru et al., CVPR 2022, Tables 1 to 6, on PASCAL VOC 2012 but for Table 6."""
-
-
 def find_table(label: str) -> tuple[PaperTable, str] | None:
     """The table and the row's name in a label such as `table3: AFA`.
 
@@ -137,3 +74,15 @@ def find_table(label: str) -> tuple[PaperTable, str] | None:
 
 def _key(name: str) -> str:
     return re.sub(r"[\s+]", "", name).casefold()
+
+
+def _read_tables() -> tuple[PaperTable, ...]:
+    text = files("afa.report").joinpath("templates", "paper_tables.toml").read_text(encoding="utf-8")
+    return tuple(
+        PaperTable(**table | {"rows": tuple(PaperRow(**row) for row in table["rows"])})
+        for table in tomllib.loads(text)["table"]
+    )
+
+
+PAPER_TABLES: Final = _read_tables()
+"""Figures in percent mIoU, in the paper's order."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from afa.config import Config, DataConfig
 from afa.data.layout import Layout
 from afa.data.voc import ScoredImages, TaggedImages
 from afa.errors import AfaError
+from afa.report.render import counted
 
 Severity = Literal["error", "warning", "note"]
 
@@ -30,8 +31,7 @@ _SHARE_APART: Final = 0.1  # A rare class with two such images of four is not me
 _SHOWN: Final = 8
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Something to know of a data set.
 
     Attributes:
@@ -74,17 +74,17 @@ def check_fast(layout: Layout, config: Config) -> list[Problem]:
     Returns:
         Errors first. With none of them, the data is fit for training as far as tags tell.
     """
-    opened = open_data(layout, config)
+    opened = open_sides(layout, config)
     return by_severity([*opened.problems, *check_tags(opened, config)])
 
 
-def by_severity(problems: Sequence[Problem]) -> list[Problem]:
+def by_severity(problems: Iterable[Problem]) -> list[Problem]:
     """Sort problems: errors, warnings, notes; otherwise as they come."""
     order = ("error", "warning", "note")
     return sorted(problems, key=lambda problem: order.index(problem.severity))
 
 
-def open_data(layout: Layout, config: Config) -> OpenedData:
+def open_sides(layout: Layout, config: Config) -> OpenedData:
     """Open the images to train on and those for validation.
 
     Args:
@@ -109,19 +109,16 @@ def open_data(layout: Layout, config: Config) -> OpenedData:
     except AfaError as error:
         problems.append(Problem("error", str(error)))
     if validation is None and not problems:
-        problems.append(_unscored(layout))
+        missing = "no masks, so only tags" if layout.has_validation else "no images for validation, so nothing"
+        message = f"{layout.root}: {missing} will be scored; docs/data.md says how to add them"
+        problems.append(Problem("note", message))
         try:
             validation = layout.validation() if layout.has_validation else None
         except AfaError as error:
             problems.append(Problem("note", f"the images for validation are left alone: {error}"))
-    num_classes = len(layout.classes)
+    count = len(layout.classes)
     return OpenedData(
-        layout,
-        train,
-        validation,
-        _tag_matrix(train, num_classes),
-        _tag_matrix(validation, num_classes),
-        tuple(problems),
+        layout, train, validation, _tag_matrix(train, count), _tag_matrix(validation, count), tuple(problems)
     )
 
 
@@ -142,99 +139,63 @@ def together(tags: NDArray[np.bool_]) -> NDArray[np.int64]:
     return pairs
 
 
-def check_tags(opened: OpenedData, config: Config) -> list[Problem]:
+def check_tags(opened: OpenedData, config: Config) -> Iterator[Problem]:
     """Check what tags and counts tell.
 
     Args:
         opened: The images.
         config: Settings.
 
-    Returns:
+    Yields:
         What was found.
     """
-    problems: list[Problem] = []
-    layout, train = opened.layout, opened.train
+    layout, train, batch_size = opened.layout, opened.train, config.schedule.batch_size
     if train is not None:
-        problems += _check_counts(layout.classes, opened.train_tags)
-        problems += _check_pairs(layout.classes, opened.train_tags)
-        if len(train) < config.schedule.batch_size:
-            problems.append(
-                Problem(
-                    "note",
-                    f"schedule.batch_size is {config.schedule.batch_size}, with {len(train)} training images: each is "
-                    "in a step several times; lower it",
-                )
-            )
+        yield from _check_counts(layout.classes, opened.train_tags)
+        yield from _check_pairs(layout.classes, opened.train_tags)
+        if len(train) < batch_size:
+            message = f"schedule.batch_size is {batch_size}, with {len(train)} training images: each is in a step "
+            yield Problem("note", message + "several times; lower it")
     if train is not None and opened.validation is not None:
-        problems += _check_sides(train, opened.validation)
+        both = sorted(set(train.names) & set(opened.validation.names))
+        if both:
+            message = f"{counted(len(both), 'image')} to train on and for validation alike ({_some(both, 3)}): scores "
+            yield Problem("warning", message + "will be too high; take them off one of the lists")
         absent = opened.train_tags.any(axis=0) & ~opened.validation_tags.any(axis=0)
         if opened.validation_tags.any() and absent.any():
-            names = [layout.classes[i] for i in np.flatnonzero(absent).tolist()]
-            problems.append(
-                Problem("note", f"no image for validation has {_some(names)}: nothing tells how well it is learned")
-            )
+            names = _some(_chosen(layout.classes, absent))
+            yield Problem("note", f"no image for validation has {names}: nothing tells how well it is learned")
     if layout.untagged:
         count, used = len(layout.untagged), 0 if train is None else len(train)
-        problems.append(
-            Problem(
-                "warning" if count > used else "note",
-                f"{count:,} image{_s(count)} without tags left out ({_some(layout.untagged, 3)}); tag them to use them",
-            )
-        )
-    return problems
+        message = f"{counted(count, 'image')} without tags left out ({_some(layout.untagged, 3)}); tag them to use them"
+        yield Problem("warning" if count > used else "note", message)
 
 
-def _unscored(layout: Layout) -> Problem:
-    missing = "no masks, so only tags" if layout.has_validation else "no images for validation, so nothing"
-    return Problem("note", f"{layout.root}: {missing} will be scored; docs/data.md says how to add them")
-
-
-def _check_counts(classes: Sequence[str], tags: NDArray[np.bool_]) -> list[Problem]:
+def _check_counts(classes: Sequence[str], tags: NDArray[np.bool_]) -> Iterator[Problem]:
     """Classes with too few images or too many, and images that tell nothing."""
-    problems: list[Problem] = []
     counts = tags.sum(axis=0)
     if (tags == tags[0]).all():
-        names = ", ".join(classes[i] for i in np.flatnonzero(tags[0]).tolist())
-        return [
-            Problem(
-                "warning",
-                f"all {len(tags)} training images have the same tags ({names}): nothing can be learned without images "
-                "that lack a class; add such images",
-            )
-        ]
-
-    def listed(chosen: NDArray[np.bool_]) -> str:
-        return _some([f"{classes[i]} {counts[i]}" for i in np.flatnonzero(chosen).tolist()])
-
-    empty, rare, few = counts == 0, (counts > 0) & (counts < NEAR_EMPTY), (counts >= NEAR_EMPTY) & (counts < FEW_IMAGES)
+        message = f"all {len(tags)} training images have the same tags ({', '.join(_chosen(classes, tags.all(axis=0)))}): "
+        yield Problem("warning", message + "nothing can be learned without images that lack a class; add such images")
+        return
     leave_out = "tag more images, or leave out classes by data.class_subset"
-    if empty.any():
-        names = _some([classes[i] for i in np.flatnonzero(empty).tolist()])
-        problems.append(Problem("warning", f"no training image has {names}: never learned; {leave_out}"))
-    if rare.any():
-        problems.append(
-            Problem("warning", f"fewer than {NEAR_EMPTY} training images: {listed(rare)}: not learned; {leave_out}")
-        )
-    if few.any():
-        problems.append(
-            Problem("warning", f"fewer than {FEW_IMAGES} training images: {listed(few)}: hardly learned; {leave_out}")
-        )
-    for index in np.flatnonzero(counts == len(tags)).tolist():
-        problems.append(
-            Problem(
-                "warning",
-                f"all {len(tags)} training images have class {classes[index]!r}: nothing shows what an image without "
-                "it looks like; add such images, or leave the class out by data.class_subset",
-            )
-        )
+    empty = _chosen(classes, counts == 0)
+    if empty:
+        yield Problem("warning", f"no training image has {_some(empty)}: never learned; {leave_out}")
+    for least, most, result in ((1, NEAR_EMPTY, "not learned"), (NEAR_EMPTY, FEW_IMAGES, "hardly learned")):
+        named = [f"{name} {count}" for name, count in zip(classes, counts, strict=True) if least <= count < most]
+        if named:
+            yield Problem("warning", f"fewer than {most} training images: {_some(named)}: {result}; {leave_out}")
+    for name in _chosen(classes, counts == len(tags)):
+        message = f"all {len(tags)} training images have class {name!r}: nothing shows what an image without it looks "
+        yield Problem("warning", message + "like; add such images, or leave the class out by data.class_subset")
     full = int(tags.all(axis=1).sum())
     if full and len(classes) > 2:
         message = f"training images with all {len(classes)} classes: {full:,}; these tell little, check their tags"
-        problems.append(Problem("note", message))
-    return problems
+        yield Problem("note", message)
 
 
-def _check_pairs(classes: Sequence[str], tags: NDArray[np.bool_]) -> list[Problem]:
+def _check_pairs(classes: Sequence[str], tags: NDArray[np.bool_]) -> Iterator[Problem]:
     """Classes that the tags cannot tell apart."""
     both = together(tags)
     counts = np.diagonal(both)
@@ -242,7 +203,6 @@ def _check_pairs(classes: Sequence[str], tags: NDArray[np.bool_]) -> list[Proble
     known = (counts >= NEAR_EMPTY) & (counts < len(tags))
     close = known[:, None] & (both > 0) & (counts < len(tags)) & (apart < FEW_APART)
     close &= apart <= _SHARE_APART * counts[:, None]
-    problems: list[Problem] = []
     for one, other in np.argwhere(close).tolist():
         # Of two that hardly stand apart either way, once: the one that does so least.
         if one == other or (close[other, one] and (apart[other, one], other) < (apart[one, other], one)):
@@ -255,21 +215,7 @@ def _check_pairs(classes: Sequence[str], tags: NDArray[np.bool_]) -> list[Proble
             without = f"is without {partner!r} in only {alone} of its {count} training images"
             what = f"class {name!r} " + (without if alone else f"never appears without {partner!r} ({count} images)")
             remedy = f"add images with {name!r} and without {partner!r}"
-        problems.append(Problem("warning", f"{what}: these two cannot be told apart from tags; {remedy}"))
-    return problems
-
-
-def _check_sides(train: TaggedImages, validation: TaggedImages) -> list[Problem]:
-    both = sorted(set(train.names) & set(validation.names))
-    if not both:
-        return []
-    return [
-        Problem(
-            "warning",
-            f"{len(both)} image{_s(len(both))} to train on and for validation alike ({_some(both, 3)}): scores will be "
-            "too high; take them off one of the lists",
-        )
-    ]
+        yield Problem("warning", f"{what}: these two cannot be told apart from tags; {remedy}")
 
 
 def _tag_matrix(images: TaggedImages | None, num_classes: int) -> NDArray[np.bool_]:
@@ -286,10 +232,10 @@ def path_below(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
+def _chosen(classes: Sequence[str], chosen: NDArray[np.bool_]) -> list[str]:
+    return [classes[index] for index in np.flatnonzero(chosen).tolist()]
+
+
 def _some(names: Sequence[str], count: int = _SHOWN) -> str:
     left = len(names) - count
     return ", ".join(names[:count]) + (f" and {left:,} more" if left > 0 else "")
-
-
-def _s(count: int) -> str:
-    return "" if count == 1 else "s"

@@ -1,0 +1,201 @@
+"""What every image, read once, tells of a data set: broken files, sizes that do not suit, copies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from afa.check.scan import Scan, identical_groups, scan_images, similar_groups
+from afa.check.tags import OpenedData, Problem, path_below
+from afa.config import AugmentConfig
+from afa.data.voc import ScoredImages
+from afa.report.render import counted
+from afa.runtime import progress_bar
+
+TINY_SIDE: Final = 64
+"""Images with a shorter side, in pixels, have too little detail."""
+
+LONG_ASPECT: Final = 4.0
+"""Images so many times as long as wide lose most of themselves in square crops."""
+
+LARGE_PIXELS: Final = 4_000_000
+"""Images of more pixels take long to decode, for a crop of a fraction of them."""
+
+_LISTED: Final = 1000  # names or groups of one kind in the dictionary
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """The images of a run that were read, each file once, and what was found in them.
+
+    Attributes:
+        total: How many images there are.
+        shown: N paths as messages show them.
+        train, validation: (N,) which side they are on.
+        tags: N lists of tags.
+        scan: What was read of them.
+        identical, similar: Groups of copies and of near copies, by index.
+    """
+
+    total: int
+    shown: tuple[str, ...]
+    train: NDArray[np.bool_]
+    validation: NDArray[np.bool_]
+    tags: tuple[tuple[str, ...], ...]
+    scan: Scan
+    identical: list[list[int]]
+    similar: list[list[int]]
+
+
+def read_images(opened: OpenedData, limit: int | None, *, threads: int, progress: bool) -> ImageTable:
+    """Read the images of both sides, each file once, and the masks of those that have one.
+
+    Args:
+        opened: The images.
+        limit: Read only so many, evenly spread; None reads all.
+        threads: How many read at the same time.
+        progress: Show progress on standard error.
+    """
+    places: dict[Path, list[int]] = {}  # file -> index on each side, -1 where it is not there
+    for side, images in enumerate((opened.train, opened.validation)):
+        if images is not None:
+            for index in range(len(images)):
+                places.setdefault(images.image_path(index), [-1, -1])[side] = index
+    paths, total = list(places), len(places)
+    if limit is not None and limit < total:
+        paths = [paths[i] for i in np.linspace(0, total - 1, limit).astype(np.int64)]
+    rows = np.array([places[path] for path in paths], dtype=np.int64)
+    scored = opened.validation if isinstance(opened.validation, ScoredImages) else None
+
+    def read_mask(index: int) -> None:
+        if scored is not None and rows[index, 1] >= 0:
+            scored.mask(int(rows[index, 1]))
+
+    with progress_bar(enabled=progress) as bar:
+        task = bar.add_task("reading images", total=len(paths), rate="")
+        scan = scan_images(paths, threads=threads, read_mask=read_mask, tell=lambda: bar.advance(task))
+    classes = opened.layout.classes
+    tags = [opened.train_tags[one] if one >= 0 else opened.validation_tags[other] for one, other in rows.tolist()]
+    return ImageTable(
+        total=total,
+        shown=tuple(path_below(path, opened.layout.root) for path in paths),
+        train=rows[:, 0] >= 0,
+        validation=rows[:, 1] >= 0,
+        tags=tuple(tuple(classes[c] for c in np.flatnonzero(row).tolist()) for row in tags),
+        scan=scan,
+        identical=identical_groups(scan),
+        similar=similar_groups(scan),
+    )
+
+
+def check_images(table: ImageTable, augment: AugmentConfig) -> Iterator[Problem]:
+    """What single images tell, and copies.
+
+    Args:
+        table: The images.
+        augment: How crops are taken.
+
+    Yields:
+        What was found.
+    """
+    scan = table.scan
+    for failures in (scan.failures, scan.mask_failures):
+        yield from (Problem("error", failures[i]) for i in sorted(failures))
+    if scan.readable.size:
+        yield from _check_sizes(table, augment)
+    yield from _check_groups(table, table.identical, "has the same pixels as", "")
+    yield from _check_groups(table, table.similar, "looks the same as", "near ")
+
+
+def _check_sizes(table: ImageTable, augment: AugmentConfig) -> Iterator[Problem]:
+    readable, sizes = table.scan.readable, table.scan.sizes
+    short, long = sizes[readable].min(axis=1), sizes[readable].max(axis=1)
+
+    def named(chosen: NDArray[np.int64], what: str) -> str:
+        names = [f"{table.shown[i]} {sizes[i, 1]}x{sizes[i, 0]}" for i in chosen[:3]]
+        return f"{counted(len(chosen), 'image')} {what} ({', '.join(names)}{', ...' if len(chosen) > 3 else ''})"
+
+    tiny = readable[short < TINY_SIDE]
+    if tiny.size:
+        message = named(tiny, f"with a side below {TINY_SIDE} pixels")
+        yield Problem("warning", f"{message}: too little detail; take larger ones, or leave them out")
+    narrow = readable[long > LONG_ASPECT * short]
+    if narrow.size:
+        message = named(narrow, f"over {LONG_ASPECT:g} times as long as wide")
+        yield Problem("note", f"{message}: a crop rarely has what is tagged; cut them up")
+    side = augment.short_side or float(np.median(short))
+    if side * augment.scale_max < augment.crop_size:
+        yield Problem(
+            "warning",
+            f"augment.crop_size is {augment.crop_size}, and half of the images are at most {side:g} pixels on the "
+            f"short side, {side * augment.scale_max:g} at augment.scale_max: crops are mostly empty; lower "
+            "augment.crop_size, or set augment.short_side",
+        )
+    large = readable[np.prod(sizes[readable], axis=1, dtype=np.int64) > LARGE_PIXELS]
+    if 2 * large.size > readable.size:
+        message = named(large, f"above {LARGE_PIXELS / 1e6:g} megapixels")
+        yield Problem("note", f"{message}: decoding them takes long, for small crops; scale copies down")
+
+
+def _check_groups(table: ImageTable, groups: Sequence[list[int]], same: str, kind: str) -> Iterator[Problem]:
+    """What copies do: contradict each other, or stand on both sides."""
+    conflicts, leaks = [], []
+    for group in groups:
+        tagged = [i for i in group if table.tags[i]]
+        conflicts += [(tagged[0], i) for i in tagged if table.tags[i] != table.tags[tagged[0]]][:1]
+        train = next((i for i in group if table.train[i]), None)
+        leaks += [(i, train) for i in group if train is not None and table.validation[i] and not table.train[i]]
+
+    def compared(one: int, other: int) -> str:
+        return f"{table.shown[one]} {same} {table.shown[other]}"
+
+    for one, other in conflicts[:_LISTED]:
+        tags = " and ".join(f"({', '.join(table.tags[i])})" for i in (one, other))
+        message = f"{compared(one, other)}, but other tags, {tags}: correct one of them, or keep one image"
+        yield Problem("warning", message)
+    if leaks:
+        message = f"{kind}copies of training images among those for validation: {len(leaks):,} (first: "
+        yield Problem("warning", f"{message}{compared(*leaks[0])}): scores will be too high; keep one of each")
+    copies = sum(len(group) - 1 for group in groups)
+    if copies:
+        one, other = groups[0][:2]
+        message = f"{kind}copies of other images: {copies:,} (first: {compared(other, one)}): keep one of each"
+        yield Problem("note", message)
+
+
+def describe_images(table: ImageTable) -> dict[str, Any]:
+    """The value of `images` that `afa.check.collect.check_data` describes."""
+    scan = table.scan
+    sizes = scan.sizes[scan.readable].astype(np.float64)
+    tiny = scan.readable[sizes.min(axis=1) < TINY_SIDE]
+
+    def spread(values: NDArray[np.float64]) -> dict[str, float] | None:
+        if not values.size:
+            return None
+        return {"minimum": float(values.min()), "median": float(np.median(values)), "maximum": float(values.max())}
+
+    def member(i: int) -> dict[str, Any]:
+        side = "train" if table.train[i] else "validation"
+        return {"image": table.shown[i], "side": side, "tags": list(table.tags[i])}
+
+    found = {
+        "total": table.total,
+        "read": len(table.shown),
+        "seconds": scan.seconds,
+        "broken": [table.shown[i] for i in sorted(scan.failures)],
+        "broken_masks": [table.shown[i] for i in sorted(scan.mask_failures)],
+        "width": spread(sizes[:, 1]),
+        "height": spread(sizes[:, 0]),
+        "aspect": spread(sizes[:, 1] / sizes[:, 0]),
+        "gray": int(scan.gray.sum()),
+        "tiny": [table.shown[i] for i in tiny[:_LISTED]],
+    }
+    groups = {"identical": table.identical, "similar": table.similar}
+    found |= {f"num_{kind}": sum(len(group) - 1 for group in each) for kind, each in groups.items()}
+    listed = {kind: [group[:_LISTED] for group in each[:_LISTED]] for kind, each in groups.items()}
+    return found | {kind: [[member(i) for i in group] for group in each] for kind, each in listed.items()}

@@ -1,0 +1,296 @@
+"""Pictures of what the network makes of some images: examples for the report, and the paper's figures.
+
+Both run the network and write PNGs. How examples are laid out on the page is up to its template.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from afa.config import Config, Propagation, PseudoConfig, load_config
+from afa.data.layout import find_layout
+from afa.data.voc import ScoredImages, TaggedImages
+from afa.errors import AfaError
+from afa.evaluation.protocols import CRF, image_tensor, logit_maps, pseudo_view, seg_logits
+from afa.model.network import AfaNetwork
+from afa.pseudo.cam import multi_scale_cam
+from afa.pseudo.pipeline import infer_pseudo
+from afa.pseudo.walk import mean_attention_affinity
+from afa.report.drawing import DISPLAY_SIZE, Pixels, Token, blend_heat, blend_label, draw_star, draw_window, lay_out
+from afa.runs.build import load_run, read_classes
+from afa.runtime import pick_device, progress_bar
+from afa.training.checkpoint import write_atomically
+
+PICTURES: Final = {
+    "image": "image",
+    "cam": "CAM",
+    "propagated": "propagated CAM",
+    "pseudo": "pseudo label",
+    "prediction": "prediction",
+    "truth": "ground truth",
+}
+"""Pictures of an example and their captions, in the order of the method; `truth` only of images with masks."""
+
+FIGURES: Final = {
+    "affinity": ("query", "attention", "affinity"),
+    "cam": ("image", "CAM, one scale", "CAM, all scales", "by attention", "by affinity"),
+    "labels": ("image", "CAM", "propagated", "CAM + PAR", "propagated + PAR"),
+    "results": ("image", "prediction", "prediction + CRF", "ground truth"),
+}
+"""Name of each figure's sheet and the captions of its columns: Figures 1 and 4, 2, 5 and the labels of 4, and 6."""
+
+_SHEET_ROWS: Final = 5
+
+
+def write_examples(
+    network: AfaNetwork,
+    images: TaggedImages,
+    run: Path,
+    *,
+    config: Config,
+    device: torch.device,
+    count: int,
+) -> None:
+    """Write RUN/examples: a folder of pictures for each of some evenly spaced images, sheet.png and index.json.
+
+    The pseudo labels see an image's true tags, the prediction sees the image alone. What an earlier call left
+    in RUN/examples is removed. The network is in eval mode during the call.
+
+    Args:
+        network: On `device`.
+        images: Where examples are taken from, `ScoredImages` where there are masks; images without tags are
+            passed over.
+        run: Run folder.
+        config: Its `pseudo` and `evaluation` sections apply.
+        device: Where the network runs.
+        count: How many examples; fewer when there are fewer images with tags.
+    """
+    folder = run / "examples"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    was_training = network.training
+    network.eval()
+    index: list[dict[str, object]] = []
+    for number, i in enumerate(evenly_spaced(images, count)):
+        name = f"{number:03d}"
+        (folder / name).mkdir()
+        seen = _Seen.open(images, i, config, device, enlarge=False)
+        for key, picture in _example_pictures(network, config, seen).items():
+            Image.fromarray(picture).save(folder / name / f"{key}.png")
+        tags = [c for c, present in zip(images.classes, images.tags(i), strict=True) if present]
+        index.append({"name": images.names[i], "tags": tags, "folder": name})
+    network.train(was_training)
+    if index:
+        rows = [str(entry["folder"]) for entry in index[:_SHEET_ROWS]]
+        draw_sheet([folder / row for row in rows]).save(folder / "sheet.png")
+    # Last and in one piece: whoever finds an index finds all its pictures.
+    write_atomically(folder / "index.json", json.dumps(index, indent=1) + "\n")
+
+
+@torch.inference_mode()
+def write_figures(
+    run: Path, *, data: str | None = None, count: int = 4, device: str = "auto", progress: bool = True
+) -> list[Path]:
+    """Draw RUN/figures/{affinity,cam,labels,results}.png from evenly spaced images with tags.
+
+    affinity: two query points an image, one where the CAM is strongest and one where it is weakest; the mean attention
+    of the last blocks and the learned affinity from there, with the window that the affinity is learned and walked in,
+    at the largest scale. cam: of the tagged classes, and after a step of the random
+    walk. labels: before and after the refinement, at the background scores of their evaluation. results: of the
+    segmentation by the run's protocol, which alone is not told the tags.
+
+    Args:
+        run: Run folder.
+        data: Folder of the data set; None is that of the run.
+        count: Images.
+        device: `auto`, `cpu`, `cuda` or `mps`.
+        progress: Show progress on standard error.
+
+    Returns:
+        The sheets.
+
+    Raises:
+        AfaError: Not a run folder, no data set there, or none of its images has tags.
+
+    Source:
+        Paper Figures 1, 2, 4, 5 and 6.
+    """
+    keys: dict[str, object] = {"data.class_subset": read_classes(run)}
+    config = load_config(run / "config.toml", keys if data is None else keys | {"data.root": data})
+    network = load_run(run, pick_device(device)).network
+    layout = find_layout(config.data)
+    images: TaggedImages = layout.scored() if layout.has_masks else layout.validation()
+    picks = evenly_spaced(images, count)
+    if not picks:
+        raise AfaError(f"{layout.root}: no image with tags to draw; pass --data with another folder")
+    draw = {"affinity": _affinity_rows, "cam": _cam_rows, "labels": _label_rows, "results": _result_rows}
+    rows: dict[str, list[_Row]] = {name: [] for name in FIGURES}
+    with progress_bar(enabled=progress) as bar:
+        task = bar.add_task("figures", total=len(picks), rate="")
+        for i in picks:
+            seen = _Seen.open(images, i, config, next(network.parameters()).device, enlarge=True)
+            for name, sheet in rows.items():
+                sheet += draw[name](network, config, seen)
+            bar.update(task, advance=1)
+    folder = run / "figures"
+    folder.mkdir(exist_ok=True)
+    for name, captions in FIGURES.items():
+        lay_out(rows[name], captions).save(folder / f"{name}.png")
+    return [folder / f"{name}.png" for name in FIGURES]
+
+
+def draw_sheet(folders: Sequence[Path]) -> Image.Image:
+    """Put the pictures of several examples on one sheet: a row an example, a column a picture, captions on top.
+
+    Args:
+        folders: Folders of examples as `write_examples` leaves them.
+
+    Returns:
+        RGB image on white.
+    """
+    paths = [[folder / f"{key}.png" for key in PICTURES] for folder in folders]
+    rows = [[Image.open(path) if path.is_file() else None for path in row] for row in paths]
+    return lay_out(rows, list(PICTURES.values()))
+
+
+def evenly_spaced(images: TaggedImages, count: int) -> list[int]:
+    """Positions of at most `count` images with tags, from the first to the last."""
+    known = images.has_tags if isinstance(images, ScoredImages) else lambda _: True
+    tagged = [i for i in range(len(images)) if known(i) and images.tags(i).any()]
+    picks = np.linspace(0, len(tagged) - 1, min(count, len(tagged))).round().astype(int)
+    return [tagged[pick] for pick in picks]
+
+
+_Row = list[Image.Image | None]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """An image and what is drawn from it.
+
+    Attributes:
+        pixels: (H, W, 3) as it is.
+        picture: (h, w, 3), its longest side DISPLAY_SIZE.
+        view: (1, 3, H', W') in [0, 1], as pseudo labels see it.
+        tags: (1, C).
+        truth: (H, W) mask; None where there is none.
+    """
+
+    pixels: Pixels
+    picture: Pixels
+    view: Tensor
+    tags: Tensor
+    truth: Tensor | None
+
+    @classmethod
+    def open(cls, images: TaggedImages, i: int, config: Config, device: torch.device, *, enlarge: bool) -> _Seen:
+        pixels = images.image(i)
+        height, width = pixels.shape[:2]
+        scale = DISPLAY_SIZE / max(height, width)
+        scale = scale if enlarge else min(1.0, scale)
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        view = image_tensor(pixels, device=device)
+        return cls(
+            pixels=pixels,
+            picture=np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)),
+            view=pseudo_view(view, config=config.pseudo, short_side=config.evaluation.short_side),
+            tags=torch.from_numpy(images.tags(i)).to(device)[None],
+            truth=torch.from_numpy(images.mask(i)) if isinstance(images, ScoredImages) else None,
+        )
+
+    @property
+    def present(self) -> Tensor:
+        """(C,) the tagged classes."""
+        return self.tags[0] > 0
+
+    def infer(self, network: AfaNetwork, config: PseudoConfig, *want: str, refined: bool = False) -> dict[str, Tensor]:
+        """What `infer_pseudo` gives for this image, without its axis of images."""
+        found = infer_pseudo(network.score, self.view, self.tags, config=config, want=want, refined=refined)
+        return {key: value[0] for key, value in found.items()}
+
+
+@torch.inference_mode()
+def _example_pictures(network: AfaNetwork, config: Config, seen: _Seen) -> dict[str, Pixels]:
+    """The pictures of an example by name, all of one size."""
+    pseudo = seen.infer(network, config.pseudo, "cam", "propagated", "refined_label")
+    logits = seg_logits(network, seen.pixels, protocol=config.evaluation.protocol, config=config.evaluation)
+    drawn = {
+        "image": seen.picture,
+        "cam": blend_heat(seen.picture, pseudo["cam"][seen.present]),
+        "propagated": blend_heat(seen.picture, _shares(pseudo["propagated"])[seen.present]),
+        "pseudo": blend_label(seen.picture, pseudo["refined_label"]),
+        "prediction": blend_label(seen.picture, logits.argmax(0)),
+    }
+    return drawn if seen.truth is None else drawn | {"truth": blend_label(seen.picture, seen.truth)}
+
+
+def _shares(propagated: Tensor) -> Tensor:
+    """(1 + C, h, w) walked scores -> (C, h, w) share of each class.
+
+    The walk weakens all scores of a lonely token alike; which class they favor is what the label will say.
+    """
+    return (propagated / propagated.sum(0, keepdim=True).clamp(min=1e-12))[1:]
+
+
+def _affinity_rows(network: AfaNetwork, config: Config, seen: _Seen) -> Iterator[_Row]:
+    found = multi_scale_cam(network.score, seen.view, scales=config.pseudo.scales, affinity=True)
+    assert found.walk is not None
+    logits, learned = found.walk.attention_logits, found.walk.affinity
+    assert logits is not None
+    assert learned is not None
+    # From a token to all: neither map is symmetric in what it shows, so both are read by the query's row.
+    attention = mean_attention_affinity(logits, scale=found.walk.attention_scale)
+    # The tokens where the CAM is strongest and weakest.
+    small = adaptive_avg_pool2d(found.cam[:, seen.present].amax(1), found.grid)[0]
+    for query in (int(small.argmax()), int(small.argmin())):
+        point = Token(*divmod(query, found.grid[1]))
+        maps = [blend_heat(seen.picture, each[:, query].reshape(1, *found.grid)) for each in (attention, learned)]
+        pictures = [draw_star(each, point, found.grid) for each in (seen.picture, *maps)]
+        draw_window(pictures[2], point, found.grid, config.pseudo.affinity_radius)
+        yield [*pictures]
+
+
+def _cam_rows(network: AfaNetwork, config: Config, seen: _Seen) -> Iterator[_Row]:
+    one_scale = replace(config.pseudo, scales=(1.0,))
+    maps = [seen.infer(network, each, "cam")["cam"] for each in (one_scale, config.pseudo)]
+    walks: tuple[Propagation, ...] = ("attention", "affinity")
+    for walk in walks:
+        settings = replace(config.pseudo, propagation=walk)
+        maps.append(_shares(seen.infer(network, settings, "propagated")["propagated"]))
+    heats = [blend_heat(seen.picture, scores[seen.present]) for scores in maps]
+    yield [Image.fromarray(each) for each in (seen.picture, *heats)]
+
+
+def _label_rows(network: AfaNetwork, config: Config, seen: _Seen) -> Iterator[_Row]:
+    kinds = ("cam_label", "propagated_label")
+    labels = [
+        seen.infer(network, config.pseudo, kind, refined=refined)[kind] for refined in (False, True) for kind in kinds
+    ]
+    yield _labeled(seen, labels)
+
+
+def _result_rows(network: AfaNetwork, config: Config, seen: _Seen) -> Iterator[_Row]:
+    height, width = seen.pixels.shape[:2]
+    protocol = config.evaluation.protocol.removesuffix(CRF)
+    labels = [
+        logit_maps(network, [seen.pixels], protocol=each, config=config.evaluation)[0].label((height, width))
+        for each in (protocol, protocol + CRF)
+    ]
+    yield _labeled(seen, [*labels, seen.truth])
+
+
+def _labeled(seen: _Seen, labels: Sequence[Tensor | None]) -> _Row:
+    """The image, and the image under each label."""
+    drawn = (None if label is None else Image.fromarray(blend_label(seen.picture, label)) for label in labels)
+    return [Image.fromarray(seen.picture), *drawn]
