@@ -7,7 +7,7 @@ import pytest
 from afa.config import config_to_toml, load_config
 from afa.errors import AfaError
 from afa.report import collect
-from afa.report.collect import collect_report, label_values, read_metrics
+from afa.report.collect import collect_report, read_metrics
 
 
 @pytest.fixture
@@ -100,12 +100,6 @@ def test_broken_evaluation_file(run: Path, text: str, found: str) -> None:
     (run / "evaluation" / "cam.json").write_text(text)
     with pytest.raises(AfaError, match=rf"cam\.json: {found}.*delete it$"):
         collect_report(run)
-
-
-def test_label_values_keep_class_order_and_leave_out_unscored() -> None:
-    per_class = {"seg": {"dog": 2.0, "background": 1.0}, "propagated": None, "cam": {"dog": None, "cow": None}}
-    rows = label_values(per_class, ["cat", "cow", "dog"])
-    assert rows == [("background", [1.0, None, None]), ("dog", [2.0, None, None])]
 
 
 def test_commit_is_that_of_our_own_tree_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from afa.report.examples import DISPLAY_SIZE, blend_label, resized_label
-from afa.report.figures import FIGURES, write_figures
 from PIL import Image
 
 from afa.cli import main
 from afa.data.layout import open_scored
 from afa.errors import AfaError
 from afa.evaluation.protocols import pseudo_label, seg_logits
+from afa.report.drawing import DISPLAY_SIZE, blend_label
+from afa.report.pictures import FIGURES, write_figures
 from afa.runs.build import load_run
 
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def test_sheets_show_the_labels(sheets: dict[str, np.ndarray], run: Path) -> Non
     shown = np.asarray(Image.fromarray(pixels).resize((DISPLAY_SIZE, DISPLAY_SIZE), Image.Resampling.LANCZOS))
 
     def difference(name: str, column: int, label: torch.Tensor) -> float:
-        drawn = blend_label(shown, resized_label(label, (DISPLAY_SIZE, DISPLAY_SIZE)))
+        drawn = blend_label(shown, label)
         small = np.asarray(Image.fromarray(drawn).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
         return float(np.abs(small - picture(sheets[name], 0, column)).mean())
 

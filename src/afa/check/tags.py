@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from afa.config import Config, DataConfig
 from afa.data.layout import Layout
@@ -175,7 +175,8 @@ def _check_counts(classes: Sequence[str], tags: NDArray[np.bool_]) -> Iterator[P
     """Classes with too few images or too many, and images that tell nothing."""
     counts = tags.sum(axis=0)
     if (tags == tags[0]).all():
-        message = f"all {len(tags)} training images have the same tags ({', '.join(_chosen(classes, tags.all(axis=0)))}): "
+        names = ", ".join(_chosen(classes, tags[0]))
+        message = f"all {len(tags)} training images have the same tags ({names}): "
         yield Problem("warning", message + "nothing can be learned without images that lack a class; add such images")
         return
     leave_out = "tag more images, or leave out classes by data.class_subset"
@@ -232,7 +233,7 @@ def path_below(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
-def _chosen(classes: Sequence[str], chosen: NDArray[np.bool_]) -> list[str]:
+def _chosen(classes: Sequence[str], chosen: ArrayLike) -> list[str]:
     return [classes[index] for index in np.flatnonzero(chosen).tolist()]
 
 

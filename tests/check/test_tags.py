@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from afa.check.fast import check_fast
 from PIL import Image
 
+from afa.check.tags import check_fast
 from afa.config import Config, load_config
 from afa.data.layout import find_layout
 from afa.data.palette import write_index_png

@@ -1,17 +1,19 @@
+"""The page of a run: what its template is given, and that the page is whole and loads nothing."""
+
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from afa.report.examples import PICTURES
-from afa.report.html import write_report
 from PIL import Image
 
 from afa.config import config_to_toml, load_config
-from afa.errors import AfaError
-from afa.report import html
+from afa.report.collect import collect_report, read_metrics
+from afa.report.page import collect_page, read_examples, write_report
+from mistakes import refused
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -37,12 +39,19 @@ class Balanced(HTMLParser):
         assert self.open.pop() == tag
 
 
-def check_page(page: str) -> None:
+def written(run: Path) -> str:
+    """The page, found to be whole."""
+    page = write_report(run).read_text(encoding="utf-8")
     parser = Balanced()
     parser.feed(page)
     assert not parser.open
     assert all(link.startswith("data:") for link in parser.links)
     assert not re.search(r"url\(|@import|https?://", page)
+    return page
+
+
+def shown(run: Path) -> dict[str, Any]:
+    return collect_page(collect_report(run), read_metrics(run), read_examples(run))
 
 
 @pytest.fixture
@@ -81,81 +90,78 @@ def full(bare: Path) -> Path:
     return bare
 
 
-def test_full_page(full: Path) -> None:
-    path = write_report(full)
-    page = path.read_text(encoding="utf-8")
-    check_page(page)
-    for shown in ("71.2", "+11.2", "65.0", "88.0", "5:07", "single scale, 3 images", "finished, 40 steps", "0.7 M"):
-        assert shown in page
-    assert page.count("data:image/jpeg;base64,") == 8
-    assert page.count('class="hole"') == 4
-    assert 'class="missing"' not in page
-    for title in ("Losses", "mIoU in percent", "Total loss", "Learning rate of the encoder", "IoU in percent"):
-        assert f"<b>{title}</b>" in page
-    assert "Segmentation loss" not in page
-    assert "background:rgb(128,0,0)" in page
-    assert {file.name for file in full.iterdir() if file.name.startswith(".")} == set()
+def test_what_a_finished_run_shows(full: Path) -> None:
+    page = shown(full)
+    titles = {size: [chart["title"] for chart in charts] for size, charts in page["charts"].items()}
+    assert titles == {
+        "wide": ["Losses", "mIoU in percent"],
+        "panels": ["Total loss", "Classification loss", "Learning rate of the encoder"],
+    }
+    assert page["gain"] == 11.25
+    assert page["colors"][0] == ("cat", (128, 0, 0))
+    assert [len(example["pictures"]) for example in page["examples"]] == [6, 2]
+    assert (len(page["columns"]), page["scores"]["missing"]) == (6, {})
+    assert page["scores"]["rows"] == [
+        {"name": "background", "figures": [90.0, 90.0, 90.0], "gain": 0.0},
+        {"name": "cat", "figures": [71.25, 65.0, 60.0], "gain": 11.25},
+        {"name": "mean", "figures": [71.25, 65.0, 60.0], "gain": 11.25},
+    ]
+    assert page["environment"] == {"device": "cpu", "parameters": "0.7 M parameters", "torch": "2.13.0"}
 
 
-def test_texts_are_escaped(full: Path) -> None:
-    page = write_report(full).read_text(encoding="utf-8")
-    assert "my&lt;run&gt;" in page
-    assert "dog &amp; &lt;b&gt;" in page
-    assert "&lt;script&gt;.csv" in page
-    assert not re.search(r"<script|my<run>|dog & |<i>", page)
-
-
-def test_report_json_is_written_beside(full: Path) -> None:
-    write_report(full)
+def test_page_and_figures_are_written_and_texts_escaped(full: Path) -> None:
+    html = written(full)
+    for text in ("71.2", "+11.2", "65.0", "88.0", "5:07", "single scale, 3 images", "finished, 40 steps", "0.7 M"):
+        assert text in html
+    assert html.count("data:image/jpeg;base64,") == 8
+    assert html.count('class="hole"') == 4
+    assert 'class="missing"' not in html
+    for text in ("my&lt;run&gt;", "dog &amp; &lt;b&gt;", "&lt;script&gt;.csv"):
+        assert text in html
+    assert not re.search(r"<script|my<run>|dog & |<i>", html)
     report = json.loads((full / "report.json").read_text())
-    assert report["miou"] == 71.25
-    assert report["config"]["schedule"]["max_steps"] == 40
+    assert (report["miou"], report["config"]["schedule"]["max_steps"]) == (71.25, 40)
+    assert not [path for path in full.iterdir() if path.name.startswith(".")]
 
 
 def test_bare_run_says_what_is_missing(bare: Path) -> None:
-    page = write_report(bare).read_text(encoding="utf-8")
-    check_page(page)
-    assert "unfinished, step 0 of 40" in page
-    for text in ("No examples were drawn.", "No training step is logged yet.", "has no environment.json"):
-        assert text in page
-    assert "Not evaluated: segmentation, propagated CAM, CAM." in page
+    html = written(bare)
+    for text in (
+        "unfinished, step 0 of 40",
+        "No examples were drawn.",
+        "No training step is logged yet.",
+        "has no environment.json",
+        "Not evaluated: segmentation, propagated CAM, CAM.",
+    ):
+        assert text in html
+    name = "my&lt;run&gt;"
     for kind in ("seg", "propagated", "cam"):
-        name = "my&lt;run&gt;"
-        assert f"afa evaluate {name} --data DIR --labels {kind} --json {name}/evaluation/{kind}.json" in page
+        assert f"afa evaluate {name} --data DIR --labels {kind} --json {name}/evaluation/{kind}.json" in html
 
 
 def test_partly_evaluated_run_shows_what_there_is(full: Path) -> None:
     (full / "evaluation" / "cam.json").unlink()
-    page = write_report(full).read_text(encoding="utf-8")
-    check_page(page)
-    assert "Not evaluated: CAM." in page
-    assert "gain over CAM" not in page
-    assert '<th scope="col">propagated CAM</th>' in page
+    scores = shown(full)["scores"]
+    assert scores["missing"] == {"cam": "CAM"}
+    assert scores["rows"][1] == {"name": "cat", "figures": [71.25, 65.0], "gain": None}
+    html = written(full)
+    assert "gain over CAM" not in html
+    assert '<th scope="col">propagated CAM</th>' in html
 
 
 def test_interrupted_run(full: Path) -> None:
     (full / "model.safetensors").unlink()
     (full / "environment.json").unlink()
     (full / "metrics.jsonl").write_text('{"kind": "train", "step": 7, "loss": 1.0, "seconds": 3.0}\n{"kind": "tr')
-    page = write_report(full).read_text(encoding="utf-8")
-    check_page(page)
-    assert "unfinished, step 7 of 40" in page
+    assert "unfinished, step 7 of 40" in written(full)
 
 
 def test_many_classes_leave_the_legend_to_those_tagged(full: Path) -> None:
     (full / "classes.txt").write_text("".join(f"class{i}\n" for i in range(40)) + "cat\n")
-    page = write_report(full).read_text(encoding="utf-8")
-    legend = re.search(r'<ul class="legend classes">.*?</ul>', page)
-    assert legend is not None
-    assert "cat" in legend[0]
-    assert "class7" not in legend[0]
-
-
-def test_columns_are_the_pictures_that_are_drawn() -> None:
-    assert tuple(html._COLUMNS) == PICTURES
+    assert [name for name, _ in shown(full)["colors"]] == ["cat"]
 
 
 def test_not_a_run_folder(tmp_path: Path) -> None:
-    with pytest.raises(AfaError, match="not a run folder"):
+    with refused("not a run folder"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -1,19 +1,22 @@
+"""Examples of a report: which images, which pictures, in which colors."""
+
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from afa.report.examples import blend_heat, blend_label, draw_sheet, heat_colors, write_examples
 from PIL import Image
 from torch import Tensor, nn
 
-from afa.config import Config, ModelConfig, PseudoConfig, load_config
+from afa.config import ModelConfig, PseudoConfig, load_config
 from afa.data.palette import voc_palette
 from afa.data.voc import ScoredImages, TaggedImages
-from afa.report import examples
+from afa.report import pictures
+from afa.report.drawing import blend_heat, blend_label, heat_colors
+from afa.report.pictures import PICTURES, draw_sheet, write_examples
 from afa.types import NetworkOutput, normalize_image
 
 CPU = torch.device("cpu")
@@ -35,9 +38,12 @@ class FakeNetwork(nn.Module):
         logits[:, 0, :, columns // 2 :] = 1
         return NetworkOutput(torch.zeros(image.shape[0], 2), torch.zeros(image.shape[0], 2, 1, 1), seg_logits=logits)
 
+    def score(self, image: Tensor, affinity: bool) -> NetworkOutput:
+        raise AssertionError("pseudo labels are made up")
+
 
 def fake_pseudo(
-    score: Any, image: Tensor, tags: Tensor, *, config: PseudoConfig, want: Collection[str]
+    score: Any, image: Tensor, tags: Tensor, *, config: PseudoConfig, want: Collection[str], refined: bool
 ) -> dict[str, Tensor]:
     assert set(want) == {"cam", "propagated", "refined_label"}
     assert 0 <= image.min() <= image.max() <= 1
@@ -78,64 +84,61 @@ def open_images(folder: Path, tags: list[list[int]], *, masks: bool) -> TaggedIm
     )
 
 
-@pytest.fixture
-def config() -> Config:
-    return load_config()
+Draw = Callable[[TaggedImages, int], Path]
 
 
 @pytest.fixture
-def fakes(monkeypatch: pytest.MonkeyPatch) -> FakeNetwork:
-    monkeypatch.setattr(examples, "infer_pseudo", fake_pseudo)
+def network() -> FakeNetwork:
     return FakeNetwork()
+
+
+@pytest.fixture
+def draw(network: FakeNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Draw:
+    """Writes examples of images with made up pseudo labels; gives their folder."""
+    monkeypatch.setattr(pictures, "infer_pseudo", fake_pseudo)
+    run = tmp_path / "run"
+    (run / "examples" / "009").mkdir(parents=True)
+
+    def call(images: TaggedImages, count: int) -> Path:
+        write_examples(network, images, run, config=load_config(), device=CPU, count=count)  # type: ignore[arg-type]
+        return run / "examples"
+
+    return call
 
 
 def read(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-def test_pictures_and_index(tmp_path: Path, config: Config, fakes: FakeNetwork) -> None:
-    images = open_images(tmp_path, [[1, 0], [0, 0], [0, 1]], masks=True)
-    run = tmp_path / "run"
-    (run / "examples" / "009").mkdir(parents=True)
-    fakes.train()
-    write_examples(fakes, images, run, config=config, device=CPU, count=5)  # type: ignore[arg-type]
-    assert fakes.training
-    assert fakes.modes == [False, False]
-    assert json.loads((run / "examples" / "index.json").read_text()) == [
+def test_pictures_and_index(tmp_path: Path, network: FakeNetwork, draw: Draw) -> None:
+    network.train()
+    folder = draw(open_images(tmp_path, [[1, 0], [0, 0], [0, 1]], masks=True), 5)
+    assert network.training
+    assert network.modes == [False, False]
+    assert json.loads((folder / "index.json").read_text()) == [
         {"name": "image0", "tags": ["cat"], "folder": "000"},
         {"name": "image2", "tags": ["dog"], "folder": "001"},
     ]
-    assert {path.name for path in (run / "examples").iterdir()} == {"000", "001", "index.json", "sheet.png"}
-    for folder in ("000", "001"):
-        names = {path.stem for path in (run / "examples" / folder).iterdir()}
-        assert names == set(examples.PICTURES)
-        assert {read(run / "examples" / folder / f"{name}.png").shape for name in names} == {(64, 96, 3)}
+    assert {path.name for path in folder.iterdir()} == {"000", "001", "index.json", "sheet.png"}
+    for number in ("000", "001"):
+        found = {path.stem: read(path) for path in (folder / number).iterdir()}
+        assert found.keys() == PICTURES.keys()
+        assert {picture.shape for picture in found.values()} == {(64, 96, 3)}
         for name in ("cam", "propagated"):
-            row = read(run / "examples" / folder / f"{name}.png")[30].sum(-1).astype(int)
+            row = found[name][30].sum(-1).astype(int)
             assert row[-1] > row[48] > row[0], name
-    prediction = read(run / "examples" / "001" / "prediction.png")[30]
+    prediction = read(folder / "001" / "prediction.png")[30]
     assert prediction[10, 0] > prediction[10, 1]  # class 1 is red
     assert prediction[90].tolist() == [40, 40, 40]  # the background is the photograph, dimmed
 
 
-def test_without_masks_there_is_no_truth(tmp_path: Path, config: Config, fakes: FakeNetwork) -> None:
-    images = open_images(tmp_path, [[1, 0]], masks=False)
-    write_examples(fakes, images, tmp_path / "run", config=config, device=CPU, count=1)  # type: ignore[arg-type]
-    names = {path.stem for path in (tmp_path / "run" / "examples" / "000").iterdir()}
-    assert names == set(examples.PICTURES) - {"truth"}
-
-
-def test_examples_are_spread_evenly(tmp_path: Path, config: Config, fakes: FakeNetwork) -> None:
-    images = open_images(tmp_path, [[1, 0]] * 5, masks=False)
-    write_examples(fakes, images, tmp_path, config=config, device=CPU, count=3)  # type: ignore[arg-type]
-    index = json.loads((tmp_path / "examples" / "index.json").read_text())
-    assert [entry["name"] for entry in index] == ["image0", "image2", "image4"]
-
-
-def test_no_images_with_tags(tmp_path: Path, config: Config, fakes: FakeNetwork) -> None:
-    images = open_images(tmp_path, [[0, 0]], masks=False)
-    write_examples(fakes, images, tmp_path, config=config, device=CPU, count=3)  # type: ignore[arg-type]
-    assert json.loads((tmp_path / "examples" / "index.json").read_text()) == []
+@pytest.mark.parametrize(("tags", "names"), [([[1, 0]] * 5, [0, 2, 4]), ([[0, 0]], [])])
+def test_examples_are_spread_evenly(tags: list[list[int]], names: list[int], tmp_path: Path, draw: Draw) -> None:
+    folder = draw(open_images(tmp_path, tags, masks=False), 3)
+    index = json.loads((folder / "index.json").read_text())
+    assert [entry["name"] for entry in index] == [f"image{i}" for i in names]
+    for entry in index:  # without masks there is no truth
+        assert {path.stem for path in (folder / entry["folder"]).iterdir()} == set(PICTURES) - {"truth"}
 
 
 def test_real_network_and_sizes(tmp_path: Path) -> None:
@@ -167,19 +170,18 @@ def test_blends_leave_their_inputs_alone() -> None:
     label[:, 4:] = 3
     label[:, 8:] = 255
     copies = image.copy(), label.copy()
-    heat = blend_heat(image, rng.random((9, 12)))
-    painted = blend_label(image, label)
+    heat = blend_heat(image, torch.from_numpy(rng.random((2, 9, 12))))
+    painted = blend_label(image, torch.from_numpy(label))
     assert (image == copies[0]).all()
     assert (label == copies[1]).all()
     assert heat.shape == painted.shape == image.shape
     assert (painted[4, 4] == voc_palette()[3]).all()  # the outline
 
 
-def test_images_are_normalized_once(tmp_path: Path, config: Config, fakes: FakeNetwork) -> None:
+def test_images_are_normalized_once(tmp_path: Path, network: FakeNetwork, draw: Draw) -> None:
     seen: list[Tensor] = []
-    fakes.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    images = open_images(tmp_path, [[1, 0]], masks=False)
-    write_examples(fakes, images, tmp_path, config=config, device=CPU, count=1)  # type: ignore[arg-type]
+    network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    draw(open_images(tmp_path, [[1, 0]], masks=False), 1)
     torch.testing.assert_close(seen[0], normalize_image(torch.zeros(1, 3, 64, 96)))
 
 
