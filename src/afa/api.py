@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from afa.check import collect
 from afa.config import Config, DataConfig, config_to_dict, load_config
@@ -22,7 +22,7 @@ from afa.evaluation.protocols import CRF
 from afa.evaluation.tags import TagResult, evaluate_tags
 from afa.formats.write import mask_items, parse_formats, write_format
 from afa.inference import files as prediction
-from afa.inference.files import PredictSummary
+from afa.inference.masks import PredictSummary
 from afa.inference.predictor import Predictor
 from afa.recipe import train_and_report
 from afa.runs.auto import choose_defaults
@@ -213,14 +213,10 @@ def predict(
     paths = [Path(images)] if isinstance(images, str | Path) else [Path(path) for path in images]
     config = run_config(run, overrides)
     loaded = load_run(run, pick_device(config.train.device))
-    predictor = Predictor(
-        loaded.network,
-        loaded.classes,
-        config=config.evaluation,
-        protocol=config.evaluation.protocol.removesuffix(CRF) + CRF if crf else None,
-        precision=config.train.precision,
-        batch_size=config.evaluation.batch_size,
-    )
+    if crf:
+        refined = cast(Any, config.evaluation.protocol.removesuffix(CRF) + CRF)
+        config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, protocol=refined))
+    predictor = Predictor(loaded.network, loaded.classes, config=config)
     summary = prediction.predict_files(
         predictor,
         paths,
@@ -280,9 +276,6 @@ def pseudo_labels(
         out,
         config=config,
         kind=kind,
-        device=device,
-        precision=config.train.precision,
-        batch_size=config.evaluation.batch_size,
         progress=progress,
     )
     items = mask_items(((name, images.image_path(index)) for index, name in enumerate(images.names)), out)

@@ -16,13 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from afa.config import Config, DataConfig, PseudoConfig
+from afa.config import Config, DataConfig, EvaluationConfig, PseudoConfig
 from afa.data.images import read_mask
 from afa.data.palette import voc_palette
 from afa.data.voc import TaggedImages, open_tagged
 from afa.errors import AfaError
-from afa.inference import files as predict_module
-from afa.inference.files import STAMP, PredictSummary, predict_files, pseudo_files
+from afa.inference import files, masks, predictor
+from afa.inference.files import predict_files, pseudo_files
+from afa.inference.masks import STAMP, PredictSummary
 from afa.inference.predictor import Predictor
 from afa.types import IMAGE_MEAN, IMAGE_STD, NetworkOutput
 from mistakes import refused
@@ -51,9 +52,15 @@ def write_image(path: Path, color: int, *, size: tuple[int, int] = (40, 50)) -> 
     return path
 
 
+def make_predictor(shift: float = 0.0, **evaluation: Any) -> Predictor:
+    """A predictor whose network's one weight is `shift`."""
+    network = ColorNetwork()
+    network.anchor.data += shift
+    return Predictor(network, CLASSES, config=Config(evaluation=EvaluationConfig(**evaluation)))  # type: ignore[arg-type]
+
+
 def run(paths: list[Path], out: Path, **settings: Any) -> PredictSummary:
-    predictor = Predictor(ColorNetwork(), CLASSES)  # type: ignore[arg-type]
-    return predict_files(predictor, paths, out, progress=False, **settings)
+    return predict_files(make_predictor(), paths, out, progress=False, **settings)
 
 
 def files_in(folder: Path) -> list[str]:
@@ -84,7 +91,7 @@ def test_scores_and_no_overlay(tmp_path: Path) -> None:
     with np.load(tmp_path / "out" / "scores" / "one.npz") as written:
         assert written["classes"].tolist() == ["background", *CLASSES]
         assert written["scores"].dtype == np.float16
-        expected = Predictor(ColorNetwork(), CLASSES)(image).scores  # type: ignore[arg-type]
+        expected = make_predictor()(image).scores
         np.testing.assert_array_equal(written["scores"], expected.astype(np.float16))
 
 
@@ -143,10 +150,10 @@ def test_tags_restrict_each_image(tmp_path: Path) -> None:
     write_image(images / "c.png", 3)
     tags = {"a": ("cat",), "sub/b": ("dog",), "b": ("cat",), "c": ("cat", "horse")}
     run([images], tmp_path / "out", tags=tags)
-    masks = tmp_path / "out" / "masks"
-    assert read_mask(masks / "a.png").min() == 1
-    assert 1 not in read_mask(masks / "sub" / "b.png")
-    assert read_mask(masks / "c.png").min() == 3
+    written = tmp_path / "out" / "masks"
+    assert read_mask(written / "a.png").min() == 1
+    assert 1 not in read_mask(written / "sub" / "b.png")
+    assert read_mask(written / "c.png").min() == 3
 
 
 def test_tags_are_found_by_file_name_too(tmp_path: Path) -> None:
@@ -190,7 +197,7 @@ def test_a_failed_write_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(predict_module.np, "savez_compressed", fail)
+    monkeypatch.setattr(masks.np, "savez_compressed", fail)
     image = write_image(tmp_path / "a.png", 1)
     with pytest.raises(AfaError, match=r"scores/a\.npz: .*No space left"):
         run([image], tmp_path / "out", scores=True)
@@ -198,11 +205,8 @@ def test_a_failed_write_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.
 
 
 def run_colors(paths: list[Path], out: Path, *, shift: float = 0.0, **settings: Any) -> PredictSummary:
-    """As `run`, with a network whose one weight is `shift`, in batches of four."""
-    network = ColorNetwork()
-    network.anchor.data += shift
-    predictor = Predictor(network, CLASSES, batch_size=4)  # type: ignore[arg-type]
-    return predict_files(predictor, paths, out, progress=False, **settings)
+    """As `run`, in batches of four."""
+    return predict_files(make_predictor(shift, batch_size=4), paths, out, progress=False, **settings)
 
 
 def test_batches_of_equal_size_write_the_same_files(tmp_path: Path) -> None:
@@ -284,7 +288,7 @@ def test_resume_needs_a_stamp(tmp_path: Path) -> None:
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [write_image(tmp_path / f"{i:02d}.png", 1) for i in range(40)]
     out = tmp_path / "out"
-    write, lock, left = predict_module.write_index_png, threading.Lock(), 13
+    write, lock, left = masks.write_index_png, threading.Lock(), 13
 
     def write_while_there_is_space(path: Path, label: np.ndarray) -> None:
         nonlocal left
@@ -294,7 +298,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 raise AfaError(f"{path}: cannot be written (No space left on device); free space")
         write(path, label)
 
-    monkeypatch.setattr(predict_module, "write_index_png", write_while_there_is_space)
+    monkeypatch.setattr(masks, "write_index_png", write_while_there_is_space)
     with refused("(No space left on device); free space; 13 masks", "27 missing; ", "--resume"):
         run_colors(paths, out, overlay=False)
     assert len(files_in(out)) == 13
@@ -306,7 +310,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_reading_does_not_run_away_from_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [write_image(tmp_path / f"{i:03d}.png", 1, size=(32, 32)) for i in range(150)]
     counts, lock = {"read": 0, "written": 0, "ahead": 0}, threading.Lock()
-    read, write = predict_module.read_image, predict_module.write_index_png
+    read, write = predictor.read_image, masks.write_index_png
 
     def count_read(path: Path) -> np.ndarray:
         with lock:
@@ -320,8 +324,8 @@ def test_reading_does_not_run_away_from_writing(tmp_path: Path, monkeypatch: pyt
         with lock:
             counts["written"] += 1
 
-    monkeypatch.setattr(predict_module, "read_image", count_read)
-    monkeypatch.setattr(predict_module, "write_index_png", write_slowly)
+    monkeypatch.setattr(predictor, "read_image", count_read)
+    monkeypatch.setattr(masks, "write_index_png", write_slowly)
     run_colors(paths, tmp_path / "out", overlay=False)
     assert counts["written"] == 150
     assert counts["ahead"] < 60
@@ -352,12 +356,12 @@ def pseudo_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             label[:, : image.shape[1] // 2] = int(image_tags.argmax()) + 1
             yield label
 
-    monkeypatch.setattr(predict_module, "pseudo_labels", pseudo_labels)
+    monkeypatch.setattr(files, "pseudo_labels", pseudo_labels)
     return calls
 
 
 def run_pseudo(images: TaggedImages, out: Path, **settings: Any) -> PredictSummary:
-    settings = {"config": Config(), "device": torch.device("cpu"), "progress": False, **settings}
+    settings = {"config": Config(), "progress": False, **settings}
     return pseudo_files(ColorNetwork(), images, out, **settings)  # type: ignore[arg-type]
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from afa.config import EvaluationConfig
+from afa.config import Config, EvaluationConfig
 from afa.errors import AfaError
 from afa.evaluation.protocols import LogitMaps, seg_logits
 from afa.inference.predictor import Prediction, Predictor, image_array
@@ -40,8 +40,9 @@ def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def predictor(**settings: Any) -> Predictor:
-    return Predictor(ScaledColors(), CLASSES, **settings)  # type: ignore[arg-type]
+def predictor(*, max_side: int = 1024, **evaluation: Any) -> Predictor:
+    config = Config(evaluation=EvaluationConfig(**evaluation))
+    return Predictor(ScaledColors(), CLASSES, config=config, max_side=max_side)  # type: ignore[arg-type]
 
 
 def test_prediction_has_the_size_of_the_image_and_its_scores_sum_to_one() -> None:
@@ -110,14 +111,10 @@ def test_large_images_are_scaled_down_for_the_network_only() -> None:
     assert predict(random_image(1, 500)).scores.shape == (4, 1, 500)
 
 
-def test_protocol_is_the_configured_one_unless_given() -> None:
-    config = EvaluationConfig(protocol="multiscale", scales=(1.0, 0.5), long_side=64)
-    predict = predictor(config=config)
+def test_protocol_is_the_configured_one() -> None:
+    predict = predictor(protocol="multiscale", scales=(1.0, 0.5), long_side=64)
     predict(random_image(64, 64))
     assert predict.network.sizes == [(64, 64), (32, 32)]
-    predict = predictor(config=config, protocol="single")
-    predict(random_image(40, 40))
-    assert predict.network.sizes == [(40, 40)]
 
 
 def test_save_and_overlay(tmp_path: Path) -> None:
@@ -215,7 +212,7 @@ def test_from_run(tmp_path: Path) -> None:
     assert loaded.protocol == "single"
     assert Predictor.from_run(str(tmp_path), device="cpu").protocol == "multiscale"
     image = random_image(48, 64)
-    expected = Predictor(network, CLASSES, protocol="single")(image)
+    expected = Predictor(network, CLASSES)(image)
     np.testing.assert_array_equal(loaded(image).scores, expected.scores)
 
 

@@ -6,17 +6,18 @@ Holds all results in memory and writes only when told to; `afa.inference.files` 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import Any, TypeVar, cast, overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from afa.config import EvaluationConfig, Precision
+from afa.config import Config, Precision
 from afa.data.images import read_image
 from afa.data.palette import overlay, write_index_png
 from afa.data.tags import unknown_class
@@ -119,52 +120,34 @@ class Predictor:
     Args:
         network: In eval mode; its parameters say the device.
         classes: The C foreground class names.
-        config: Sizes and scales of the protocols; None is the default.
-        protocol: One of `PROTOCOLS`; None is `config.protocol`. With the CRF, images are refined at the size that
-            the network may see, at most `max_side`.
+        config: Its `evaluation` section says protocol, sizes, scales and batch size, `train.precision` the arithmetic
+            of the network; None is the default. With the CRF, images are refined at the size that the network may see,
+            at most `max_side`.
         max_side: Larger images are scaled to this longer side for the network, pixels; masks keep the size of
             the image. Far above the training crops objects look unlike anything seen, and memory grows with
             the area.
-        precision: Arithmetic of the network.
-        batch_size: Images of one size that go through the network together where there are several; of images
-            larger than 512 x 512 pixels there are fewer. 0 = automatic.
 
     Raises:
         AfaError: Unknown protocol.
     """
 
     def __init__(
-        self,
-        network: AfaNetwork,
-        classes: Sequence[str],
-        *,
-        config: EvaluationConfig | None = None,
-        protocol: str | None = None,
-        max_side: int = 1024,
-        precision: Precision = "fp32",
-        batch_size: int = 0,
+        self, network: AfaNetwork, classes: Sequence[str], *, config: Config | None = None, max_side: int = 1024
     ) -> None:
         assert len(classes) == network.num_classes, (len(classes), network.num_classes)
         self.network = network
         self.classes = tuple(classes)
-        self.config = config or EvaluationConfig()
-        self.protocol = protocol if protocol is not None else self.config.protocol
+        self.config = config or Config()
+        self.protocol: str = self.config.evaluation.protocol
         check_choice(self.protocol, PROTOCOLS, what="protocol")
         self.max_side = max_side
-        self.precision = precision
         self.device = next(network.parameters()).device
-        self.batch_size = resolve_batch_size(batch_size, self.device)
-        self.loaded: LoadedRun | None = None
-        self.origin: Path | None = None
+        self.batch_size = resolve_batch_size(self.config.evaluation.batch_size, self.device)
+        self._saved: tuple[LoadedRun, Path] | None = None
 
     @classmethod
     def from_run(
-        cls,
-        run: str | Path,
-        *,
-        device: str = "auto",
-        protocol: str | None = None,
-        precision: Precision = "fp32",
+        cls, run: str | Path, *, device: str = "auto", protocol: str | None = None, precision: Precision = "fp32"
     ) -> Predictor:
         """Load the network of a run folder, finished or not.
 
@@ -177,17 +160,11 @@ class Predictor:
         Raises:
             AfaError: Not a run folder, no usable weights in it, no such device, or unknown protocol.
         """
-        loaded = load_run(Path(run), pick_device(device))
-        return cls._from_loaded(loaded, Path(run), protocol=protocol, precision=precision)
+        return cls._from(load_run, Path(run), device=device, protocol=protocol, precision=precision)
 
     @classmethod
     def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        device: str = "auto",
-        protocol: str | None = None,
-        precision: Precision = "fp32",
+        cls, source: str | Path, *, device: str = "auto", protocol: str | None = None, precision: Precision = "fp32"
     ) -> Predictor:
         """Load a network from a folder of `save_pretrained`, the Hugging Face hub, or a run folder.
 
@@ -201,8 +178,27 @@ class Predictor:
             AfaError: As `afa.inference.hub.load_pretrained`; no such device, or unknown protocol.
         """
         folder = find_pretrained(source)
-        loaded = load_pretrained(folder, pick_device(device))
-        return cls._from_loaded(loaded, folder, protocol=protocol, precision=precision)
+        return cls._from(load_pretrained, folder, device=device, protocol=protocol, precision=precision)
+
+    @classmethod
+    def _from(
+        cls,
+        load: Callable[[Path, torch.device], LoadedRun],
+        folder: Path,
+        *,
+        device: str,
+        protocol: str | None,
+        precision: Precision,
+    ) -> Predictor:
+        loaded = load(folder, pick_device(device))
+        evaluation, train = loaded.config.evaluation, replace(loaded.config.train, precision=precision)
+        if protocol is not None:
+            check_choice(protocol, PROTOCOLS, what="protocol")
+            evaluation = replace(evaluation, protocol=cast(Any, protocol))
+        config = replace(loaded.config, evaluation=evaluation, train=train)
+        predictor = cls(loaded.network, loaded.classes, config=config)
+        predictor._saved = loaded, folder
+        return predictor
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the network, its configuration and a model card to a folder; see `afa.inference.hub.save_pretrained`.
@@ -210,7 +206,8 @@ class Predictor:
         Raises:
             AfaError: The folder cannot be written, or the predictor was made from a bare network.
         """
-        return save_pretrained(self._loaded(), folder, origin=self.origin)
+        loaded, origin = self._loaded()
+        return save_pretrained(loaded, folder, origin=origin)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Publish the network on the Hugging Face hub; see `afa.inference.hub.push_to_hub`.
@@ -218,20 +215,14 @@ class Predictor:
         Raises:
             AfaError: The hub refuses, or the predictor was made from a bare network.
         """
-        return push_to_hub(self._loaded(), repo_id, private=private, origin=self.origin)
+        loaded, origin = self._loaded()
+        return push_to_hub(loaded, repo_id, private=private, origin=origin)
 
-    @classmethod
-    def _from_loaded(cls, loaded: LoadedRun, origin: Path, *, protocol: str | None, precision: Precision) -> Predictor:
-        predictor = cls(
-            loaded.network, loaded.classes, config=loaded.config.evaluation, protocol=protocol, precision=precision
-        )
-        predictor.loaded, predictor.origin = loaded, origin
-        return predictor
-
-    def _loaded(self) -> LoadedRun:
-        if self.loaded is None:
+    def _loaded(self) -> tuple[LoadedRun, Path]:
+        """The network as it was loaded, and from which folder."""
+        if self._saved is None:
             raise AfaError("the predictor was made from a bare network; use from_run or from_pretrained to publish it")
-        return self.loaded
+        return self._saved
 
     @overload
     def __call__(self, image: _Image, tags: Sequence[str] | None = None) -> Prediction:
@@ -295,8 +286,8 @@ class Predictor:
         return PreparedImage(
             pixels,
             host_tensor(view, device=self.device),
-            self._allowed(tags),
-            group_sizes((view.shape[0], view.shape[1]), protocol=self.protocol, config=self.config),
+            self._allowed(tags, where=f"{image}: " if isinstance(image, str | Path) else ""),
+            group_sizes((view.shape[0], view.shape[1]), protocol=self.protocol, config=self.config.evaluation),
         )
 
     def segment(self, images: Sequence[PreparedImage]) -> list[LogitMaps]:
@@ -313,32 +304,27 @@ class Predictor:
             self.network,
             [image.view for image in images],
             protocol=self.protocol,
-            config=self.config,
+            config=self.config.evaluation,
             allowed=[image.allowed for image in images],
-            precision=self.precision,
+            precision=self.config.train.precision,
         )
-
-    def prediction(self, label: NDArray[np.uint8], maps: LogitMaps) -> Prediction:
-        """Put a label and what it was made from together.
-
-        Args:
-            label: (H, W) uint8 class indices.
-            maps: What `segment` returned for the image; scores are computed from it when they are asked for.
-        """
-        return Prediction(label, partial(_scores, maps, label.shape), ("background", *self.classes))
 
     def _predict(self, images: Sequence[PreparedImage]) -> list[Prediction]:
         maps = self.segment(images)
         labels = [each.label(image.size) for each, image in zip(maps, images, strict=True)]
-        return [self.prediction(label.cpu().numpy(), each) for label, each in zip(labels, maps, strict=True)]
+        names = ("background", *self.classes)
+        return [
+            Prediction(label.cpu().numpy(), partial(_scores, each, image.size), names)
+            for label, each, image in zip(labels, maps, images, strict=True)
+        ]
 
-    def _allowed(self, tags: Sequence[str] | None) -> NDArray[np.bool_] | None:
+    def _allowed(self, tags: Sequence[str] | None, *, where: str) -> NDArray[np.bool_] | None:
         """(K,) which channels the tags leave."""
         if tags is None:
             return None
         for tag in tags:
             if tag not in self.classes:
-                raise AfaError(f"unknown tag {tag!r}; {unknown_class(tag, self.classes)}")
+                raise AfaError(f"{where}unknown tag {tag!r}; {unknown_class(tag, self.classes)}")
         return np.array([True, *(name in tags for name in self.classes)])
 
 

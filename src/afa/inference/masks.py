@@ -1,0 +1,262 @@
+"""Masks of many images: read ahead, made in batches of one size, written behind, and gone on with later.
+
+Every file appears whole or not at all, and OUT/predict.json says what made the masks, so that no call goes on with
+another's. Which images, and what makes their masks, is up to `afa.inference.files`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from afa.data.palette import overlay as lay_over
+from afa.data.palette import write_index_png
+from afa.errors import AfaError
+from afa.evaluation.evaluate import group_by_size
+from afa.evaluation.protocols import LogitMaps
+from afa.formats.write import FormatResult
+from afa.inference.predictor import PreparedImage
+from afa.runs.files import write_whole
+from afa.runtime import Advance, image_progress, read_ahead, say
+
+STAMP: Final = "predict.json"
+"""File beside the masks that says what made them: the weights and all settings."""
+
+_WRITE_BEHIND = 4
+"""Results that may wait to be written, beside those of the last batch."""
+
+_Image = TypeVar("_Image", bound=PreparedImage)
+
+
+@dataclass(frozen=True)
+class PredictSummary:
+    """What a pass over files did.
+
+    Attributes:
+        folder: Where the masks are.
+        written: Masks written.
+        skipped: Masks that were there already and left as they are.
+        failed: One line for each image that could not be done; empty when all is well.
+        seconds: Wall time.
+        formats: What was written for other tools, if that was asked for.
+    """
+
+    folder: Path
+    written: int
+    skipped: int
+    failed: tuple[str, ...]
+    seconds: float
+    formats: tuple[FormatResult, ...] = ()
+
+    def __str__(self) -> str:
+        """One line for the user."""
+        parts = [f"{self.written} masks written to {self.folder} in {self.seconds:.1f} s"]
+        if self.skipped:
+            parts.append(f"{self.skipped} were there already and left as they are (delete them to redo)")
+        if self.failed:
+            parts.append(f"{len(self.failed)} images failed")
+        return "; ".join(parts)
+
+
+class Made:
+    """A mask on its way to the CPU; only who needs it waits for it.
+
+    Args:
+        label: (H, W) class indices.
+        maps: The logits that it was made from, if their softmax is to be written too.
+    """
+
+    def __init__(self, label: Tensor, maps: LogitMaps | None = None) -> None:
+        self.maps = maps
+        self._arrived: torch.cuda.Event | None = None
+        if label.device.type == "cuda":
+            self._label = label.to("cpu", non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record(torch.cuda.current_stream(label.device))
+        else:
+            self._label = label.cpu()
+
+    def label(self) -> NDArray[np.uint8]:
+        """(H, W) class indices."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        label: NDArray[np.uint8] = self._label.numpy()
+        return label
+
+
+@dataclass(frozen=True)
+class Task(Generic[_Image]):
+    """How the masks of a call are made.
+
+    Attributes:
+        title: What is made.
+        stamp: Settings and weights that make them: what `STAMP` holds, beside classes and overlay.
+        read: Reads the image of a name; any thread may call it.
+        infer: Makes the masks of images of one size.
+        batch_size: How many of these go together.
+        classes: C names.
+        overlay: Whether to write the colored masks over the images too.
+        otherwise: What to do about masks that something else made.
+        go_on: How to go on after a failure.
+    """
+
+    title: str
+    stamp: Mapping[str, Any]
+    read: Callable[[str], _Image]
+    infer: Callable[[Sequence[_Image]], list[Made]]
+    batch_size: int
+    classes: Sequence[str]
+    overlay: bool
+    otherwise: str
+    go_on: str
+
+    def write(self, out_dir: Path, name: str, pixels: NDArray[np.uint8], made: Made) -> None:
+        """Write a mask and what belongs to it."""
+        label = made.label()
+        if made.maps is not None:
+            half = made.maps.scores(label.shape).cpu().numpy().astype(np.float16)
+            classes = np.array(["background", *self.classes])
+            path = out_dir / "scores" / f"{name}.npz"
+            write_whole(path, lambda file: np.savez_compressed(file, scores=half, classes=classes))
+        if self.overlay:
+            picture = Image.fromarray(lay_over(pixels, label))
+            path = out_dir / "overlays" / f"{name}.jpg"
+            write_whole(path, lambda file: picture.save(file, format="JPEG", quality=90))
+        # The mask comes last: where it is, everything else is.
+        write_index_png(out_dir / "masks" / f"{name}.png", label)
+
+
+def write_masks(
+    task: Task[_Image],
+    out_dir: Path,
+    names: Sequence[str],
+    *,
+    resume: bool,
+    progress: bool,
+) -> PredictSummary:
+    """Read in threads, infer here in batches of one size, write in threads.
+
+    What fails to be read is one image lost; what fails to be written ends the pass, after the writes on their way.
+
+    Args:
+        task: How the masks are made.
+        out_dir: Made if missing.
+        names: Names of the images.
+        resume: Leave masks that are there already as they are.
+        progress: Show a progress bar on standard error.
+
+    Returns:
+        What was done and what failed.
+
+    Raises:
+        AfaError: The masks that are there were made with other weights or settings; a file cannot be written.
+    """
+    stamp = {**task.stamp, "classes": task.classes, "overlay": task.overlay}
+    missing = _missing(out_dir, names, stamp, resume=resume, otherwise=task.otherwise)
+    started, skipped = time.monotonic(), len(names) - len(missing)
+    failed: list[str] = []
+    writing: deque[Future[None]] = deque()
+    written = 0
+
+    def finish(waiting: int) -> None:
+        nonlocal written
+        while len(writing) > waiting:
+            writing.popleft().result()
+            written += 1
+            advance(1)
+
+    try:
+        with (
+            ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="afa-write") as writers,
+            image_progress(task.title, total=len(missing), enabled=progress) as advance,
+        ):
+            images = _readable(task, missing, failed, advance)
+            for group in group_by_size(images, sizes=lambda item: item[1].sizes, batch_size=task.batch_size):
+                for (name, image), made in zip(group, task.infer([image for _, image in group]), strict=True):
+                    writing.append(writers.submit(task.write, out_dir, name, image.pixels, made))
+                finish(_WRITE_BEHIND + len(group))
+            finish(0)
+    except AfaError as error:
+        done = skipped + written + sum(future.exception() is None for future in writing)
+        left = len(names) - done
+        raise AfaError(f"{error}; {done} masks are done and {left} missing; {task.go_on}") from None
+    seconds = time.monotonic() - started
+    return PredictSummary(out_dir / "masks", written, skipped, tuple(failed), seconds)
+
+
+def _readable(
+    task: Task[_Image], names: Sequence[str], failed: list[str], advance: Advance
+) -> Iterator[tuple[str, _Image]]:
+    """Names and images in their order; of those that cannot be read, the reason goes to `failed`."""
+    for name, reading in read_ahead(task.read, names):
+        try:
+            image = reading.result()
+        except AfaError as error:
+            failed.append(str(error))
+            say(f"skipped: {error}")
+            advance(1)
+        else:
+            yield name, image
+
+
+def _missing(
+    out_dir: Path, names: Sequence[str], stamp: Mapping[str, Any], *, resume: bool, otherwise: str
+) -> Sequence[str]:
+    """Make OUT/masks, stamp OUT, and list the masks that are still to be made.
+
+    Masks older than the stamp are no part of what it speaks of: a call that replaces masks may have been stopped.
+    """
+    masks, path = out_dir / "masks", out_dir / STAMP
+    try:
+        masks.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AfaError(f"{masks}: cannot be made ({error.strerror}); choose another folder") from None
+    now = json.loads(json.dumps(stamp))
+    if resume and path.is_file():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            differing = [key for key in now | before if now.get(key) != before.get(key)]
+        except (ValueError, TypeError):
+            raise AfaError(f"{path}: broken; {otherwise} folder") from None
+        if differing:
+            key = differing[0]
+            raise AfaError(
+                f"{path}: {key} was {_short(before.get(key))} for the masks that are there and is "
+                f"{_short(now.get(key))} now; {otherwise} folder"
+            )
+        since = path.stat().st_mtime_ns
+        missing = [name for name in names if _modified(masks / f"{name}.png") < since]
+        if len(missing) < len(names):
+            say(f"{masks}: {len(names) - len(missing)} of {len(names)} masks are there already and left as they are")
+        return missing
+    if resume and next(masks.rglob("*.png"), None) is not None:
+        raise AfaError(f"{path}: missing, so nothing says what made the masks in {masks}; {otherwise} folder")
+    text = json.dumps(now, indent=1) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+    return names
+
+
+def _modified(path: Path) -> int:
+    """Time of the last change in ns; -1 if there is no such file."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return -1
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:16]}..."
