@@ -6,9 +6,9 @@ PyTorch computes. Weights and configuration for afa itself are up to `afa.infere
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib.util
+import io
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -29,6 +29,7 @@ from afa.demo.shapes import draw_shapes
 from afa.errors import AfaError, first_line, quiet
 from afa.evaluation.protocols import MIN_SIDE
 from afa.model.network import AfaNetwork
+from afa.runs.files import write_whole
 from afa.types import IMAGE_MEAN, IMAGE_STD
 
 Pixels = Literal["uint8", "float32"]
@@ -171,31 +172,17 @@ def export_onnx(
         raise AfaError(f"{path}: the weights exceed the 2 GB that an ONNX file can hold; export to .pt2 instead")
     deployed = _deployed(network, short_side=short_side, max_side=max_side)
 
-    def write(partial: Path) -> None:
-        exported = _trace(deployed, pixels)
-        program: Any = torch.onnx.export(
-            exported,
-            dynamic_shapes=(_free_sizes(),),
-            input_names=["image"],
-            output_names=["logits"],
-            opset_version=opset,
-            dynamo=True,
-            verbose=False,
-        )
-        found = program.model.opset_imports[""]
-        if opset is not None and found != opset:
-            raise AfaError(f"--opset is {opset}, but this exporter writes {found}; leave --opset out")
-        program.model.metadata_props.update(_metadata(classes))
-        program.save(partial)
-
-    def load(partial: Path) -> _Run:
+    def load(content: bytes) -> _Run:
         runtime = importlib.import_module("onnxruntime")
         options = runtime.SessionOptions()
         options.log_severity_level = 3
-        loaded = runtime.InferenceSession(str(partial), options, providers=["CPUExecutionProvider"])
+        loaded = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         return lambda batch: loaded.run(["logits"], {"image": batch})[0]
 
-    return _write_checked(deployed, path, write, load, images=images, pixels=pixels)
+    def make() -> bytes:
+        return _onnx_file(_trace(deployed, pixels), classes, opset)
+
+    return _write_checked(deployed, path, make, load, images=images, pixels=pixels)
 
 
 def export_torch(
@@ -228,15 +215,16 @@ def export_torch(
     _check_suffix(path, ".pt2")
     deployed = _deployed(network, short_side=short_side, max_side=max_side)
 
-    def write(partial: Path) -> None:
-        extra = {"metadata.json": json.dumps(_metadata(classes))}
-        torch.export.save(_trace(deployed, pixels), partial, extra_files=extra)
+    def make() -> bytes:
+        content, extra = io.BytesIO(), {"metadata.json": json.dumps(_metadata(classes))}
+        torch.export.save(_trace(deployed, pixels), content, extra_files=extra)
+        return content.getvalue()
 
-    def load(partial: Path) -> _Run:
-        module = torch.export.load(partial).module()
+    def load(content: bytes) -> _Run:
+        module = torch.export.load(io.BytesIO(content)).module()
         return lambda batch: module(torch.from_numpy(batch)).numpy()
 
-    return _write_checked(deployed, path, write, load, images=images, pixels=pixels)
+    return _write_checked(deployed, path, make, load, images=images, pixels=pixels)
 
 
 def read_check_images(folder: Path) -> list[NDArray[np.uint8]]:
@@ -275,6 +263,24 @@ def _trace(deployed: DeployedNetwork, pixels: Pixels) -> torch.export.ExportedPr
     return exported
 
 
+def _onnx_file(exported: torch.export.ExportedProgram, classes: Sequence[str], opset: int | None) -> bytes:
+    program: Any = torch.onnx.export(
+        exported,
+        dynamic_shapes=(_free_sizes(),),
+        input_names=["image"],
+        output_names=["logits"],
+        opset_version=opset,
+        dynamo=True,
+        verbose=False,
+    )
+    found = program.model.opset_imports[""]
+    if opset is not None and found != opset:
+        raise AfaError(f"--opset is {opset}, but this exporter writes {found}; leave --opset out")
+    program.model.metadata_props.update(_metadata(classes))
+    content: bytes = program.model_proto.SerializeToString()
+    return content
+
+
 def _metadata(classes: Sequence[str]) -> dict[str, str]:
     return {"afa": __version__, "classes": json.dumps(["background", *classes] if classes else [])}
 
@@ -282,20 +288,18 @@ def _metadata(classes: Sequence[str]) -> dict[str, str]:
 def _write_checked(
     deployed: DeployedNetwork,
     path: Path,
-    write: Callable[[Path], None],
-    load: Callable[[Path], _Run],
+    make: Callable[[], bytes],
+    load: Callable[[bytes], _Run],
     *,
     images: Sequence[NDArray[np.uint8]],
     pixels: Pixels,
 ) -> ExportCheck:
-    """Write a file beside `path`, compare it, and rename it into place."""
-    partial = path.with_name(f".partial_{path.name}")
+    """Make a file's content, compare it with PyTorch, and write it only then."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with torch.no_grad(), quiet("torch.onnx", "torch.export", "onnxscript", "onnx_ir"):
-            write(partial)
-            check = _compare(deployed, load(partial), path, images=images or _generated_images(), pixels=pixels)
-        partial.replace(path)
+            content = make()
+            check = _compare(deployed, load(content), path, images=images or _generated_images(), pixels=pixels)
     except AfaError:
         raise
     except OSError as error:
@@ -303,9 +307,7 @@ def _write_checked(
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise AfaError(f"{path}: this network cannot be exported ({reason})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    write_whole(path, lambda file: file.write(content))
     return check
 
 
