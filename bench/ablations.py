@@ -30,7 +30,8 @@ import torch
 from afa.api import evaluate
 from afa.config import Config, config_to_dict, load_config
 from afa.data.layout import find_layout
-from afa.demo.shapes import DEFAULT_STYLE, write_shapes
+from afa.demo.shapes import DEFAULT_STYLE
+from afa.demo.write import write_shapes
 from afa.errors import AfaError
 from afa.recipe import train_and_report
 from afa.runtime import pick_device, say

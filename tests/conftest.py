@@ -25,7 +25,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of generated shapes: 24 training and 6 validation images of 64 pixels. Not to be written to."""
-    from afa.demo.shapes import write_shapes
+    from afa.demo.write import write_shapes
 
     root = tmp_path_factory.mktemp("tiny") / "data"
     write_shapes(root, num_train=24, num_val=6, image_size=64)

@@ -13,7 +13,7 @@ import torch
 from afa.check.tags import check_fast
 from afa.config import Config, load_config
 from afa.data.layout import Layout, find_layout
-from afa.demo.shapes import MARKER_NAME, write_shapes
+from afa.demo.write import MARKER_NAME, write_shapes
 from afa.errors import AfaError
 from afa.evaluation.evaluate import evaluate
 from afa.evaluation.tags import evaluate_tags

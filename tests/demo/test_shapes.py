@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from afa.data.palette import voc_palette
-from afa.demo import shapes
-from afa.demo.shapes import SHAPE_CLASSES, Scene, ShapesStyle, draw_shapes, write_shapes
+from afa.demo import write
+from afa.demo.shapes import DEFAULT_STYLE, SHAPE_CLASSES, Scene, ShapesStyle, draw_shapes
+from afa.demo.write import write_shapes
 from afa.errors import AfaError
 
 FLAT = ShapesStyle(
@@ -27,7 +28,7 @@ def draw_many(
     *,
     image_size: int = 64,
     classes: tuple[str, ...] = SHAPE_CLASSES,
-    style: ShapesStyle = shapes.DEFAULT_STYLE,
+    style: ShapesStyle = DEFAULT_STYLE,
 ) -> list[Scene]:
     rngs = (np.random.default_rng([7, i]) for i in range(count))
     return [draw_shapes(rng, image_size, classes=classes, style=style) for rng in rngs]
@@ -140,10 +141,10 @@ def test_occlusion_happens_and_is_limited():
     visible = np.array([share for scene in scenes for share in scene.visible.values()])
     assert visible.max() == 1
     assert np.mean(visible < 0.9) > 0.1
-    assert visible.min() >= shapes.DEFAULT_STYLE.min_visible
+    assert visible.min() >= DEFAULT_STYLE.min_visible
     for scene in scenes:
         counts = np.bincount(scene.mask.ravel())[1:]
-        assert counts[counts > 0].min() >= shapes.DEFAULT_STYLE.min_visible_pixels
+        assert counts[counts > 0].min() >= DEFAULT_STYLE.min_visible_pixels
 
 
 def test_an_object_alone_is_wholly_visible():
@@ -198,7 +199,7 @@ def test_failure_leaves_nothing(tmp_path, monkeypatch):
     def fail(path: Path, label: np.ndarray) -> None:
         raise AfaError("disk full")
 
-    monkeypatch.setattr(shapes, "write_index_png", fail)
+    monkeypatch.setattr(write, "write_index_png", fail)
     with pytest.raises(AfaError, match="disk full"):
         write_shapes(tmp_path / "data", num_train=1, num_val=1)
     assert list(tmp_path.iterdir()) == []
@@ -208,9 +209,9 @@ def test_two_processes_may_write_at_once(folder, tmp_path, monkeypatch):
     def write_after_the_other(path: Path, label: np.ndarray) -> None:
         monkeypatch.undo()
         write_shapes(tmp_path / "data", num_train=12, num_val=5, image_size=64, seed=3)
-        shapes.write_index_png(path, label)
+        write.write_index_png(path, label)
 
-    monkeypatch.setattr(shapes, "write_index_png", write_after_the_other)
+    monkeypatch.setattr(write, "write_index_png", write_after_the_other)
     write_shapes(tmp_path / "data", num_train=12, num_val=5, image_size=64, seed=3)
     assert read_all(tmp_path / "data") == read_all(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]

@@ -1,12 +1,9 @@
-"""A generated data set: textured objects on textured backgrounds, written as an ordinary VOC-style folder.
+"""Generated images: textured objects on textured backgrounds, with exact masks.
 
 A class is a shape *and* a texture: a striped disk, a checkered square, a dotted triangle, a spoked ring, a
 zigzag cross. Colors are random and say nothing of the class. Objects cover each other and may be cut by the
 border; distractors, which are background, have the shape of a class without its texture or the reverse. The
-masks are exact. Each image depends on the seed, its split and its index alone, so the data set is the same
-whichever process draws it and in whichever order.
-
-What reads the folder (data/voc.py) does not know that it was generated.
+masks are exact. Writing a data set of them is up to `afa.demo.write`.
 """
 
 from __future__ import annotations
@@ -14,29 +11,16 @@ from __future__ import annotations
 import colorsys
 import dataclasses
 import functools
-import json
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
-from afa.data.palette import write_index_png
 from afa.errors import AfaError
 
 FloatArray = npt.NDArray[np.floating[Any]]  # in practice float32, for speed
-
-MARKER_NAME: Final = "shapes.json"
-"""File in the data set's folder that holds the parameters it was made with."""
-
-_FORMAT: Final = 1  # raise whenever the same parameters come to give other images
-_JPEG_QUALITY: Final = 95
-_SPLITS: Final = ("train", "val")
+_Phase = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,16 +125,8 @@ def _cross(x: FloatArray, y: FloatArray) -> FloatArray:
     return np.minimum(np.maximum(a - long, b - wide), np.maximum(b - long, a - wide))
 
 
-# Textures: a pattern in [0, 1] of points in pixels from the object's center, with edges about a pixel wide.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Weave:
-    """What varies within a texture's family."""
-
-    period: float  # pixels
-    phase: tuple[float, float]  # of a repetition, [0, 1)
-    radius: float  # of the object, pixels
+# Textures: a pattern in [0, 1] of points in pixels from the object's center, with edges about a pixel wide. Repetitions
+# are `period` pixels long and begin at `phase`, shares of a period; `radius` is the object's, pixels.
 
 
 def _wave(position: FloatArray) -> FloatArray:
@@ -165,38 +141,38 @@ def _threshold(wave: FloatArray, period: float) -> FloatArray:
     return bands
 
 
-def _stripes(x: FloatArray, y: FloatArray, weave: _Weave) -> FloatArray:
-    return _threshold(_wave(x / weave.period + weave.phase[0]), weave.period)
+def _stripes(x: FloatArray, y: FloatArray, period: float, phase: _Phase, radius: float) -> FloatArray:
+    return _threshold(_wave(x / period + phase[0]), period)
 
 
-def _checkers(x: FloatArray, y: FloatArray, weave: _Weave) -> FloatArray:
-    period = 1.6 * weave.period  # two squares
-    waves = _wave(x / period + weave.phase[0]) * _wave(y / period + weave.phase[1])
+def _checkers(x: FloatArray, y: FloatArray, period: float, phase: _Phase, radius: float) -> FloatArray:
+    period = 1.6 * period  # two squares
+    waves = _wave(x / period + phase[0]) * _wave(y / period + phase[1])
     return _threshold(waves, 1.5 * period)
 
 
-def _dots(x: FloatArray, y: FloatArray, weave: _Weave) -> FloatArray:
-    period = 1.4 * weave.period
-    u = (x / period + weave.phase[0]) % 1 - np.float32(0.5)
-    v = (y / period + weave.phase[1]) % 1 - np.float32(0.5)
+def _dots(x: FloatArray, y: FloatArray, period: float, phase: _Phase, radius: float) -> FloatArray:
+    period = 1.4 * period
+    u = (x / period + phase[0]) % 1 - np.float32(0.5)
+    v = (y / period + phase[1]) % 1 - np.float32(0.5)
     pixels = (np.float32(0.36) - np.hypot(u, v)) * np.float32(period)  # into the dot
     dots: FloatArray = np.clip(np.float32(0.5) + pixels, 0, 1)
     return dots
 
 
-def _spokes(x: FloatArray, y: FloatArray, weave: _Weave) -> FloatArray:
-    count = round(2 * np.pi * 0.7 * weave.radius / weave.period)  # the period holds in the middle of a ring
+def _spokes(x: FloatArray, y: FloatArray, period: float, phase: _Phase, radius: float) -> FloatArray:
+    count = round(2 * np.pi * 0.7 * radius / period)  # the period holds in the middle of a ring
     angle = np.arctan2(y, x) / np.float32(2 * np.pi)
-    return _threshold(_wave(count * angle + weave.phase[0]), weave.period)
+    return _threshold(_wave(count * angle + phase[0]), period)
 
 
-def _zigzag(x: FloatArray, y: FloatArray, weave: _Weave) -> FloatArray:
-    fold = np.abs((x / (2 * weave.period) + weave.phase[0]) % 1 - np.float32(0.5))  # 0 to 1/2 and back
-    return _threshold(_wave(y / weave.period + 2 * fold + weave.phase[1]), weave.period)
+def _zigzag(x: FloatArray, y: FloatArray, period: float, phase: _Phase, radius: float) -> FloatArray:
+    fold = np.abs((x / (2 * period) + phase[0]) % 1 - np.float32(0.5))  # 0 to 1/2 and back
+    return _threshold(_wave(y / period + 2 * fold + phase[1]), period)
 
 
 _Shape = Callable[[FloatArray, FloatArray], FloatArray]
-_Texture = Callable[[FloatArray, FloatArray, _Weave], FloatArray]
+_Texture = Callable[[FloatArray, FloatArray, float, _Phase, float], FloatArray]
 
 _CLASSES: Final[dict[str, tuple[_Shape, _Texture]]] = {
     "disk": (_disk, _stripes),
@@ -288,7 +264,6 @@ def _draw_layer(
     rng: np.random.Generator,
     size: int,
     name: str | None,
-    *,
     classes: Sequence[str],
     color: FloatArray,
     style: ShapesStyle,
@@ -309,8 +284,8 @@ def _draw_layer(
     elif kind == "blotches":
         pattern = np.clip(np.float32(0.5) + 2 * _smooth_noise(rng, size, (size // 6,)), 0, 1)
     else:
-        weave = _Weave(rng.uniform(*style.texture_period), (rng.random(), rng.random()), float(radius))
-        pattern = texture(*_rotate(rng, x, y, style.texture_rotation), weave)
+        period, phase = rng.uniform(*style.texture_period), (rng.random(), rng.random())
+        pattern = texture(*_rotate(rng, x, y, style.texture_rotation), period, phase, float(radius))
         if rng.random() < 0.5:
             pattern = 1 - pattern
     shade = np.float32(rng.uniform(*style.texture_contrast)) * (pattern - np.float32(0.5))
@@ -318,23 +293,17 @@ def _draw_layer(
 
 
 def _draw_layers(
-    rng: np.random.Generator,
-    size: int,
-    *,
-    classes: Sequence[str],
-    colors: list[FloatArray],
-    style: ShapesStyle,
+    rng: np.random.Generator, size: int, classes: Sequence[str], colors: list[FloatArray], style: ShapesStyle
 ) -> list[_Layer]:
     """Draw the objects and distractors of an image, the lowest first."""
     num_objects = rng.integers(*style.num_objects, endpoint=True)
     num_distractors = rng.integers(*style.num_distractors, endpoint=True)
     names: list[str | None] = [classes[i] for i in rng.permutation(len(classes))[:num_objects]]
     names += [None] * int(num_distractors)
-    layers = []
-    for i in rng.permutation(len(names)):
-        color = _pick_color(rng, colors, style)
-        layers.append(_draw_layer(rng, size, names[i], classes=classes, color=color, style=style))
-    return layers
+    return [
+        _draw_layer(rng, size, names[i], classes, _pick_color(rng, colors, style), style)
+        for i in rng.permutation(len(names))
+    ]
 
 
 def _stack(layers: Sequence[_Layer], size: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
@@ -387,7 +356,7 @@ def draw_shapes(
     for _ in range(100):
         colors: list[FloatArray] = []
         image = _draw_background(rng, image_size, _pick_color(rng, colors, style), style)
-        layers = _draw_layers(rng, image_size, classes=classes, colors=colors, style=style)
+        layers = _draw_layers(rng, image_size, classes, colors, style)
         layers = _drop_hidden(layers, image_size, style)
         if any(layer.name for layer in layers):
             break
@@ -407,119 +376,3 @@ def draw_shapes(
         visible={layer.name: float(pixels[i] / layer.inside.sum()) for i, layer in enumerate(layers) if layer.name},
         num_distractors=sum(layer.name is None for layer in layers),
     )
-
-
-def write_shapes(
-    root: Path,
-    *,
-    num_train: int,
-    num_val: int,
-    image_size: int = 128,
-    seed: int = 0,
-    classes: Sequence[str] = SHAPE_CLASSES,
-    style: ShapesStyle = DEFAULT_STYLE,
-    progress: bool = False,
-) -> None:
-    """Write a generated data set, or keep the one that is there if it was made with the same parameters.
-
-    The folder holds JPEGImages/ID.jpg, SegmentationClassAug/ID.png (class indices in the VOC palette, without
-    ignored pixels), lists/train.txt, lists/val.txt, lists/tags.csv, classes.txt and shapes.json, the
-    parameters. It appears only when it is complete. Equal parameters give equal files, byte for byte.
-
-    Args:
-        root: Folder to write; must be absent, empty, or hold a data set written with the same parameters.
-        num_train: Training images, named train_00000 and on.
-        num_val: Held-out images, named val_00000 and on.
-        image_size: Pixels of both sides, at least 32.
-        seed: Start of the random numbers, at least 0.
-        classes: Names out of `SHAPE_CLASSES`, each once; their order is that of the mask values.
-        style: How hard the images are.
-        progress: Whether to show a progress bar on stderr.
-
-    Raises:
-        AfaError: A parameter is out of its range, the folder holds other files or another data
-            set, or it cannot be written.
-    """
-    _check("num_train", num_train, low=1)
-    _check("num_val", num_val, low=1)
-    _check("image_size", image_size, low=32)
-    _check("seed", seed, low=0)
-    if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(SHAPE_CLASSES):
-        raise AfaError(
-            f"classes of the generated data set are {list(classes)}: choose from {', '.join(SHAPE_CLASSES)}, each once"
-        )
-    parameters = {
-        "format": _FORMAT,
-        "num_train": num_train,
-        "num_val": num_val,
-        "image_size": image_size,
-        "seed": seed,
-        "classes": list(classes),
-        "style": dataclasses.asdict(style),
-    }
-    marker = json.dumps(parameters, indent=1) + "\n"
-    if _is_written(root, marker):
-        return
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
-            unfinished = Path(folder) / "data"
-            _write_files(unfinished, (num_train, num_val), image_size, seed, classes, style, progress)
-            (unfinished / MARKER_NAME).write_text(marker, encoding="utf-8")
-            if root.exists():
-                root.rmdir()
-            unfinished.rename(root)
-    except OSError as error:
-        if not _is_written(root, marker):  # else another process was faster
-            raise AfaError(f"{root}: cannot be written ({error}); free space or choose another folder") from None
-
-
-def _write_files(
-    root: Path,
-    num_images: tuple[int, int],
-    image_size: int,
-    seed: int,
-    classes: Sequence[str],
-    style: ShapesStyle,
-    progress: bool,
-) -> None:
-    """Write all files but the marker."""
-    for name in ("JPEGImages", "SegmentationClassAug", "lists"):
-        (root / name).mkdir(parents=True)
-    _write_lines(root / "classes.txt", classes)
-    tags = ["image,tags"]
-    names: list[list[str]] = [[], []]
-    jobs = [(split, i) for split in (0, 1) for i in range(num_images[split])]
-    for split, i in track(jobs, "Generating images", console=Console(stderr=True), disable=not progress):
-        name = f"{_SPLITS[split]}_{i:05d}"
-        rng = np.random.default_rng([seed, split, i])
-        scene = draw_shapes(rng, image_size, classes=classes, style=style)
-        image_path = root / "JPEGImages" / f"{name}.jpg"
-        Image.fromarray(scene.image).save(image_path, quality=_JPEG_QUALITY, subsampling="4:4:4")
-        write_index_png(root / "SegmentationClassAug" / f"{name}.png", scene.mask)
-        tags.append(f"{name},{' '.join(c for c in classes if c in scene.visible)}")
-        names[split].append(name)
-    _write_lines(root / "lists" / "tags.csv", tags)
-    for split in (0, 1):
-        _write_lines(root / "lists" / f"{_SPLITS[split]}.txt", names[split])
-
-
-def _check(key: str, value: int, *, low: int) -> None:
-    if value < low:
-        raise AfaError(f"{key} of the generated data set is {value}: it must be at least {low}")
-
-
-def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def _is_written(root: Path, marker: str) -> bool:
-    """Tell whether the folder holds the data set; refuse one that holds anything else."""
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return False
-    path = root / MARKER_NAME
-    if not path.is_file():
-        raise AfaError(f"{root} exists and holds no generated data set: choose another folder for it")
-    if path.read_text(encoding="utf-8") != marker:
-        raise AfaError(f"{path}: this data set has other parameters: remove {root} or choose another folder")
-    return True
