@@ -89,14 +89,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         tokens, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1]).contiguous()
+        rows = grad.reshape(-1, grad.shape[-1]).contiguous()  # (N, O)
         grad_tokens = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_tokens = (rows @ weight.to(rows.dtype)).view(tokens.shape)
+            grad_tokens = (rows @ weight.to(rows.dtype)).view(tokens.shape)  # (..., I)
         if ctx.needs_input_grad[1]:
-            grad_weight = (rows.t() @ tokens.reshape(-1, tokens.shape[-1])).to(weight.dtype)
+            grad_weight = (rows.t() @ tokens.reshape(-1, tokens.shape[-1])).to(weight.dtype)  # (O, I)
         if ctx.needs_input_grad[2]:
-            grad_bias = _column_sums(rows).to(weight.dtype)
+            grad_bias = _column_sums(rows).to(weight.dtype)  # (O,)
         return grad_tokens, grad_weight, grad_bias
 
 
@@ -109,7 +109,7 @@ def _column_sums(rows: Tensor) -> Tensor:
         _column_sums_kernel[(triton.cdiv(channels, _CHANNELS), programs)](
             rows, partial, count, channels, ROWS=_SUM_ROWS, BLOCK=_CHANNELS
         )
-    return partial.sum(0)
+    return partial.sum(0)  # (C,)
 
 
 class _DepthwiseGelu(torch.autograd.Function):
@@ -133,11 +133,11 @@ class _DepthwiseGelu(torch.autograd.Function):
             grad_tokens = torch.empty_like(tokens)
             _convolve(inner, weight, None, height, width, convolved=grad_tokens, flip=True)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            sums = _weight_sums(tokens, inner, height, width)
+            sums = _weight_sums(tokens, inner, height, width)  # (10, C)
             if ctx.needs_input_grad[1]:
-                grad_weight = sums[:9].t().reshape(weight.shape).to(weight.dtype)
+                grad_weight = sums[:9].t().reshape(weight.shape).to(weight.dtype)  # (C, 1, 3, 3)
             if ctx.needs_input_grad[2]:
-                grad_bias = sums[9].to(weight.dtype)
+                grad_bias = sums[9].to(weight.dtype)  # (C,)
         return grad_tokens, grad_weight, grad_bias, None, None
 
 
@@ -154,8 +154,8 @@ def _convolve(
 ) -> None:
     """Write the convolution and its GELU, or one of them; `flip` turns the weights by half a turn."""
     channels = tokens.shape[2]
-    taps = weight.reshape(channels, 9)
-    taps = (taps.flip(1) if flip else taps).t().contiguous()
+    taps = weight.reshape(channels, 9)  # (C, 9)
+    taps = (taps.flip(1) if flip else taps).t().contiguous()  # (9, C)
     if tokens.numel():
         _depthwise_kernel[_depthwise_grid(tokens, height, width, _COLUMNS, _CHANNELS)](
             tokens,
@@ -185,7 +185,7 @@ def _weight_sums(tokens: Tensor, grad: Tensor, height: int, width: int) -> Tenso
         _depthwise_weight_kernel[grid](
             tokens, grad, partial, height, width, channels, ROWS=_ROWS, COLUMNS=_SUM_COLUMNS, BLOCK=_SUM_CHANNELS
         )
-    return partial.sum(0)
+    return partial.sum(0)  # (10, C)
 
 
 def _depthwise_grid(tokens: Tensor, height: int, width: int, columns: int, channels: int) -> tuple[int, int, int]:

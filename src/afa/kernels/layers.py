@@ -18,7 +18,7 @@ def under_autocast(kind: str) -> bool:
 
 
 def eager_cpu(tokens: Tensor) -> bool:
-    """Whether the next operation runs at once, on a CPU."""
+    """Whether the next operation on tokens of any shape runs at once, on a CPU."""
     return tokens.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -33,7 +33,7 @@ def as_image(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 def sparing_gelu(values: Tensor) -> Tensor:
-    """GELU that overwrites its input where no gradient is wanted: fresh memory costs more than the function."""
+    """GELU of any shape. It overwrites its input where no gradient is wanted: fresh memory costs more than it does."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.gelu(values)
     overwritten: Tensor = torch.ops.aten.gelu_(values)

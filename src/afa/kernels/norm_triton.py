@@ -73,7 +73,7 @@ class _LayerNorm(torch.autograd.Function):
             )
         if not wanted:
             return out, None, None, None, None
-        sums = partial.sum(1)
+        sums = partial.sum(1)  # (2, C)
         return (
             out,
             sums[0].to(weight.dtype) if ctx.needs_input_grad[1] else None,

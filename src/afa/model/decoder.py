@@ -56,13 +56,15 @@ class MlpDecoder(nn.Module):
         weights, bias = self._fused_layers(features[0].device)
         sums: list[Tensor] = []
         for feature, weight in zip(features, weights, strict=True):
-            fused = conv2d(feature.contiguous(memory_format=torch.channels_last), weight, None if sums else bias)
+            channels_last = feature.contiguous(memory_format=torch.channels_last)
+            fused = conv2d(channels_last, weight, None if sums else bias)  # (B, width, h_i, w_i)
             # An exported program must hold for every size.
             if sums and not exporting and fused.shape == sums[-1].shape:
                 sums[-1] = sums[-1] + fused
             else:
                 sums.append(fused)
-        logits: Tensor = self.classify(self.dropout(self.norm(sum_levels(*sums)).relu_()))
+        total = self.norm(sum_levels(*sums)).relu_()  # (B, width, h_0, w_0)
+        logits: Tensor = self.classify(self.dropout(total))  # (B, K, h_0, w_0)
         return logits
 
     def _fused_layers(self, device: torch.device) -> tuple[list[Tensor], Tensor]:
@@ -70,14 +72,14 @@ class MlpDecoder(nn.Module):
         # Under autocast the products would be rounded before anything is convolved.
         rounded = under_autocast(device.type)
         with torch.autocast(device.type, enabled=False) if rounded else contextlib.nullcontext():
-            fuses = self.fuse.weight[:, :, 0, 0].chunk(len(self.projections), dim=1)
+            fuses = self.fuse.weight[:, :, 0, 0].chunk(len(self.projections), dim=1)  # (width, width) a level
             weights, biases = [], []
             for fuse, projection in zip(fuses, self.projections, strict=True):
                 assert isinstance(projection, nn.Conv2d)
                 assert projection.bias is not None
                 weights.append((fuse @ projection.weight[:, :, 0, 0])[:, :, None, None])
                 biases.append(fuse @ projection.bias)
-            bias = torch.stack(biases).sum(0)
+            bias = torch.stack(biases).sum(0)  # (width,)
         # Batch normalization takes the bias away again. Its gradient is 0; computed, it is rounding, of which AdamW
         # makes whole steps.
         return weights, bias.detach() + 0 * bias if self.norm.training else bias
@@ -94,14 +96,14 @@ class DistributedBatchNorm2d(nn.BatchNorm2d):
         """Normalize (B, C, H, W) by the statistics of each channel."""
         if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(input)
-        x = input.float()
+        x = input.float()  # (B, C, H, W)
         count = torch.full((1,), x.numel() / x.shape[1], device=x.device)
-        sums = torch.cat([x.sum((0, 2, 3)), count])
+        sums = torch.cat([x.sum((0, 2, 3)), count])  # (C + 1,)
         sums = _SumOverProcesses.apply(sums)  # type: ignore[no-untyped-call]
-        mean = sums[:-1] / sums[-1]
+        mean = sums[:-1] / sums[-1]  # (C,)
         centered = x - mean.view(1, -1, 1, 1)
         total = _SumOverProcesses.apply(centered.square().sum((0, 2, 3)))  # type: ignore[no-untyped-call]
-        variance = total / sums[-1]
+        variance = total / sums[-1]  # (C,)
         if self.running_mean is not None and self.running_var is not None and self.momentum is not None:
             with torch.no_grad():
                 unbiased = total / (sums[-1] - 1).clamp(min=1)

@@ -38,7 +38,7 @@ class AffinityHead(nn.Module):
         # The convolution is linear: the weighted sum of n products is one product of n times the depth, and adding
         # the transpose of the sum is the same as adding n transposes first.
         query, key = attention.query, attention.key
-        weight = (self.mix.weight.view(1, -1, 1, 1) * scale).to(query.dtype)
+        weight = (self.mix.weight.view(1, -1, 1, 1) * scale).to(query.dtype)  # (1, n, 1, 1)
         joined = [part.transpose(1, 2).flatten(2) for part in (query * weight, key)]  # 2 x (B, hw, n d)
         mixed = joined[0] @ joined[1].transpose(1, 2)  # (B, hw, hw)
         assert self.mix.bias is not None
