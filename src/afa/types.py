@@ -46,7 +46,7 @@ class Batch:
     frozen: tuple[Tensor, ...] = ()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The same batch with every tensor changed, as by `torch.clone`."""
+        """The same batch with every tensor, of any shape, changed, as by `torch.clone`."""
 
         def changed(value: Any) -> Any:
             if isinstance(value, tuple):

@@ -38,15 +38,7 @@ def _symmetric_sigmoid_kernel(mixed, bias, out, size, TILE: tl.constexpr):
 
 
 def symmetric_sigmoid(mixed: Tensor, bias: Tensor) -> Tensor:
-    """Compute sigmoid(M + M^T + bias) of each square matrix; without gradient.
-
-    Args:
-        mixed: (B, n, n) of any floating point dtype.
-        bias: One element, on the same device.
-
-    Returns:
-        (B, n, n) float32 in [0, 1], exactly symmetric.
-    """
+    """Fused, without gradient; see `afa.kernels.affinity.symmetric_sigmoid`."""
     batch, size, columns = mixed.shape
     assert size == columns, mixed.shape
     assert bias.numel() == 1, bias.shape

@@ -37,18 +37,7 @@ _SUM_PROGRAMS = 128
 
 
 def depthwise_gelu(tokens: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> Tensor:
-    """Convolve each channel of an image of tokens with its own 3x3 weights, zeros around it, then GELU; with gradient.
-
-    Args:
-        tokens: (B, H * W, C).
-        weight: (C, 1, 3, 3).
-        bias: (C,) or None.
-        height: H.
-        width: W.
-
-    Returns:
-        (B, H * W, C).
-    """
+    """Fused; see `afa.kernels.layers.depthwise_gelu`."""
     assert tokens.shape[1] == height * width, (tokens.shape, height, width)
     assert weight.shape == (tokens.shape[2], 1, 3, 3), weight.shape
     if not torch.is_grad_enabled():
@@ -61,18 +50,7 @@ def depthwise_gelu(tokens: Tensor, weight: Tensor, bias: Tensor | None, height: 
 
 
 def linear(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Map tokens as `torch.nn.functional.linear` does, in autocast's precision where that is on; with gradient.
-
-    The products are PyTorch's. Only the bias' gradient, a sum over all tokens, is a kernel.
-
-    Args:
-        tokens: (..., I).
-        weight: (O, I).
-        bias: (O,).
-
-    Returns:
-        (..., O).
-    """
+    """Of the gradient the bias' part, a sum over all tokens, is a kernel; see `afa.kernels.layers.linear`."""
     kind = tokens.device.type
     if torch.is_autocast_enabled(kind):
         tokens = tokens.to(torch.get_autocast_dtype(kind))

@@ -18,18 +18,7 @@ _ELEMENTS = 2048
 
 
 def layer_norm(tokens: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-    """Normalize over the last dimension, with gradient.
-
-    Args:
-        tokens: (..., C).
-        weight: (C,).
-        bias: (C,) or None.
-        eps: Added to the variance.
-        dtype: Of the result.
-
-    Returns:
-        (..., C).
-    """
+    """Fused over one dimension, the result in any dtype; see `afa.kernels.layers.layer_norm`."""
     if not torch.is_grad_enabled():
         return _normalize(tokens.contiguous(), weight, bias, eps, dtype)
     normalized: Tensor = _LayerNorm.apply(tokens, weight, bias, eps, dtype)

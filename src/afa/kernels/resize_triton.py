@@ -32,29 +32,13 @@ _CHANNELS = 64
 
 
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize each map, with gradient.
-
-    Args:
-        maps: (B, P, h, w) float32, bfloat16 or float16.
-        size: (H, W).
-
-    Returns:
-        (B, P, H, W), contiguous.
-    """
+    """Fused, to contiguous maps; see `afa.kernels.resize.resize`."""
     resized: Tensor = _Resize.apply(maps, (int(size[0]), int(size[1])))
     return resized
 
 
 def sum_levels(fine: Tensor, *coarse: Tensor) -> Tensor:
-    """Add one or two coarser levels, enlarged, to a level, with gradient; the sum is rounded once.
-
-    Args:
-        fine: (B, P, H, W) float32, bfloat16 or float16.
-        coarse: (B, P, h, w) levels, same type.
-
-    Returns:
-        (B, P, H, W), channels-last.
-    """
+    """Fused for one or two coarse levels, rounded once, channels-last; see `afa.kernels.resize.sum_levels`."""
     total: Tensor = _SumLevels.apply(fine, coarse[0], coarse[1] if len(coarse) > 1 else None)
     return total
 
