@@ -50,7 +50,13 @@ def test_every_image_is_measured_and_broken_ones_are_named(tmp_path: Path) -> No
         (tmp_path / name).write_bytes(content)
         paths.append(tmp_path / name)
     done = []
-    scan = scan_images(paths, threads=3, tell=lambda: done.append(1))
+
+    def read_mask(index: int) -> None:
+        if index == 1:
+            raise AfaError("the mask is odd")
+
+    scan = scan_images(paths, threads=3, read_mask=read_mask, tell=lambda: done.append(1))
+    assert scan.mask_failures == {1: "the mask is odd"}
     assert len(done) == len(paths)
     assert scan.sizes[:70].tolist() == [[40 + i, 50] for i in range(70)]
     assert np.flatnonzero(scan.gray).tolist() == [70]
@@ -59,16 +65,6 @@ def test_every_image_is_measured_and_broken_ones_are_named(tmp_path: Path) -> No
     assert "0 bytes" in scan.failures[74]
     assert scan.readable.tolist() == list(range(72))
     assert identical_groups(scan) == []
-
-
-def test_masks_are_read_beside_their_images(tmp_path: Path) -> None:
-    paths = [save(tmp_path, f"{i}.png", picture(i)) for i in range(3)]
-
-    def read_mask(index: int) -> None:
-        if index == 1:
-            raise AfaError("the mask is odd")
-
-    assert scan_images(paths, threads=1, read_mask=read_mask).mask_failures == {1: "the mask is odd"}
 
 
 def test_copies_are_found_whatever_their_file(tmp_path: Path) -> None:

@@ -61,27 +61,16 @@ def fake_pseudo(
 
 
 def open_images(folder: Path, tags: list[list[int]], *, masks: bool) -> TaggedImages:
-    paths, mask_paths = [], []
-    for i in range(len(tags)):
-        pixels = np.full((64, 96, 3), 40 * i, np.uint8)
-        paths.append(folder / f"{i}.png")
-        mask_paths.append(folder / f"{i}_mask.png")
-        Image.fromarray(pixels).save(paths[-1])
-        Image.fromarray(np.ones((64, 96), np.uint8)).save(mask_paths[-1])
-    names = tuple(f"image{i}" for i in range(len(tags)))
-    matrix = np.array(tags, dtype=bool)
+    numbers = range(len(tags))
+    for i in numbers:
+        Image.fromarray(np.full((64, 96, 3), 40 * i, np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray(np.ones((64, 96), np.uint8)).save(folder / f"{i}_mask.png")
+    opened: dict[str, Any] = {"classes": ("cat", "dog"), "names": tuple(f"image{i}" for i in numbers)}
+    opened |= {"paths": [folder / f"{i}.png" for i in numbers], "tags": np.array(tags, dtype=bool)}
     if not masks:
-        return TaggedImages(classes=("cat", "dog"), names=names, paths=paths, tags=matrix)
-    return ScoredImages(
-        classes=("cat", "dog"),
-        names=names,
-        paths=paths,
-        tags=matrix,
-        tagged=np.array([sum(row) >= 0 for row in tags]),
-        mask_paths=mask_paths,
-        mask_values=np.arange(3, dtype=np.uint8),
-        origin="tags.csv",
-    )
+        return TaggedImages(**opened)
+    opened |= {"tagged": np.ones(len(tags), dtype=bool), "mask_values": np.arange(3, dtype=np.uint8)}
+    return ScoredImages(**opened, mask_paths=[folder / f"{i}_mask.png" for i in numbers], origin="tags.csv")
 
 
 Draw = Callable[[TaggedImages, int], Path]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -44,6 +44,12 @@ class Column(NamedTuple):
     refinement: str
     protocol: str
     split: str
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Key that sorts columns."""
+        order = _LABELS.index(self.labels)
+        return order, self.split != "val", not self.is_plain, self.refinement, self.protocol
 
     @property
     def is_plain(self) -> bool:
@@ -137,7 +143,8 @@ def compare_runs(runs: Sequence[Path]) -> list[RunGroup]:
             raise AfaError(f"{run}: given twice; name each run once")
         seen.add(run.resolve())
         report = collect_report(run)
-        key = json.dumps([report["classes"], _label(report), _without_seed(report["config"])], sort_keys=True)
+        label = report["config"]["train"]["label"]
+        key = json.dumps([report["classes"], label, _without_seed(report["config"])], sort_keys=True)
         members.setdefault(key, []).append((report, dict(_read_scores(run, report["config"]))))
     return [_group(each) for each in members.values()]
 
@@ -226,24 +233,12 @@ def to_json(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
     result = []
     for group in groups:
         row = group.table.row(group.name) if group.table else None
-        figures = [
-            {**column._asdict(), "mean": round(score.mean, 3), "spread": score.spread, "num_runs": score.num_runs}
-            for column, score in group.scores.items()
-        ]
-        result.append(
-            {
-                "name": group.name,
-                "table": group.table.number if group.table else None,
-                "paper": {"train": row.train, "val": row.val} if row else None,
-                "runs": list(group.runs),
-                "figures": figures,
-                "backbone": group.backbone,
-                "steps": group.steps,
-                "complete": group.complete,
-                "num_images": group.num_images,
-                "machine": group.machine,
-            }
-        )
+        scores = ((column, score._replace(mean=round(score.mean, 3))) for column, score in group.scores.items())
+        entry = {field.name: getattr(group, field.name) for field in fields(group) if field.name != "scores"}
+        entry |= {"table": group.table.number if group.table else None, "runs": list(group.runs)}
+        entry["paper"] = {"train": row.train, "val": row.val} if row else None
+        entry["figures"] = [column._asdict() | score._asdict() for column, score in scores]
+        result.append(entry)
     return result
 
 
@@ -272,16 +267,16 @@ def write_comparison(groups: Sequence[RunGroup], out: Path) -> Path:
 def _group(members: Sequence[tuple[dict[str, Any], dict[Column, float]]]) -> RunGroup:
     reports = [report for report, _ in members]
     first = reports[0]
-    columns = sorted({column for _, scores in members for column in scores}, key=_order)
+    columns = sorted({column for _, scores in members for column in scores}, key=lambda column: column.place)
     scores = {}
     for column in columns:
         values = [found[column] for _, found in members if column in found]
         spread = statistics.stdev(values) if len(values) > 1 else None
         scores[column] = Score(statistics.fmean(values), spread, len(values))
-    label = _label(first)
+    label = first["config"]["train"]["label"]
     named = find_table(label)
     name = named[1] if named else label or first["run"]
-    if first["config"]["train"].get("supervision") == "masks" and (named is None or named[1] != "full supervision"):
+    if first["config"]["train"]["supervision"] == "masks" and (named is None or named[1] != "full supervision"):
         name += " (trained on masks)"
     steps = [report["steps"] for report in reports if report["steps"] is not None]
     counts = [report["num_images"] for report in reports if report["num_images"]]
@@ -296,10 +291,6 @@ def _group(members: Sequence[tuple[dict[str, Any], dict[Column, float]]]) -> Run
         num_images=max(counts) if counts else None,
         machine=", ".join(sorted({str(report["device"] or "unknown") for report in reports})),
     )
-
-
-def _label(report: dict[str, Any]) -> str:
-    return str(report["config"]["train"].get("label", ""))
 
 
 def _without_seed(config: dict[str, Any]) -> dict[str, Any]:
@@ -322,11 +313,6 @@ def _read_scores(run: Path, config: dict[str, Any]) -> Iterator[tuple[Column, fl
             split = "train" if "train" in Path(figures.get("list", config["data"]["val_list"])).stem else "val"
             protocol = figures.get("protocol", "single") if labels == "seg" else ""
             yield Column(labels, figures.get("refinement", ""), protocol, split), float(miou)
-
-
-def _order(column: Column) -> tuple[object, ...]:
-    place = _LABELS.index(column.labels)
-    return place, column.split != "val", not column.is_plain, column.refinement, column.protocol
 
 
 def _figure(group: RunGroup, table: PaperTable, row: PaperRow, split: str) -> Score | None:
@@ -373,7 +359,7 @@ def _other_runs(groups: Sequence[RunGroup]) -> dict[str, Any]:
 
 
 def _columns(groups: Sequence[RunGroup]) -> list[Column]:
-    return sorted({column for group in groups for column in group.scores}, key=_order)
+    return sorted({column for group in groups for column in group.scores}, key=lambda column: column.place)
 
 
 def _heads(columns: Sequence[Column]) -> list[str]:
