@@ -21,10 +21,10 @@ TINY_SIDE: Final = 64
 """Images with a shorter side, in pixels, have too little detail."""
 
 LONG_ASPECT: Final = 4.0
-"""Images so many times as long as wide lose most of themselves in square crops."""
+"""Square crops cut most off images that are longer than this many times their width."""
 
 LARGE_PIXELS: Final = 4_000_000
-"""Images of more pixels take long to decode, for a crop of a fraction of them."""
+"""Images with more pixels take long to decode, and a crop uses only a fraction of them."""
 
 _LISTED: Final = 1000  # names or groups of one kind in the dictionary
 

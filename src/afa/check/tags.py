@@ -27,7 +27,7 @@ NEAR_EMPTY: Final = 5
 FEW_APART: Final = 3
 """Two classes of which one stands without the other in fewer training images cannot be told apart."""
 
-_SHARE_APART: Final = 0.1  # A rare class with two such images of four is not meant.
+_SHARE_APART: Final = 0.1  # at most this share of the class: two images of four do tell a rare class apart
 _SHOWN: Final = 8
 
 

@@ -104,11 +104,12 @@ def write_figures(
 ) -> list[Path]:
     """Draw RUN/figures/{affinity,cam,labels,results}.png from evenly spaced images with tags.
 
-    affinity: two query points an image, one where the CAM is strongest and one where it is weakest; the mean attention
-    of the last blocks and the learned affinity from there, with the window that the affinity is learned and walked in,
-    at the largest scale. cam: of the tagged classes, and after a step of the random
-    walk. labels: before and after the refinement, at the background scores of their evaluation. results: of the
-    segmentation by the run's protocol, which alone is not told the tags.
+    - affinity: two query points an image, where the CAM is strongest and where it is weakest; from there the mean
+      attention of the last blocks and the learned affinity at the largest scale, with the window that the affinity is
+      learned and walked in.
+    - cam: of the tagged classes, before and after the random walk.
+    - labels: before and after the refinement, at the background scores of their evaluation.
+    - results: the segmentation by the run's protocol; it alone is not told the tags.
 
     Args:
         run: Run folder.
