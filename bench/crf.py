@@ -32,11 +32,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate, one_hot
 
 from afa.demo.shapes import draw_shapes
-from afa.filtering.crf import dense_crf
+from afa.filtering.crf import CrfSettings, dense_crf
 
 NUM_CLASSES = 21
 WIDTH, HEIGHT = 500, 375
 ITERATIONS = 10
+SETTINGS = CrfSettings(iterations=ITERATIONS)
 DEFAULT_DROP = 0.1  # of 1 / K
 
 
@@ -93,11 +94,11 @@ def on_gpu(samples: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]], arguments
     for i, (image, mask) in enumerate(samples):
         probabilities = coarse_probabilities(mask, NUM_CLASSES, seed=i, margin=arguments.margin, noise=arguments.noise)
         pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-        expected = dense_crf(probabilities, pixels, iterations=ITERATIONS, negligible=0.0)
+        expected = dense_crf(probabilities, pixels, SETTINGS, negligible=0.0)
         there = probabilities.cuda(), pixels.cuda()
 
         def run(there: tuple[Tensor, Tensor] = there) -> Tensor:
-            refined = dense_crf(*there, iterations=ITERATIONS, negligible=0.0)
+            refined = dense_crf(*there, SETTINGS, negligible=0.0)
             torch.cuda.synchronize()
             return refined
 
@@ -160,7 +161,7 @@ def main() -> None:
             winners = reference.argmax(0)
             for name, negligible in (("afa", 0.0), ("afa, negligible left out", DEFAULT_DROP)):
                 spent, refined = best_of(
-                    lambda: dense_crf(probabilities, pixels, iterations=ITERATIONS, negligible=negligible),  # noqa: B023
+                    lambda: dense_crf(probabilities, pixels, SETTINGS, negligible=negligible),  # noqa: B023
                     arguments.repeats,
                 )
                 seconds[name].append(spent)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from afa.config import PseudoConfig
-from afa.pseudo.par import refine, refinement_kernel
+from afa.kernels.par import refine, refinement_kernel
 from afa.pseudo.scores import PresentClasses, mask_scores, present_classes, with_background
 from published_par import PublishedRefinement  # type: ignore[import-not-found]
 

@@ -17,17 +17,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from afa.config import PseudoConfig, ScheduleConfig
 from afa.errors import AfaError
 from afa.evaluation.confusion import ConfusionMatrix
+from afa.kernels.par import refine, refinement_kernel
 from afa.losses.affinity import affinity_loss
 from afa.losses.segmentation import segmentation_loss
 from afa.pseudo.affinity import affinity_label, token_label
 from afa.pseudo.cam import fuse_scores
 from afa.pseudo.labels import cam_label, ignore_outside, merge_labels
-from afa.pseudo.par import par
-from afa.pseudo.pipeline import Refiner, initial_label
+from afa.pseudo.pipeline import initial_label
+from afa.pseudo.refiner import Refiner
 from afa.pseudo.scores import present_classes, present_scores
 from afa.pseudo.walk import propagate
 from afa.training.schedule import learning_rate
@@ -126,7 +128,10 @@ class Result:
 
 
 def _refined(vectors: Vectors) -> Tensor:
-    return par(vectors["par_image"], vectors["par_scores"])
+    image, config = vectors["par_image"], PseudoConfig()
+    scores = interpolate(vectors["par_scores"], size=image.shape[2:], mode="bilinear", align_corners=True)
+    kernel = refinement_kernel(image, dilations=config.dilations)
+    return refine(scores, kernel, dilations=config.dilations, iterations=config.iterations)
 
 
 def _fused_cam(vectors: Vectors) -> Tensor:
@@ -142,29 +147,17 @@ def _cam_label(vectors: Vectors) -> Tensor:
 
 
 def _initial_label(vectors: Vectors) -> Tensor:
-    config = PseudoConfig()
-    return initial_label(
-        vectors["refine_cam"],
-        present_classes(vectors["refine_tags"]),
-        Refiner(vectors["refine_image"], config),
-        vectors["refine_box"],
-        config=config,
-    )
+    present = present_classes(vectors["refine_tags"])
+    cam = present.foreground.gather(vectors["refine_cam"])
+    refiner = Refiner(vectors["refine_image"], PseudoConfig())
+    return initial_label(cam, present, refiner, vectors["refine_box"])
 
 
 def _propagated(vectors: Vectors, background: float) -> Tensor:
-    cam, config = vectors["walk_cam"], PseudoConfig()
+    cam, tags, affinity = vectors["walk_cam"], vectors["walk_tags"], vectors["walk_affinity"]
     height, width = cam.shape[2:]
-    return propagate(
-        cam,
-        vectors["walk_tags"],
-        vectors["walk_affinity"],
-        grid=(height, width),
-        background=background,
-        radius=int(vectors["walk_radius"]),
-        power=config.affinity_power,
-        epsilon=config.walk_epsilon,
-    )
+    config = PseudoConfig(affinity_radius=int(vectors["walk_radius"]))
+    return propagate(cam, tags, affinity, grid=(height, width), background=background, config=config)
 
 
 def _refined_in_box(vectors: Vectors) -> Tensor:

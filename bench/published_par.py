@@ -2,7 +2,7 @@
 
 Neighbors come out of dilated 3x3 convolutions whose filters are one-hot, one convolution per dilation, for
 the image and again for the scores at every iteration. Every call computes its kernel anew. Equal in result
-to `afa.pseudo.par.par`, and slow; nothing but the benchmark should use it.
+to `afa.kernels.par.refine`, and slow; nothing but the benchmark should use it.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ STAGES: Final = (
 OUR_STAGES: Final = {
     "afa.training.step.training_labels": "labels and walk",
     "afa.pseudo.pipeline.multi_scale_cam": "CAM passes",
-    "afa.pseudo.pipeline.refinement_kernel": "PAR",
-    "afa.pseudo.pipeline.refine": "PAR",
+    "afa.pseudo.refiner.refinement_kernel": "PAR",
+    "afa.pseudo.refiner.refine": "PAR",
 }
 """What is measured inside our step, by where its caller looks it up."""
 

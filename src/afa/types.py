@@ -111,6 +111,13 @@ class NetworkOutput:
         return None if self.attention is None else self.attention.logits
 
 
+def inside_box(valid_box: Tensor, height: int, width: int) -> Tensor:
+    """Mark the pixels of each valid box: (B, 4) -> (B, H, W) bool."""
+    top, bottom, left, right = valid_box[:, :, None].unbind(1)  # (B, 1) each
+    y, x = torch.arange(height, device=valid_box.device), torch.arange(width, device=valid_box.device)
+    return ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None]  # (B, H, W)
+
+
 def normalize_image(image: Tensor) -> Tensor:
     """Turn pixels into what the encoders were trained on.
 

@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 
 from afa.config import EvaluationConfig, Precision, PseudoConfig
 from afa.errors import AfaError
-from afa.filtering.crf import dense_crf
+from afa.filtering.crf import CrfSettings, dense_crf
 from afa.model.network import AfaNetwork
 from afa.pseudo.pipeline import infer_pseudo
 from afa.runtime import autocast
@@ -255,9 +255,7 @@ def crf(probabilities: Tensor, pixels: Tensor, *, config: EvaluationConfig) -> T
     Returns:
         (B, K, H, W) float32 probabilities.
     """
-    return dense_crf(
-        probabilities,
-        pixels,
+    settings = CrfSettings(
         iterations=config.crf_iterations,
         gaussian_weight=config.crf_gaussian_weight,
         gaussian_xy=config.crf_gaussian_xy,
@@ -265,6 +263,7 @@ def crf(probabilities: Tensor, pixels: Tensor, *, config: EvaluationConfig) -> T
         bilateral_xy=config.crf_bilateral_xy,
         bilateral_rgb=config.crf_bilateral_rgb,
     )
+    return dense_crf(probabilities, pixels, settings)
 
 
 def dense_logits(

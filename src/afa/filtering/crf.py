@@ -1,12 +1,13 @@
-"""Dense CRF: mean-field refinement of class probabilities by color and position (method.md section 8).
+"""Dense CRF: mean-field refinement of class probabilities by color and position.
 
-Every pixel is tied to every other one, by a Gaussian of position and one of position and color; labels that differ
-cost the same whichever they are (Potts). Settings and normalization are those of pydensecrf, and so are the labels.
+A Gaussian of position and one of position and color tie every pixel to every other one; two labels that differ cost the
+same whichever they are (Potts). Settings, normalization and labels are those of pydensecrf.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,34 +18,41 @@ _LEAST_PROBABILITY = 1e-5  # pydensecrf's when it takes probabilities
 _TINY = 1e-20
 
 
+@dataclass(frozen=True)
+class CrfSettings:
+    """Updates and kernels of the dense CRF; bandwidths of positions are in pixels, of colors in levels of 0..255.
+
+    Attributes:
+        iterations: Mean-field updates.
+        gaussian_weight: Weight of the kernel of positions.
+        gaussian_xy: Its bandwidth.
+        bilateral_weight: Weight of the kernel of positions and colors.
+        bilateral_xy: Its bandwidth of positions.
+        bilateral_rgb: Its bandwidth of colors.
+    """
+
+    iterations: int = 10
+    gaussian_weight: float = 3.0
+    gaussian_xy: float = 3.0
+    bilateral_weight: float = 4.0
+    bilateral_xy: float = 64.0
+    bilateral_rgb: float = 5.0
+
+
 @torch.no_grad()
 def dense_crf(
-    probabilities: Tensor,
-    image: Tensor,
-    *,
-    iterations: int = 10,
-    gaussian_weight: float = 3.0,
-    gaussian_xy: float = 3.0,
-    bilateral_weight: float = 4.0,
-    bilateral_xy: float = 64.0,
-    bilateral_rgb: float = 5.0,
-    negligible: float = 0.1,
+    probabilities: Tensor, image: Tensor, settings: CrfSettings | None = None, *, negligible: float = 0.1
 ) -> Tensor:
     """Refine class probabilities by the images they belong to.
 
-    Each iteration adds to the log probability of a class at a pixel what both kernels gather of that class from all
-    pixels, the pixel itself included, and normalizes over the classes. A kernel K is used as D^-1/2 K D^-1/2, D
+    An iteration adds to the log probability of each class at a pixel what both kernels gather of that class from all
+    pixels, this pixel included, and normalizes over the classes. A kernel K is used as D^-1/2 K D^-1/2, where D holds
     the sums of its rows.
 
     Args:
         probabilities: (B, K, H, W), softmax of the segmentation's logits at the size of the image.
         image: (B, 3, H, W) RGB in 0..255, uint8 or floating.
-        iterations: Mean-field updates.
-        gaussian_weight: Weight of the kernel of positions.
-        gaussian_xy: Its bandwidth, pixels.
-        bilateral_weight: Weight of the kernel of positions and colors.
-        bilateral_xy: Its bandwidth of positions, pixels.
-        bilateral_rgb: Its bandwidth of colors, levels of 0..255.
+        settings: Updates and kernels; None: the defaults.
         negligible: Classes to which no pixel of the batch gives more than this share of 1 / K are left out, which
             saves their time; they end with probability 0. At 0.1 none of them could come to win a pixel. 0 keeps all.
 
@@ -52,32 +60,33 @@ def dense_crf(
         (B, K, H, W) float32 probabilities, stored with the classes of a pixel side by side.
 
     Source:
-        Kraehenbuehl and Koltun 2011; method.md section 8.
+        Kraehenbuehl and Koltun 2011.
     """
+    settings = settings or CrfSettings()
     batch, num_classes, height, width = probabilities.shape
     assert image.shape == (batch, 3, height, width), (image.shape, probabilities.shape)
     kept = (probabilities.amax((0, 2, 3)) > negligible / num_classes).nonzero().flatten()
     # Pixels are rows: all classes of a pixel lie side by side.
-    rows = probabilities.float()[:, kept].flatten(2).transpose(1, 2)
+    rows = probabilities.float()[:, kept].flatten(2).transpose(1, 2)  # (B, K, H, W) -> (B, HW, kept)
     unary = rows.contiguous().clamp_(min=_LEAST_PROBABILITY).log_()
     current = _softmax(unary.clone())
 
-    features = bilateral_features(image, xy=bilateral_xy, rgb=bilateral_rgb)
+    features = bilateral_features(image, xy=settings.bilateral_xy, rgb=settings.bilateral_rgb)  # (B, HW, 5)
     kernels = (
-        _gaussian_kernel(batch, height, width, gaussian_xy, gaussian_weight, image.device),
-        _normalized(features, bilateral_weight),
+        _gaussian_kernel(batch, height, width, settings.gaussian_xy, settings.gaussian_weight, image.device),
+        _normalized(features, settings.bilateral_weight),
     )
-    for _ in range(iterations):
+    for _ in range(settings.iterations):
         logits = kernels[0].filter(current)
         logits += kernels[1].filter(current)
         logits += unary
         current = _softmax(logits)
 
     if len(kept) < num_classes:
-        refined = current.new_zeros(batch, height * width, num_classes)
+        refined = current.new_zeros(batch, height * width, num_classes)  # (B, HW, K)
         refined[:, :, kept] = current
         current = refined
-    return current.view(batch, height, width, num_classes).permute(0, 3, 1, 2)
+    return current.view(batch, height, width, num_classes).permute(0, 3, 1, 2)  # (B, HW, K) -> (B, K, H, W)
 
 
 def bilateral_features(image: Tensor, *, xy: float, rgb: float) -> Tensor:
@@ -92,18 +101,18 @@ def bilateral_features(image: Tensor, *, xy: float, rgb: float) -> Tensor:
         (B, HW, 5) float32: x, y, red, green, blue, divided by their bandwidths; pixels in row order.
     """
     batch, colors, height, width = image.shape
-    features = torch.empty(batch, 2 + colors, height, width, device=image.device)
+    features = torch.empty(batch, 2 + colors, height, width, device=image.device)  # (B, 5, H, W)
     features[:, 0] = torch.arange(width, device=image.device) / xy
     features[:, 1] = torch.arange(height, device=image.device)[:, None] / xy
     features[:, 2:] = image / rgb
-    return features.flatten(2).transpose(1, 2)
+    return features.flatten(2).transpose(1, 2)  # (B, 5, H, W) -> (B, HW, 5)
 
 
 def _softmax(logits: Tensor) -> Tensor:
     """Turn logits (B, HW, K) into probabilities, in place.
 
-    Much faster for rows of a few classes than `torch.softmax`. Logits are at least that of the least probability, so no
-    sum vanishes; what kernels gather hardly exceeds their weights, so the upper limit is never met.
+    For rows of a few classes this is much faster than `torch.softmax`. No logit lies below that of the least
+    probability, so no sum vanishes. What kernels gather hardly exceeds their weights, so no logit meets the upper limit.
     """
     odds = logits.clamp_(max=80).exp_()
     return odds.div_(odds.sum(2, keepdim=True))
@@ -113,7 +122,7 @@ def _softmax(logits: Tensor) -> Tensor:
 def _gaussian_kernel(
     batch: int, height: int, width: int, xy: float, weight: float, device: torch.device
 ) -> PermutohedralLattice:
-    """Kernel of positions, kept for the next images since it depends on their size alone."""
+    """Kernel of positions; it depends on the size alone, so it is kept for the next images."""
     image = torch.empty(batch, 0, height, width, device=device)
     return _normalized(bilateral_features(image, xy=xy, rgb=1.0), weight)
 
@@ -121,5 +130,5 @@ def _gaussian_kernel(
 def _normalized(features: Tensor, weight: float) -> PermutohedralLattice:
     """Lattice of weight * D^-1/2 K D^-1/2, K the kernel of (B, N, F) features."""
     lattice = PermutohedralLattice(features)
-    sums = lattice.filter(features.new_ones(*features.shape[:2], 1))[..., 0]
+    sums = lattice.filter(features.new_ones(*features.shape[:2], 1))[..., 0]  # (B, N)
     return lattice.scaled((weight / (sums + _TINY)).sqrt())

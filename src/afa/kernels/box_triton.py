@@ -1,7 +1,6 @@
-"""Moving boxes between canvases, each image's its own, as one GPU kernel.
+"""Moving a box of each image to another canvas as one fused GPU kernel.
 
-Importable only where Triton is. `afa.pseudo.box` decides when to come here; its matrix products are what this kernel is
-tested against.
+Importable only where Triton is. The reference is in `afa.kernels.box`.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ _LINE = 128
 
 
 def move_box(maps: Tensor, size: tuple[int, int], *, source: Tensor, target: Tensor, align_corners: bool) -> Tensor:
-    """Cut boxes out of (B, P, h, w) maps, resize and paste them; see `afa.pseudo.box.move_box`."""
+    """Cut boxes out of (B, P, h, w) maps, resize and paste them; see `afa.kernels.box.move_box`."""
     batch, planes, height, width = maps.shape
     maps = maps.contiguous()
-    out = maps.new_empty(batch, planes, *size, dtype=torch.float32)
+    out = maps.new_empty(batch, planes, *size, dtype=torch.float32)  # (B, P, H, W)
     grid = (triton.cdiv(size[1], _LINE), triton.cdiv(size[0], _ROWS), batch * planes)
     if out.numel():
         _move_kernel[grid](
@@ -40,7 +39,7 @@ def move_box(maps: Tensor, size: tuple[int, int], *, source: Tensor, target: Ten
 
 @triton.jit
 def _source(position, source, target, ALIGN: tl.constexpr):
-    """Which positions are written, where they are read between, and the second one's share."""
+    """Whether each position is written, the two positions it is read from, and the share of the second one."""
     start = tl.load(source)
     length = tl.load(source + 1) - start
     first = tl.load(target)

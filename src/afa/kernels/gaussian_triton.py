@@ -1,8 +1,8 @@
 """The exact Gaussian filter as one fused GPU kernel: sums over all pairs of points, none of which is stored.
 
-Importable only where Triton is. `afa.filtering.gaussian` decides when to come here; its fused attention is what serves
-elsewhere. Attention normalizes, so it keeps a running maximum; exponents of this kernel are never above 0 but for
-rounding, so that the sum is taken as it stands and a pair costs little more than its exponential.
+Importable only where Triton is. The reference, `afa.kernels.gaussian`, is fused attention. Attention normalizes, so it
+keeps a running maximum. The exponents of the Gaussian filter exceed 0 by rounding alone, so this kernel takes the sum
+as it stands, and a pair costs little more than its exponential.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 _POINTS = 128
-"""Points whose sums one program takes."""
+"""Points for which one program takes the sums."""
 
 _KEYS = 64
 """Points that it reads at once."""
@@ -21,24 +21,29 @@ _KEYS = 64
 _WARPS = 4
 _STAGES = 3
 _LEAST = 16  # the smallest side of a matrix product
+_WIDEST_VALUE = 64
 
 
-def sum_pairs(query: Tensor, key: Tensor, values: Tensor, count: Tensor | None) -> Tensor:
-    """Sum values over all points, weighted by the exponential of a product of rows.
-
-    Waits for no device.
+def sum_pairs(query: Tensor, key: Tensor, values: Tensor, *, scale: Tensor, count: Tensor | None = None) -> Tensor:
+    """Sum values over all points; see `afa.kernels.gaussian.sum_pairs`. The GPU is not synchronized.
 
     Args:
         query: (B, N, D) float16, D at most 64 so that it fits the shared memory of common GPUs.
         key: (B, N, D) float16. No product of a query and a key may exceed log 65504, the largest of half precision.
-        values: (B, N, V) floating, V at most 64; rounded to float16, so best scaled to a largest magnitude of 1.
-        count: (B,) integer: only the first `count` points of each image take part, the rest is not read. Below 0 it
-            counts as 0, above N as N. None: all N.
+        values: (B, N, V) floating; rounded to float16.
+        scale: Factor of the sums, a scalar.
+        count: (B,) integer; below 0 it counts as 0, above N as N. None: all N.
 
     Returns:
-        (B, N, V) float32: sum_{j < count} exp(q_i . k_j) v_j for i < count, 0 for others. Weights are rounded to
-        float16, sums are taken in float32.
+        (B, N, V) float32: scale * sum_{j < count} exp(q_i . k_j) v_j for i < count, 0 for others. Weights are rounded
+        to float16, sums are taken in float32.
     """
+    parts = torch.split(values, _WIDEST_VALUE, 2)
+    return torch.cat([_sum_part(query, key, part, count) * scale for part in parts], 2)
+
+
+def _sum_part(query: Tensor, key: Tensor, values: Tensor, count: Tensor | None) -> Tensor:
+    """(B, N, V) float32 sums, not scaled, of at most 64 channels of values."""
     batch, points = query.shape[:2]
     assert query.dtype == key.dtype == torch.float16, (query.dtype, key.dtype)
     assert key.shape == query.shape, (key.shape, query.shape)
@@ -67,7 +72,7 @@ def sum_pairs(query: Tensor, key: Tensor, values: Tensor, count: Tensor | None) 
 
 
 def _padded(rows: Tensor) -> Tensor:
-    """Rows in float16, contiguous, with zeros up to a width that kernels have."""
+    """Rows in float16, contiguous, with zeros up to a power of 2: (B, N, D) -> (B, N, width)."""
     width = max(_LEAST, triton.next_power_of_2(rows.shape[2]))
     padded = rows.new_zeros(*rows.shape[:2], width, dtype=torch.float16)
     padded[..., : rows.shape[2]] = rows

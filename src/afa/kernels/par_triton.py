@@ -1,16 +1,21 @@
 """The refinement as two fused GPU kernels: the neighbors' weights, and one iteration over all score maps.
 
-Importable only where Triton is. `afa.pseudo.par` decides when to come here; its plain code is what these kernels
-are tested against. They read every pixel's neighbors through the cache instead of shifted copies: per iteration the
-weights, the scores and the result cross the memory bus once.
+Importable only where Triton is. The references are in `afa.kernels.par`. These kernels read the neighbors of a pixel
+through the cache instead of shifted copies: in an iteration the weights, the scores and the result cross the memory bus
+once.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from afa.kernels.par import RefinementKind, neighbor_offsets, position_weights
 
 _BLOCK = 256
 
@@ -117,64 +122,57 @@ def _iteration_kernel(
     tl.store(out + (batch * area + pixel[:, None]) * CHANNELS + channel, refined, mask=inside[:, None])
 
 
-def kernel_weights(
-    image: Tensor, offsets: Tensor, position: Tensor, extent: Tensor, *, bandwidth: float, pamr: bool
+def refinement_kernel(
+    image: Tensor,
+    *,
+    dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
+    rgb_bandwidth: float = 0.3,
+    pos_bandwidth: float = 0.3,
+    pos_weight: float = 0.01,
+    kind: RefinementKind = "par",
+    extent: Tensor | None = None,
 ) -> Tensor:
-    """Weights of each pixel's neighbors.
-
-    Args:
-        image: (B, 3, H, W) float32 RGB in [0, 1], contiguous.
-        offsets: (n, 2) int32 (dy, dx), pixels.
-        position: (n,) float32 added to every pixel's weights: the position term, or zeros.
-        extent: (B, 2) int32 rows and columns, from the top left, that hold the image; neighbors stay within.
-        bandwidth: w1.
-        pamr: The color term of PAMR instead of PAR's.
-
-    Returns:
-        (B, n, H, W) float32; without meaning outside the extent.
-    """
+    """Weights of each pixel's neighbors; see `afa.kernels.par.refinement_kernel`, here for float32 images alone."""
     batch, _, height, width = image.shape
-    out = image.new_empty(batch, offsets.shape[0], height, width)
+    offsets = _offset_table(tuple(dilations), image.device)
+    if kind == "par":
+        position = position_weights(tuple(dilations), pos_bandwidth, image.device) * pos_weight  # (n,)
+    else:
+        position = torch.zeros(offsets.shape[0], device=image.device)  # (n,)
+    out = image.new_empty(batch, offsets.shape[0], height, width)  # (B, n, H, W)
     _weights_kernel[(triton.cdiv(height * width, _BLOCK), batch)](
         image.contiguous(),
         offsets,
         position,
-        extent,
+        _bounds(extent, image),
         out,
         height,
         width,
-        bandwidth,
+        rgb_bandwidth,
         NEIGHBORS=offsets.shape[0],
-        PAMR=pamr,
+        PAMR=kind == "pamr",
         BLOCK=_BLOCK,
     )
     return out
 
 
-def iterate(scores: Tensor, weights: Tensor, offsets: Tensor, extent: Tensor, *, iterations: int) -> Tensor:
-    """Replace scores by their neighbors' weighted sum, `iterations` times.
-
-    Args:
-        scores: (B, P, H, W) float32.
-        weights: (B, n, H, W) of `kernel_weights`.
-        offsets: (n, 2) int32.
-        extent: (B, 2) int32.
-        iterations: How often.
-
-    Returns:
-        (B, P, H, W).
-    """
+def refine(
+    scores: Tensor, kernel: Tensor, *, dilations: Sequence[int], iterations: int, extent: Tensor | None = None
+) -> Tensor:
+    """Replace scores by their neighbors' weighted sum, `iterations` times; see `afa.kernels.par.refine`."""
+    assert scores.shape[2:] == kernel.shape[2:], (scores.shape, kernel.shape)
     batch, channels, height, width = scores.shape
+    offsets, bounds = _offset_table(tuple(dilations), scores.device), _bounds(extent, scores)
     padded = triton.next_power_of_2(channels)
-    current = scores.new_zeros(batch, height, width, padded)
-    current[..., :channels] = scores.permute(0, 2, 3, 1)
+    current = scores.new_zeros(batch, height, width, padded)  # (B, H, W, P up to a power of 2)
+    current[..., :channels] = scores.permute(0, 2, 3, 1)  # (B, H, W, P)
     spare = torch.empty_like(current)
     for _ in range(iterations):
         _iteration_kernel[(triton.cdiv(height * width, _BLOCK), batch)](
             current,
-            weights,
+            kernel,
             offsets,
-            extent,
+            bounds,
             spare,
             height,
             width,
@@ -183,4 +181,19 @@ def iterate(scores: Tensor, weights: Tensor, offsets: Tensor, extent: Tensor, *,
             BLOCK=_BLOCK,
         )
         current, spare = spare, current
-    return current[..., :channels].permute(0, 3, 1, 2).contiguous()
+    return current[..., :channels].permute(0, 3, 1, 2).contiguous()  # (B, P, H, W)
+
+
+@functools.lru_cache(maxsize=32)
+def _offset_table(dilations: tuple[int, ...], device: torch.device) -> Tensor:
+    """(n, 2) int32 (dy, dx), pixels."""
+    return torch.tensor(neighbor_offsets(dilations), dtype=torch.int32, device=device)
+
+
+def _bounds(extent: Tensor | None, maps: Tensor) -> Tensor:
+    """(B, 2) int32 rows and columns that hold each image, made without a copy from the host."""
+    if extent is not None:
+        return extent.to(torch.int32)
+    bounds = torch.full((len(maps), 2), maps.shape[2], dtype=torch.int32, device=maps.device)
+    bounds[:, 1] = maps.shape[3]
+    return bounds

@@ -1,8 +1,7 @@
 """The random walk over the affinity as one fused GPU kernel that reads only the pairs within the radius.
 
-Importable only where Triton is. `afa.pseudo.walk` decides when to come here; its plain code is what this kernel is
-tested against. The plain code passes over all pairs of tokens several times, although at radius 8 a token walks to at
-most 289 others.
+Importable only where Triton is. The reference is in `afa.kernels.walk`: it passes over all pairs of tokens several
+times, although at radius 8 a token takes scores from at most 289 tokens.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 _TOKENS = 16
-"""Tokens, side by side in a row, that one program takes through their step."""
+"""Neighboring tokens of a row for which one program takes the step."""
 
 _COLUMNS = 32
-"""Tokens of a row that such a program reads at once: at radius 8 all that its tokens walk to."""
+"""Tokens of a row that a program reads at once: at radius 8 all from which its tokens take scores."""
 
 _MAX_CHANNELS = 16
-"""Score maps of one program."""
+"""Score maps that one program reads."""
 
 _SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -76,7 +75,7 @@ def _step_kernel(
     tl.store(out + channel[:, None] * area + y * width + x[None, :], taken.to(out.dtype.element_ty), mask=written)
 
 
-def step(affinity: Tensor, scores: Tensor, *, radius: int, power: float, epsilon: float) -> Tensor:
+def spread(affinity: Tensor, scores: Tensor, *, radius: int, power: float, epsilon: float) -> Tensor:
     """Let each token take its scores from the tokens near it, by their affinity; without gradient.
 
     Args:
@@ -93,7 +92,7 @@ def step(affinity: Tensor, scores: Tensor, *, radius: int, power: float, epsilon
     assert affinity.shape == (batch, height * width, height * width), (affinity.shape, scores.shape)
     assert power > 0, power
     scores = scores.contiguous()
-    out = torch.empty_like(scores)
+    out = torch.empty_like(scores)  # (B, P, h, w)
     if out.numel():
         block = min(_MAX_CHANNELS, triton.next_power_of_2(channels))
         _step_kernel[(height * triton.cdiv(width, _TOKENS), triton.cdiv(channels, block), batch)](

@@ -28,7 +28,7 @@ def affinity_loss(
         Scalar; a set without pairs contributes 0.
 
     Source:
-        Paper Eq. 5 with its two sets put right, as printed it would reward wrong pairs; method.md section 4.
+        Paper Eq. 5 with its two sets exchanged: as printed it would reward wrong pairs.
     """
     positive, negative = affinity_label == 1, affinity_label == 0
     positive_sum = ((1 - affinity) * positive).sum()

@@ -1,4 +1,4 @@
-"""Counts over the batch of all processes, by which the sums of a loss are divided."""
+"""Counts over the batch of all processes; losses divide their sums by them."""
 
 from __future__ import annotations
 

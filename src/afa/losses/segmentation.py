@@ -1,4 +1,4 @@
-"""Loss of the segmentation against a pseudo label (method.md section 6)."""
+"""Loss of the segmentation against a pseudo label (paper Eq. 12)."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def segmentation_loss(
         Scalar; an empty set contributes exactly 0.
 
     Source:
-        Method.md section 6; `plain` is what the paper's text says.
+        The paper says `plain`; `balanced` is the form of the published code (docs/differences.md).
     """
-    pixel_loss = F.cross_entropy(seg_logits, label, ignore_index=IGNORE_INDEX, reduction="none")
+    pixel_loss = F.cross_entropy(seg_logits, label, ignore_index=IGNORE_INDEX, reduction="none")  # (B, H, W)
     background = label == 0
     foreground = (label != 0) & (label != IGNORE_INDEX)
     if form == "plain":

@@ -1,37 +1,13 @@
-"""Affinity labels: which token pairs belong together (paper section 3.3; method.md section 4)."""
+"""Affinity labels: which token pairs belong together (paper section 3.3)."""
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from afa.kernels.walk import window_mask
 from afa.types import IGNORE_INDEX
-
-
-@functools.lru_cache(maxsize=32)
-def window_mask(height: int, width: int, radius: int, device: torch.device | None = None) -> Tensor:
-    """Mark the pairs of tokens within a Chebyshev distance of each other.
-
-    Args:
-        height: Rows of tokens.
-        width: Columns of tokens.
-        radius: Largest row and column distance, tokens; radius 8 is a 17 x 17 window.
-        device: Where the mask lies; results are cached, so treat them as read-only.
-
-    Returns:
-        (hw, hw) bool.
-
-    >>> window_mask(1, 4, 1).int().tolist()
-    [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 1]]
-    """
-    rows = torch.arange(height, device=device).repeat_interleave(width)
-    columns = torch.arange(width, device=device).repeat(height)
-    near_rows = (rows[:, None] - rows[None, :]).abs() <= radius
-    near_columns = (columns[:, None] - columns[None, :]).abs() <= radius
-    return near_rows & near_columns
 
 
 def token_label(label: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -44,7 +20,7 @@ def token_label(label: Tensor, grid: tuple[int, int]) -> Tensor:
     Returns:
         (B, h, w), same dtype.
     """
-    resized = interpolate(label[:, None].float(), size=grid, mode="nearest")[:, 0]
+    resized = interpolate(label[:, None].float(), size=grid, mode="nearest")[:, 0]  # (B, h, w)
     return resized.to(label.dtype)
 
 
@@ -60,11 +36,11 @@ def affinity_label(label: Tensor, *, radius: int) -> Tensor:
         or the pair is too far apart.
 
     Source:
-        Paper section 3.3, "Pseudo Affinity Label Generation"; method.md section 4.
+        Paper section 3.3, "Pseudo Affinity Label Generation".
     """
-    flat = label.flatten(1)
+    flat = label.flatten(1)  # (B, hw)
     known = flat != IGNORE_INDEX
-    counted = known[:, :, None] & known[:, None, :]
+    counted = known[:, :, None] & known[:, None, :]  # (B, hw, hw)
     counted &= window_mask(label.shape[1], label.shape[2], radius, label.device)
-    same = (flat[:, :, None] == flat[:, None, :]).to(torch.uint8)
+    same = (flat[:, :, None] == flat[:, None, :]).to(torch.uint8)  # (B, hw, hw)
     return same.masked_fill_(~counted, IGNORE_INDEX)

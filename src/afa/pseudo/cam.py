@@ -1,6 +1,6 @@
-"""Class activation maps over several scales and flips (paper Eq. 2; method.md section 2).
+"""Class activation maps over several scales and flips (paper Eq. 2).
 
-Computes CAMs from the raw class scores of encoder passes; which network gives the scores is the caller's choice.
+CAMs come from the raw class scores of encoder passes; the caller chooses the network that gives the scores.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ ScoreFunction = Callable[[Tensor, bool], NetworkOutput]
 
 
 class ViewScore(ABC):
-    """An encoder pass over views that it has at hand: multi-scale CAMs ask it for a scale instead of showing it pixels.
+    """An encoder pass that has the views of its images at hand.
 
-    Subclasses may be called like any `ScoreFunction`, too.
+    Multi-scale CAMs ask it for a scale instead of passing it pixels. Subclasses may be called like any `ScoreFunction`.
     """
 
     @abstractmethod
     def __call__(self, image: Tensor, affinity: bool) -> NetworkOutput:
-        """Score pixels: (B, 3, H, W) normalized image."""
+        """Score pixels of a (B, 3, H, W) normalized image."""
 
     @abstractmethod
     def view(self, scale: float, flips: Sequence[bool], affinity: bool) -> NetworkOutput:
@@ -35,13 +35,13 @@ class ViewScore(ABC):
 
         Args:
             scale: Which scale.
-            flips: Which sides, one after the other in the batch: False the images, True the images mirrored.
-            affinity: Whether the affinity is wanted; only of one side.
+            flips: False for the images, True for the mirrored images; they follow one another in the batch.
+            affinity: Whether the affinity is wanted; only with one element of `flips`.
         """
 
 
 class _ImageViews(ViewScore):
-    """Views of a batch of images, made when they are asked for."""
+    """Views of a batch of images, made on demand."""
 
     def __init__(self, score: ScoreFunction, image: Tensor) -> None:
         self.score = score
@@ -102,13 +102,13 @@ def fuse_scores(scores: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         (B, C, H, W) in [0, 1].
 
     Source:
-        Paper Eq. 2; fusion as in method.md section 2.
+        Paper Eq. 2, fused over scales and flips as in the published code.
     """
     total: Tensor | None = None
     for score in scores:
-        plain, flipped = score.chunk(2)
-        mirrored = torch.cat([plain, flipped.flip(-1)])
-        plain, flipped = resize(mirrored, size).chunk(2)
+        plain, flipped = score.chunk(2)  # (B, C, h, w) each
+        mirrored = torch.cat([plain, flipped.flip(-1)])  # (2B, C, h, w)
+        plain, flipped = resize(mirrored, size).chunk(2)  # (B, C, H, W) each
         positive = torch.maximum(plain, flipped).relu()
         total = positive if total is None else total + positive
     assert total is not None
@@ -122,7 +122,7 @@ def normalize_cam(cam: Tensor) -> Tensor:
         cam: (B, C, H, W) any range.
 
     Returns:
-        (B, C, H, W): minus the spatial minimum, over the spatial maximum + 1e-5 of what is left.
+        (B, C, H, W): cam minus its spatial minimum, divided by the spatial maximum of that difference + 1e-5.
     """
     shifted = cam - cam.amin((2, 3), keepdim=True)
     return shifted / (shifted.amax((2, 3), keepdim=True) + 1e-5)
@@ -141,13 +141,13 @@ def multi_scale_cam(
     """Run the encoder over all scales and flips and fuse the class scores.
 
     Args:
-        score: Encoder pass; a `ViewScore` is asked for its own views of the images.
+        score: Encoder pass; a `ViewScore` gives its own views of the images.
         image: (B, 3, H, W) RGB in [0, 1].
         scales: Input scales.
         affinity: Also return the affinity and attention of the unflipped pass at the largest scale.
         plain_scores: (B, C, h, w) class scores of the unflipped image at scale 1, if a pass made them already.
-        pick: (B, C, h, w) -> (B, P, h, w): the channels that are wanted, before anything is enlarged. Every channel is
-            fused and scaled on its own, so leaving some out changes no other. None: all C.
+        pick: (B, C, h, w) -> (B, P, h, w), picks the channels that are wanted before any is enlarged. Each channel is
+            fused and scaled on its own, so it does not depend on the others. None: all C.
 
     Returns:
         CAM at the size of the image.
@@ -161,12 +161,12 @@ def multi_scale_cam(
         if scale == 1.0 and plain_scores is not None and not wanted:
             plain, flipped = plain_scores, views.view(scale, (True,), False).class_scores
         elif wanted:
-            # Only the plain half gives its affinity away, so only that half pays for it.
+            # The walk takes the affinity of the plain half alone, so only this half computes it.
             walk = views.view(scale, (False,), True)
             plain, flipped = walk.class_scores, views.view(scale, (True,), False).class_scores
         else:
             plain, flipped = views.view(scale, (False, True), False).class_scores.chunk(2)
         if scale == max(scales):
             grid = (plain.shape[2], plain.shape[3])
-        scores.append(torch.cat([plain, flipped] if pick is None else [pick(plain), pick(flipped)]))
+        scores.append(torch.cat([plain, flipped] if pick is None else [pick(plain), pick(flipped)]))  # (2B, P, h, w)
     return CamResult(cam=fuse_scores(scores, (image.shape[2], image.shape[3])), grid=grid, walk=walk)

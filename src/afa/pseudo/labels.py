@@ -1,4 +1,4 @@
-"""From scores to hard labels: argmax, the two-threshold merge, the valid box (paper Eq. 4; method.md section 3)."""
+"""From scores to hard labels: argmax, the two-threshold merge, the valid box (paper Eq. 4)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from afa.pseudo.scores import present_scores, with_background
-from afa.types import IGNORE_INDEX
+from afa.types import IGNORE_INDEX, inside_box
 
 
 def cam_label(cam: Tensor, tags: Tensor, *, background: float) -> Tensor:
@@ -20,7 +20,7 @@ def cam_label(cam: Tensor, tags: Tensor, *, background: float) -> Tensor:
     Returns:
         (B, H, W) int64 in 0..C.
     """
-    return present_scores(with_background(cam, background), tags, softmax=False).argmax(1)
+    return present_scores(with_background(cam, background), tags, softmax=False).argmax(1)  # (B, K, H, W) -> (B, H, W)
 
 
 def merge_labels(label_low: Tensor, label_high: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def merge_labels(label_low: Tensor, label_high: Tensor) -> Tensor:
         (B, H, W) int64: the high-score label where it is foreground, 0 where both are background, else 255.
 
     Source:
-        Method.md section 3, the reference's form of Eq. 4.
+        Paper Eq. 4 in the form of the published code; "Initial label" of docs/method.md.
 
     >>> merge_labels(torch.tensor([0, 2, 2]), torch.tensor([0, 0, 2])).tolist()
     [0, 255, 2]
@@ -55,14 +55,14 @@ def threshold_label(cam: Tensor, tags: Tensor, *, low: float, high: float) -> Te
     Returns:
         (B, H, W) int64 in 0..C and 255.
     """
-    best, index = cam.masked_fill((tags <= 0)[:, :, None, None], -1.0).max(1)
+    best, index = cam.masked_fill((tags <= 0)[:, :, None, None], -1.0).max(1)  # (B, C, H, W) -> (B, H, W)
     label = torch.full_like(index, IGNORE_INDEX)
     label[best <= low] = 0
     return torch.where(best >= high, index + 1, label)
 
 
 def ignore_outside(label: Tensor, valid_box: Tensor) -> Tensor:
-    """Ignore everything outside the part that holds the photograph.
+    """Ignore everything outside the part of the canvas that holds the photograph.
 
     Args:
         label: (B, H, W) int64.
@@ -72,13 +72,3 @@ def ignore_outside(label: Tensor, valid_box: Tensor) -> Tensor:
         (B, H, W) int64, 255 outside the box.
     """
     return torch.where(inside_box(valid_box, label.shape[1], label.shape[2]), label, IGNORE_INDEX)
-
-
-def inside_box(valid_box: Tensor, height: int, width: int) -> Tensor:
-    """Mark the pixels of each box: (B, 4) -> (B, H, W) bool."""
-    top, bottom, left, right = valid_box[:, :, None].unbind(1)
-    row = torch.arange(height, device=valid_box.device)[None]
-    column = torch.arange(width, device=valid_box.device)[None]
-    rows = (row >= top) & (row < bottom)
-    columns = (column >= left) & (column < right)
-    return rows[:, :, None] & columns[:, None, :]

@@ -1,7 +1,7 @@
-"""Background and presence: which classes compete in an image, and their scores (method.md sections 3 and 5).
+"""Background and presence: which classes compete in an image, and their scores.
 
-Only the classes of an image's tags take part in its labels. Instead of a variable list per image, every image
-gets the same number of slots, so that a whole batch is one tensor.
+Only the classes of an image's tags take part in its labels. Every image gets the same number of slots, however many
+tags it has, so that a whole batch is one tensor.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ class PresentClasses:
 
     def gather(self, scores: Tensor) -> Tensor:
         """Pick the slots' channels: (B, K, H, W) -> (B, P, H, W)."""
-        batch, slots = self.index.shape
-        index = self.index.view(batch, slots, 1, 1).expand(-1, -1, *scores.shape[2:])
-        return scores.gather(1, index)
+        index = self.index[:, :, None, None].expand(-1, -1, *scores.shape[2:])  # (B, P, H, W)
+        return scores.gather(1, index)  # (B, P, H, W)
 
     @property
     def foreground(self) -> PresentClasses:
@@ -37,9 +36,8 @@ class PresentClasses:
 
     def scatter(self, scores: Tensor, num_channels: int) -> Tensor:
         """Put the slots' channels back: (B, P, H, W) -> (B, num_channels, H, W), 0 in all others."""
-        batch, slots = self.index.shape
-        index = self.index.view(batch, slots, 1, 1).expand(-1, -1, *scores.shape[2:])
-        full = scores.new_zeros(batch, num_channels, *scores.shape[2:])
+        index = self.index[:, :, None, None].expand(-1, -1, *scores.shape[2:])  # (B, P, H, W)
+        full = scores.new_zeros(len(scores), num_channels, *scores.shape[2:])  # (B, num_channels, H, W)
         return full.scatter_add_(1, index, scores * self.valid[:, :, None, None])
 
     def to_class(self, slot: Tensor) -> Tensor:
@@ -52,8 +50,8 @@ def present_classes(tags: Tensor, *, num_slots: int | None = None) -> PresentCla
 
     Args:
         tags: (B, C), above 0 where present.
-        num_slots: P, at least 2 and at least 1 + the largest number of tags of an image; None counts (which waits for
-            a GPU).
+        num_slots: P, at least 2 and at least 1 + the largest number of tags of an image; None counts the tags, which
+            synchronizes the GPU.
 
     Returns:
         Slots of each image.
@@ -61,9 +59,9 @@ def present_classes(tags: Tensor, *, num_slots: int | None = None) -> PresentCla
     present = tags > 0
     if num_slots is None:
         num_slots = 1 + max(1, int(present.sum(1).max()))
-    order = torch.argsort((~present).to(torch.uint8), dim=1, stable=True)[:, : num_slots - 1]
+    order = torch.argsort((~present).to(torch.uint8), dim=1, stable=True)[:, : num_slots - 1]  # (B, P - 1)
     background = torch.zeros_like(order[:, :1])
-    valid = torch.cat([torch.ones_like(background, dtype=torch.bool), present.gather(1, order)], 1)
+    valid = torch.cat([torch.ones_like(background, dtype=torch.bool), present.gather(1, order)], 1)  # (B, P)
     return PresentClasses(torch.cat([background, order + 1], 1), valid)
 
 
@@ -77,7 +75,7 @@ def best_slot(scores: Tensor) -> Tensor:
 
     For the few channels of present classes this is many times faster than `argmax` over a strided dimension.
     """
-    best = scores[:, 0]
+    best = scores[:, 0]  # (B, H, W)
     slot = torch.zeros_like(best, dtype=torch.int64)
     for channel in range(1, scores.shape[1]):
         better = scores[:, channel] > best
@@ -97,7 +95,7 @@ def mask_scores(scores: Tensor, valid: Tensor, *, softmax: bool) -> Tensor:
     Returns:
         (B, P, H, W), 0 in channels that are not valid.
     """
-    absent = ~valid[:, :, None, None]
+    absent = ~valid[:, :, None, None]  # (B, P, 1, 1)
     if softmax:
         return scores.masked_fill(absent, -torch.inf).softmax(1)
     return scores.masked_fill(absent, 0.0)
@@ -114,5 +112,9 @@ def present_scores(scores: Tensor, tags: Tensor, *, softmax: bool) -> Tensor:
     Returns:
         (B, K, H, W), 0 in absent classes.
     """
-    valid = torch.cat([torch.ones_like(tags[:, :1], dtype=torch.bool), tags > 0], 1)
-    return mask_scores(scores, valid, softmax=softmax)
+    return mask_scores(scores, valid_channels(tags), softmax=softmax)
+
+
+def valid_channels(tags: Tensor) -> Tensor:
+    """Mark the background and the tagged classes: (B, C) -> (B, K) bool."""
+    return torch.cat([torch.ones_like(tags[:, :1], dtype=torch.bool), tags > 0], 1)

@@ -30,6 +30,12 @@ class Phase:
     want_initial: bool
     want_refined: bool
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the pseudo labels that are needed."""
+        wanted = {"initial_label": self.want_initial, "refined_label": self.want_refined}
+        return tuple(name for name, needed in wanted.items() if needed)
+
 
 def learning_rate_factor(step: int, schedule: ScheduleConfig) -> float:
     """Learning rate of a step over the full one.

@@ -79,15 +79,14 @@ def compute_losses(
     with one_cast(image.device):
         # The training pass is first: the copies of weights that autocast makes for it carry gradients, and serve all.
         output = forward(normalize_image(image), phase.segmentation, phase.affinity)
-        if phase.want_initial or phase.want_refined:
+        if phase.labels:
             labels = training_labels(
                 score,
                 image,
                 batch.tags,
                 batch.valid_box,
                 config=config.pseudo,
-                want_initial=phase.want_initial,
-                want_refined=phase.want_refined,
+                want=phase.labels,
                 plain_scores=output.class_scores if config.pseudo.reuse_training_pass else None,
                 num_slots=num_slots,
             )
@@ -102,7 +101,7 @@ def compute_losses(
         seg = segmentation_loss(logits, target, form=config.loss.segmentation_form, total=processes.total)
         loss = loss + processes.count * config.loss.segmentation_weight * seg
         if config.loss.energy_weight > 0:
-            # Building a lattice waits for the device, and on a GPU the sum over all pairs is fast.
+            # Building a lattice synchronizes the GPU, and on a GPU the sum over all pairs is fast.
             on_host = logits.device.type in ("cpu", "mps")
             reg = energy_loss(logits, image, target, batch.valid_box, method="lattice" if on_host else "exact_half")
             loss = loss + config.loss.energy_weight * reg
@@ -125,6 +124,6 @@ def _affinity_loss(output: NetworkOutput, label: Tensor | None, config: Config, 
 
 
 def gradients_are_finite(parameters: list[torch.nn.Parameter]) -> Tensor:
-    """Whether every gradient is finite: a boolean scalar on the parameters' device, not waited for."""
+    """Whether every gradient is finite: a boolean scalar on the parameters' device; the GPU is not synchronized."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return torch.nn.utils.get_total_norm(gradients).isfinite()

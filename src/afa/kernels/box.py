@@ -1,8 +1,8 @@
-"""Resizing to and from a box that differs by image, for a whole batch at once and without asking for its numbers.
+"""Resizing between boxes that differ by image, for a whole batch at once.
 
 A crop, a bilinear resize and a paste are linear along each axis, so for a batch of boxes they are two batched matrix
-products whose shapes depend on the canvas alone: a device never waits for the host to read a box. On a GPU they are one
-kernel.
+products. The shapes of these depend on the canvas alone and the host reads no box, so the GPU is not synchronized. On a
+GPU they are one kernel.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from afa.kernels.dispatch import MOST_BLOCKS, fused
+from afa.kernels.dispatch import MOST_BLOCKS, fused_by
 
 
 def axis_weights(
@@ -35,24 +35,25 @@ def axis_weights(
         align_corners: As `torch.nn.functional.interpolate` has it.
 
     Returns:
-        (B, out_size, in_size) float32; rows outside the written span are 0.
+        (B, out_size, in_size) float32, 0 in the rows outside the written span.
     """
-    position = torch.arange(out_size, device=out_start.device)[None] - out_start[:, None]
+    position = torch.arange(out_size, device=out_start.device)[None] - out_start[:, None]  # (B, out_size)
     inside = (position >= 0) & (position < out_length[:, None])
     position = position.clamp(min=0).double()
     if align_corners:
         source = position * (in_length - 1)[:, None] / (out_length - 1).clamp(min=1)[:, None]
     else:
         source = ((position + 0.5) * in_length[:, None] / out_length[:, None] - 0.5).clamp(min=0)
-    last = (in_length - 1)[:, None]
+    last = (in_length - 1)[:, None]  # (B, 1)
     low = torch.minimum(source.floor().long(), last)
     high = torch.minimum(low + 1, last)
     part = (source - low).clamp(max=1).float()
-    weights = torch.zeros(*position.shape, in_size, device=out_start.device)
+    weights = torch.zeros(*position.shape, in_size, device=out_start.device)  # (B, out_size, in_size)
     weights.scatter_add_(2, (low + in_start[:, None])[:, :, None], ((1 - part) * inside)[:, :, None])
     return weights.scatter_add_(2, (high + in_start[:, None])[:, :, None], (part * inside)[:, :, None])
 
 
+@fused_by("box_triton", when=lambda maps, *_, **__: maps.shape[0] * maps.shape[1] <= MOST_BLOCKS)
 def move_box(maps: Tensor, size: tuple[int, int], *, source: Tensor, target: Tensor, align_corners: bool) -> Tensor:
     """Cut a box out of each image, resize it, and paste it into another box of an empty canvas.
 
@@ -66,14 +67,10 @@ def move_box(maps: Tensor, size: tuple[int, int], *, source: Tensor, target: Ten
     Returns:
         (B, P, H, W) float32, 0 outside the box.
     """
-    if fused(maps.device) and maps.shape[0] * maps.shape[1] <= MOST_BLOCKS:
-        from afa.kernels.box_triton import move_box as fused_move
-
-        return fused_move(maps, size, source=source, target=target, align_corners=align_corners)
     weights = []
     for axis, (out_size, in_size) in enumerate(zip(size, maps.shape[2:], strict=True)):
         (start, end), (first, last) = (box[:, 2 * axis : 2 * axis + 2].unbind(1) for box in (source, target))
         spans = {"out_start": first, "out_length": last - first, "in_start": start, "in_length": end - start}
         weights.append(axis_weights(out_size, in_size, **spans, align_corners=align_corners))
-    rows, columns = weights
-    return rows[:, None] @ maps.float() @ columns.transpose(1, 2)[:, None]
+    rows, columns = weights  # (B, H, h), (B, W, w)
+    return rows[:, None] @ maps.float() @ columns.transpose(1, 2)[:, None]  # (B, P, H, W)
