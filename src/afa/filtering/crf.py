@@ -112,7 +112,7 @@ def _softmax(logits: Tensor) -> Tensor:
     """Turn logits (B, HW, K) into probabilities, in place.
 
     For rows of a few classes this is much faster than `torch.softmax`. No logit lies below that of the least
-    probability, so no sum vanishes. What kernels gather hardly exceeds their weights, so no logit meets the upper limit.
+    probability, so no sum vanishes. Kernels gather hardly more than their weights, so no logit meets the upper limit.
     """
     odds = logits.clamp_(max=80).exp_()
     return odds.div_(odds.sum(2, keepdim=True))
