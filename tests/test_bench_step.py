@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from afa.pseudo.affinity import window_mask
+from afa.kernels.walk import window_mask
 from afa.runs.build import build_network
 from afa.training.schedule import phase
 

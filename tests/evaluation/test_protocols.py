@@ -23,7 +23,7 @@ from afa.evaluation.protocols import (
     seg_logits,
     view_sizes,
 )
-from afa.filtering.crf import dense_crf
+from afa.filtering.crf import CrfSettings, dense_crf
 from afa.model.network import AfaNetwork
 from afa.types import NetworkOutput, normalize_image
 
@@ -279,16 +279,10 @@ def test_crf_refines_the_softmax_of_the_enlarged_logits(base: str) -> None:
     (maps,) = logit_maps(network, [image], protocol=f"{base}+crf", config=config)
     before = seg_logits(network, image, protocol=base, config=config).softmax(0)
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-    expected = dense_crf(
-        before[None],
-        pixels,
-        iterations=10,
-        gaussian_weight=3,
-        gaussian_xy=3,
-        bilateral_weight=4,
-        bilateral_xy=64,
-        bilateral_rgb=5,
-    )[0]
+    settings = CrfSettings(
+        iterations=10, gaussian_weight=3, gaussian_xy=3, bilateral_weight=4, bilateral_xy=64, bilateral_rgb=5
+    )
+    expected = dense_crf(before[None], pixels, settings)[0]
     torch.testing.assert_close(maps.scores((48, 60)), expected, rtol=0, atol=1e-5)
     assert (expected - before).abs().max() > 0.02
     plain = logit_maps(network, [image], protocol=base, config=config)[0]
@@ -311,7 +305,7 @@ def test_settings_of_the_crf_reach_it(key: str, value: float) -> None:
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
     probabilities = torch.rand(1, 3, 40, 48, generator=torch.Generator().manual_seed(0)).mul(3).softmax(1)
     found = protocols.crf(probabilities, pixels, config=EvaluationConfig(**{f"crf_{key}": value}))
-    torch.testing.assert_close(found, dense_crf(probabilities, pixels, **{key: value}))  # type: ignore[arg-type]
+    torch.testing.assert_close(found, dense_crf(probabilities, pixels, CrfSettings(**{key: value})))  # type: ignore[arg-type]
     assert (found - dense_crf(probabilities, pixels)).abs().max() > 1e-3
 
 
@@ -356,8 +350,8 @@ def test_pseudo_labels_are_decided_by_what_the_crf_returns(
     plain = pseudo_labels(network, images, tags, config=config, **settings)
     calls: list[tuple[int, ...]] = []
 
-    def mirror(probabilities: Tensor, pixels: Tensor, **given: Any) -> Tensor:
-        assert given["bilateral_xy"] == 7
+    def mirror(probabilities: Tensor, pixels: Tensor, settings: CrfSettings) -> Tensor:
+        assert settings.bilateral_xy == 7
         calls.append(tuple(probabilities.shape))
         torch.testing.assert_close(probabilities.sum(1), torch.ones(2, 64, 72))
         assert torch.equal(pixels.round().to(torch.uint8), torch.stack([as_tensor(image) for image in images]))

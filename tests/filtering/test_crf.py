@@ -13,8 +13,9 @@ from torch.nn.functional import interpolate, one_hot
 
 import naive
 from afa.demo.shapes import draw_shapes
-from afa.filtering.crf import bilateral_features, dense_crf
+from afa.filtering.crf import CrfSettings, bilateral_features, dense_crf
 from afa.filtering.lattice import PermutohedralLattice
+from tensors import unchanged
 
 
 def sample(index: int, *, width: int = 64, height: int = 48, classes: int = 6) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,20 +57,16 @@ def test_mean_field_agrees_with_naive() -> None:
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (1, 3, height, width), generator=generator, dtype=torch.uint8)
     probabilities = (2 * torch.randn(1, 4, height, width, generator=generator)).softmax(1)
-    settings = {
-        "gaussian_weight": 2.0,
-        "gaussian_xy": 2.5,
-        "bilateral_weight": 5.0,
-        "bilateral_xy": 6.0,
-        "bilateral_rgb": 40.0,
-    }
+    settings = CrfSettings(
+        iterations=3, gaussian_weight=2.0, gaussian_xy=2.5, bilateral_weight=5.0, bilateral_xy=6.0, bilateral_rgb=40.0
+    )
     y, x = np.divmod(np.arange(height * width), width)
     color = image[0].flatten(1).numpy()
     position = torch.from_numpy(np.stack([x, y], 1) / 2.5)
     both = torch.from_numpy(np.concatenate([np.stack([x, y], 1) / 6.0, color.T / 40.0], 1))
     kernels = [(2.0, lattice_kernel(position[None].float())), (5.0, lattice_kernel(both[None].float()))]
     expected = naive_mean_field(kernels, probabilities[0].flatten(1).double().numpy(), 3)
-    refined = dense_crf(probabilities, image, iterations=3, **settings)  # type: ignore[arg-type]
+    refined = dense_crf(probabilities, image, settings)
     np.testing.assert_allclose(refined[0].flatten(1).numpy(), expected, atol=1e-5)
 
 
@@ -132,21 +129,20 @@ def test_class_that_is_certain_everywhere_stays() -> None:
 
 def test_heavy_weights_stay_finite() -> None:
     image, _, probabilities = sample(0)
-    refined = dense_crf(probabilities, image, gaussian_weight=1e3, bilateral_weight=1e3)
+    refined = dense_crf(probabilities, image, CrfSettings(gaussian_weight=1e3, bilateral_weight=1e3))
     torch.testing.assert_close(refined.sum(1), torch.ones(1, 48, 64))
 
 
 def test_no_iteration_changes_nothing_but_the_least_probability() -> None:
     image, _, probabilities = sample(2)
-    torch.testing.assert_close(dense_crf(probabilities, image, iterations=0, negligible=0.0), probabilities)
+    refined = dense_crf(probabilities, image, CrfSettings(iterations=0), negligible=0.0)
+    torch.testing.assert_close(refined, probabilities)
 
 
 def test_inputs_stay_as_they_are() -> None:
     image, _, probabilities = sample(3)
-    before = image.clone(), probabilities.clone()
-    first = dense_crf(probabilities, image)
-    assert torch.equal(image, before[0])
-    assert torch.equal(probabilities, before[1])
+    with unchanged(image, probabilities):
+        first = dense_crf(probabilities, image)
     assert torch.equal(dense_crf(probabilities, image.float()), first)
 
 

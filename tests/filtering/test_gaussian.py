@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from afa.errors import AfaError
 from afa.filtering.gaussian import FilterMethod, gaussian_filter
+from tensors import gaussian_pairs, uniform, worst
 
 
 def image_features(*, xy: float, rgb: float, batch: int = 2, side: int = 24) -> Tensor:
@@ -23,17 +24,8 @@ def image_features(*, xy: float, rgb: float, batch: int = 2, side: int = 24) -> 
     return torch.cat([position / xy, color.flatten(2).transpose(1, 2) / rgb], 2)
 
 
-def pairs(features: Tensor) -> Tensor:
-    features = features.double()
-    return (-(features[:, :, None] - features[:, None]).square().sum(3) / 2).exp()
-
-
 def values(features: Tensor, channels: int) -> Tensor:
-    return torch.rand(*features.shape[:2], channels, generator=torch.Generator().manual_seed(4))
-
-
-def worst(filtered: Tensor, expected: Tensor) -> float:
-    return float(((filtered - expected).abs() / expected.abs()).max())
+    return uniform(*features.shape[:2], channels, seed=4)
 
 
 BANDWIDTHS = [(3.0, 1e9), (64.0, 5.0), (50.0, 15.0), (4.0, 2.0), (1e6, 1e6)]
@@ -44,7 +36,7 @@ def test_exact_sum_agrees_with_all_pairs(xy: float, rgb: float) -> None:
     """Relative error below 1e-5 in single precision, at the bandwidths of the CRF and of the energy loss too."""
     features = image_features(xy=xy, rgb=rgb)
     inputs = values(features, 5)
-    kernel = pairs(features)
+    kernel = gaussian_pairs(features)
     expected = kernel @ inputs.double()
     assert worst(gaussian_filter(features, inputs, method="exact"), expected) < 1e-5
     assert worst(gaussian_filter(features + 1000, inputs, method="exact"), expected) < 1e-2  # as rounded by the sum
@@ -61,7 +53,7 @@ def test_exact_sum_agrees_with_all_pairs(xy: float, rgb: float) -> None:
 def test_half_precision_is_good_to_a_few_thousandths(xy: float, rgb: float, size: float) -> None:
     features = image_features(xy=xy, rgb=rgb)
     inputs = size * values(features, 5)
-    expected = pairs(features) @ inputs.double()
+    expected = gaussian_pairs(features) @ inputs.double()
     assert worst(gaussian_filter(features, inputs, method="exact_half"), expected) < 3e-3
 
 
@@ -69,7 +61,7 @@ def test_half_precision_is_good_to_a_few_thousandths(xy: float, rgb: float, size
 def test_any_number_of_features_and_channels(dim: int) -> None:
     features = torch.randn(1, 50, dim, generator=torch.Generator().manual_seed(0))
     inputs = values(features, 300)
-    assert worst(gaussian_filter(features, inputs), pairs(features) @ inputs.double()) < 1e-5
+    assert worst(gaussian_filter(features, inputs), gaussian_pairs(features) @ inputs.double()) < 1e-5
 
 
 def test_far_points_keep_to_themselves() -> None:
@@ -119,4 +111,4 @@ def test_gpu_agrees_with_all_pairs(method: FilterMethod) -> None:
     features = image_features(xy=50.0, rgb=15.0)
     inputs = values(features, 21)
     filtered = gaussian_filter(features.cuda(), inputs.cuda(), method=method).cpu()
-    assert worst(filtered, pairs(features) @ inputs.double()) < (1e-4 if method == "exact" else 5e-3)
+    assert worst(filtered, gaussian_pairs(features) @ inputs.double()) < (1e-4 if method == "exact" else 5e-3)

@@ -14,6 +14,7 @@ from torch import Tensor
 from afa.errors import AfaError
 from afa.filtering.gaussian import gaussian_filter
 from afa.filtering.lattice import PermutohedralLattice, _sorted_entries
+from tensors import unchanged
 
 
 def points(count: int, dim: int, *, batch: int = 1, spread: float = 2.0, seed: int = 0) -> Tensor:
@@ -182,10 +183,8 @@ def test_both_ways_to_splat_agree() -> None:
 
 def test_filter_leaves_its_inputs_alone() -> None:
     features, inputs = points(30, 5).float(), values(30, 3).float()
-    before = features.clone(), inputs.clone()
-    PermutohedralLattice(features).filter(inputs)
-    assert torch.equal(features, before[0])
-    assert torch.equal(inputs, before[1])
+    with unchanged(features, inputs):
+        PermutohedralLattice(features).filter(inputs)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

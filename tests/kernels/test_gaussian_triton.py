@@ -11,6 +11,7 @@ from afa.kernels import dispatch as kernels
 from afa.kernels.dispatch import fused
 from afa.losses.energy import energy_loss
 from interpreted import interpret
+from tensors import gaussian_pairs, worst
 
 POINTS = 150
 """Neither of the kernel's blocks divides it."""
@@ -29,21 +30,6 @@ def points(device: str, *, channels: int, dim: int = 5, count: int = POINTS) -> 
     return features.to(device), torch.rand(2, count, channels, generator=generator).to(device)
 
 
-def pairs(features: Tensor, count: list[int] | None) -> Tensor:
-    """(B, N, N) float64 weights, 0 where one of a pair takes no part."""
-    features = features.double()
-    weights = (-(features[:, :, None] - features[:, None]).square().sum(3) / 2).exp()
-    for kernel, present in zip(weights, count or [POINTS] * len(weights), strict=True):
-        kernel[max(present, 0) :] = 0
-        kernel[:, max(present, 0) :] = 0
-    return weights
-
-
-def worst(found: Tensor, expected: Tensor) -> float:
-    assert not found[expected == 0].any()
-    return float(((found - expected).abs() / expected.abs().clamp(min=1e-30)).max())
-
-
 def check_sums(device: str) -> None:
     """The filter and its gradient for counts, numbers of channels and of features."""
     assert fused(torch.device(device))
@@ -56,13 +42,13 @@ def check_sums(device: str) -> None:
     # Too many features for the kernel: attention serves.
     features, values = points(device, channels=2, dim=15)
     filtered = gaussian_filter(features, values, method="exact_half")
-    assert worst(filtered, pairs(features, None) @ values.double()) < TOLERANCES[device]
+    assert worst(filtered, gaussian_pairs(features) @ values.double()) < TOLERANCES[device]
 
 
 def check_filter(device: str, count: list[int] | None, *, channels: int, dim: int = 5, size: float = 1.0) -> None:
     features, values = points(device, channels=channels, dim=dim)
     values *= size
-    kernel = pairs(features, count)
+    kernel = gaussian_pairs(features, count)
     present = None if count is None else torch.tensor(count, device=device)
     expected = kernel @ values.double()
     normalized = expected / kernel.sum(2, keepdim=True).clamp(min=1e-30)
@@ -89,16 +75,19 @@ def check_pairs_kernel(device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = (torch.randn(2, 70, 20, generator=generator) / 8).half().to(device)
     values = torch.rand(2, 70, 5, generator=generator).to(device)
-    expected = (rows[:, :66].double() @ rows[:, :66].double().mT).exp() @ values[:, :66].double()
+    scale = torch.tensor(3.0, device=device)
+    expected = 3 * (rows[:, :66].double() @ rows[:, :66].double().mT).exp() @ values[:, :66].double()
     rows[:, 66:], values[:, 66:] = torch.nan, torch.nan
-    sums = sum_pairs(rows, rows, values, torch.tensor([66, 66], device=device, dtype=torch.int32))
+    count = torch.tensor([66, 66], device=device, dtype=torch.int32)
+    sums = sum_pairs(rows, rows, values, scale=scale, count=count)
     assert sums.dtype == torch.float32
     assert worst(sums[:, :66], expected) < TOLERANCES[device]
     assert not sums[:, 66:].any()
-    assert sum_pairs(rows[:0], rows[:0], values[:0], None).shape == (0, 70, 5)
-    assert sum_pairs(rows[:, :0], rows[:, :0], values[:, :0], None).shape == (2, 0, 5)
-    one = sum_pairs(rows[:, :1], rows[:, :1], values[:, :1], None)
-    assert worst(one, rows[:, :1].double().square().sum(2, keepdim=True).exp() * values[:, :1]) < TOLERANCES[device]
+    assert sum_pairs(rows[:0], rows[:0], values[:0], scale=scale).shape == (0, 70, 5)
+    assert sum_pairs(rows[:, :0], rows[:, :0], values[:, :0], scale=scale).shape == (2, 0, 5)
+    one, few = rows[:, :1], values[:, :1]
+    expected = 3 * one.double().square().sum(2, keepdim=True).exp() * few
+    assert worst(sum_pairs(one, one, few, scale=scale), expected) < TOLERANCES[device]
 
 
 def check_energy(device: str) -> None:
@@ -169,7 +158,7 @@ def test_a_gpu_without_triton_takes_attention(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.gpu
-def test_the_kernel_waits_for_no_device_and_can_be_recorded() -> None:
+def test_the_kernel_does_not_synchronize_and_can_be_recorded() -> None:
     features, values = points("cuda", channels=21)
     count = torch.tensor(COUNTS[1], device="cuda")
 

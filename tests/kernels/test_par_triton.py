@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from afa.config import PseudoConfig
 from afa.kernels import dispatch as kernels
 from afa.kernels.dispatch import fused
-from afa.pseudo.par import refine, refinement_kernel
-from afa.pseudo.pipeline import Refiner
+from afa.kernels.par import refine, refinement_kernel
+from afa.pseudo.refiner import Refiner
 from interpreted import interpret
+from tensors import uniform
 
 DILATIONS = (1, 2, 4)
 EXTENT = torch.tensor([[14, 23], [19, 11]])
@@ -46,9 +47,8 @@ def results(device: str = "cpu") -> dict[str, Tensor]:
 
 def boxes(device: str) -> Tensor:
     image, scores = make(device)
-    config = PseudoConfig(dilations=DILATIONS, iterations=3)
     box = torch.tensor([[2, 17, 0, 23], [5, 6, 9, 14]], device=device)
-    return Refiner(image, config).in_box(scores[:, :, :7, :9], box)
+    return Refiner(image, PseudoConfig(dilations=DILATIONS, iterations=3))._refine_boxes(scores, box)
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -77,19 +77,12 @@ def test_extent_is_the_same_as_cropping() -> None:
         torch.testing.assert_close(refined[part], expected, rtol=0, atol=1e-6)
 
 
-def test_boxes_at_once_equal_boxes_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    image, scores = (torch.rand(3, 3, *size, generator=torch.Generator().manual_seed(1)) for size in ((64, 96), (6, 7)))
+def test_boxes_at_once_equal_boxes_one_by_one() -> None:
+    image, scores = uniform(3, 3, 64, 96, seed=1), uniform(3, 3, 6, 7, seed=1)
     box = torch.tensor([[0, 64, 0, 96], [5, 38, 10, 71], [63, 64, 1, 4]])
     refiner = Refiner(image, PseudoConfig(dilations=DILATIONS, iterations=3))
-    one_by_one = refiner.in_box(scores, box)
-    calls: list[Any] = []
-    whole = Refiner._refine_boxes
-    monkeypatch.setattr(Refiner, "_refine_boxes", lambda *given: calls.append(1) or whole(*given))
-    with monkeypatch.context() as patch:
-        patch.setattr("afa.pseudo.pipeline.fused", lambda device: True)
-        at_once = refiner.in_box(scores, box)
-    assert calls == [1]
-    torch.testing.assert_close(at_once, one_by_one, rtol=0, atol=1e-5)
+    at_once = refiner._refine_boxes(interpolate(scores, size=(64, 96), mode="bilinear"), box)
+    torch.testing.assert_close(at_once, refiner.in_box(scores, box), rtol=0, atol=1e-5)
 
 
 @pytest.mark.gpu

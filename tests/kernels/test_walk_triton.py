@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from afa.kernels import dispatch as kernels
+from afa.kernels import walk as walk_module
 from afa.kernels.dispatch import fused
-from afa.pseudo import walk as walk_module
-from afa.pseudo.affinity import window_mask
-from afa.pseudo.walk import spread, take_step, transition
+from afa.kernels.walk import spread, take_step, transition, window_mask
 from interpreted import interpret
 
 CASES = (

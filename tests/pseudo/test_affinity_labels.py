@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 import naive
-from afa.pseudo.affinity import affinity_label, token_label, window_mask
+from afa.kernels.walk import window_mask
+from afa.pseudo.affinity import affinity_label, token_label
+from tensors import assert_images_agree
 
 
 @pytest.mark.parametrize(("size", "radius"), [((4, 6), 2), ((5, 3), 1), ((1, 7), 3), ((3, 3), 8)])
@@ -17,8 +18,7 @@ def test_pair_labels_agree_with_naive(size: tuple[int, int], radius: int) -> Non
     label = choices[torch.randint(4, (2, *size), generator=generator)]
     pairs = affinity_label(label, radius=radius)
     assert pairs.dtype == torch.uint8
-    for i in range(2):
-        np.testing.assert_array_equal(pairs[i].numpy(), naive.affinity_label(label[i].numpy(), radius=radius))
+    assert_images_agree(pairs, naive.affinity_label, label, radius=radius)
 
 
 @pytest.mark.parametrize(("size", "grid"), [((64, 96), (4, 6)), ((33, 17), (3, 2)), ((7, 9), (7, 9)), ((5, 5), (2, 3))])
@@ -27,8 +27,7 @@ def test_token_label_agrees_with_naive(size: tuple[int, int], grid: tuple[int, i
     label[0, 0, 0] = 255
     tokens = token_label(label, grid)
     assert tokens.dtype == label.dtype
-    for i in range(2):
-        np.testing.assert_array_equal(tokens[i].numpy(), naive.nearest(label[i].numpy(), grid))
+    assert_images_agree(tokens, naive.nearest, label, size=grid)
 
 
 def test_pair_labels_are_symmetric() -> None:

@@ -8,35 +8,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, interpolate
+from torch.nn.functional import interpolate
 
 import naive
 from afa.pseudo.cam import ViewScore, fuse_scores, multi_scale_cam, normalize_cam
 from afa.types import NetworkOutput, normalize_image
+from tensors import FakeScore, unchanged, uniform
+
+SCALES = (1.0, 0.5, 1.5)
 
 
-class FakeScore:
-    """Encoder pass that averages patches of 8 pixels and mixes the channels; it notes what it was asked."""
-
-    def __init__(self, num_classes: int = 3) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.weight = torch.randn(num_classes, 3, generator=generator)
-        self.calls: list[tuple[tuple[int, ...], bool]] = []
-
-    def __call__(self, image: Tensor, affinity: bool) -> NetworkOutput:
-        self.calls.append((tuple(image.shape), affinity))
-        pooled = adaptive_avg_pool2d(image, (image.shape[2] // 8, image.shape[3] // 8))
-        scores = torch.einsum("kc,bchw->bkhw", self.weight, pooled)
-        tokens = pooled.flatten(2)
-        return NetworkOutput(
-            image_logits=scores.amax((2, 3)),
-            class_scores=scores,
-            affinity=torch.sigmoid(tokens.transpose(1, 2) @ tokens) if affinity else None,
-        )
-
-
-def images(batch: int = 2, height: int = 32, width: int = 48) -> Tensor:
-    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+def images() -> Tensor:
+    return uniform(2, 3, 32, 48)
 
 
 @pytest.mark.parametrize(
@@ -55,9 +38,8 @@ def test_fusion_agrees_with_naive(size: tuple[int, int], grids: list[tuple[int, 
 
 def test_fusion_leaves_its_input_alone() -> None:
     scores = [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 2, 2)]
-    before = [score.clone() for score in scores]
-    fuse_scores(scores, (4, 4))
-    assert all(torch.equal(score, copy) for score, copy in zip(scores, before, strict=True))
+    with unchanged(*scores):
+        fuse_scores(scores, (4, 4))
 
 
 def test_normalized_cam_spans_zero_to_one() -> None:
@@ -73,13 +55,13 @@ def test_class_without_any_positive_score_has_a_zero_cam() -> None:
 
 def test_flipped_image_has_the_flipped_cam() -> None:
     score = FakeScore()
-    straight = multi_scale_cam(score, images(), scales=(1.0, 0.5, 1.5)).cam
-    mirrored = multi_scale_cam(score, images().flip(-1), scales=(1.0, 0.5, 1.5)).cam
+    straight = multi_scale_cam(score, images(), scales=SCALES).cam
+    mirrored = multi_scale_cam(score, images().flip(-1), scales=SCALES).cam
     torch.testing.assert_close(mirrored, straight.flip(-1), atol=1e-5, rtol=0)
 
 
 def test_cam_has_the_size_of_the_image_and_the_grid_of_the_largest_scale() -> None:
-    result = multi_scale_cam(FakeScore(), images(), scales=(1.0, 0.5, 1.5))
+    result = multi_scale_cam(FakeScore(), images(), scales=SCALES)
     assert result.cam.shape == (2, 3, 32, 48)
     assert result.grid == (6, 9)
     assert result.walk is None
@@ -87,7 +69,7 @@ def test_cam_has_the_size_of_the_image_and_the_grid_of_the_largest_scale() -> No
 
 def test_affinity_is_asked_of_the_plain_images_at_the_largest_scale_alone() -> None:
     score = FakeScore()
-    result = multi_scale_cam(score, images(), scales=(1.0, 0.5, 1.5), affinity=True)
+    result = multi_scale_cam(score, images(), scales=SCALES, affinity=True)
     assert [shape for shape, affinity in score.calls if affinity] == [(2, 3, 48, 72)]
     assert result.walk is not None
     assert result.walk.affinity is not None
@@ -101,15 +83,13 @@ def test_asking_for_the_affinity_does_not_change_the_cam() -> None:
 
 
 def test_scores_at_hand_save_the_plain_pass_at_scale_one() -> None:
-    from afa.types import normalize_image
-
     score = FakeScore()
     without = multi_scale_cam(score, images(), scales=(1.0, 0.5)).cam
-    all_images = sum(shape[0] for shape, _ in score.calls)
+    all_images = score.num_images
     at_hand = score(normalize_image(images()), False).class_scores
     score.calls.clear()
     reused = multi_scale_cam(score, images(), scales=(1.0, 0.5), plain_scores=at_hand).cam
-    assert sum(shape[0] for shape, _ in score.calls) == all_images - 2
+    assert score.num_images == all_images - 2
     torch.testing.assert_close(reused, without, atol=1e-6, rtol=0)
 
 
@@ -139,8 +119,8 @@ class KeptViews(ViewScore):
 
 def test_scores_that_have_views_at_hand_are_asked_for_them() -> None:
     kept = KeptViews(images())
-    found = multi_scale_cam(kept, images(), scales=(1.0, 0.5, 1.5), affinity=True)
-    expected = multi_scale_cam(FakeScore(), images(), scales=(1.0, 0.5, 1.5), affinity=True)
+    found = multi_scale_cam(kept, images(), scales=SCALES, affinity=True)
+    expected = multi_scale_cam(FakeScore(), images(), scales=SCALES, affinity=True)
     torch.testing.assert_close(found.cam, expected.cam)
     assert found.grid == expected.grid
     both, plain, mirrored = (False, True), (False,), (True,)

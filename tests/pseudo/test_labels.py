@@ -8,24 +8,23 @@ import torch
 from torch import Tensor
 
 import naive
-from afa.pseudo.labels import cam_label, ignore_outside, inside_box, merge_labels, threshold_label
+from afa.pseudo.labels import cam_label, ignore_outside, merge_labels, threshold_label
 from afa.pseudo.scores import best_slot
+from afa.types import inside_box
+from tensors import TAGS, assert_images_agree, uniform
 
 BOXES = torch.tensor([[0, 9, 0, 12], [2, 7, 3, 11]])
-TAGS = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
 
 
-def cams(seed: int = 0, size: tuple[int, int] = (9, 12)) -> Tensor:
-    return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(seed))
+def cams(seed: int = 0) -> Tensor:
+    return uniform(2, 3, 9, 12, seed=seed)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_thresholds_agree_with_naive(seed: int) -> None:
     cam = cams(seed)
     label = ignore_outside(threshold_label(cam, TAGS, low=0.35, high=0.55), BOXES)
-    for i in range(2):
-        expected = naive.threshold_label(cam[i].numpy(), TAGS[i].numpy(), BOXES[i].tolist(), low=0.35, high=0.55)
-        np.testing.assert_array_equal(label[i].numpy(), expected)
+    assert_images_agree(label, naive.threshold_label, cam, TAGS, BOXES, low=0.35, high=0.55)
 
 
 def test_two_labels_merged_are_the_two_thresholds_at_once() -> None:

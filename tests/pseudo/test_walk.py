@@ -8,20 +8,24 @@ import torch
 from torch import Tensor
 
 import naive
-from afa.pseudo.affinity import window_mask
+from afa.config import PseudoConfig
+from afa.kernels.walk import spread, take_step, transition, window_mask
 from afa.pseudo.scores import with_background
-from afa.pseudo.walk import mean_attention_affinity, propagate, spread, take_step, transition
+from afa.pseudo.walk import mean_attention_affinity, propagate
+from tensors import TAGS, assert_images_agree, symmetric_affinity, unchanged, uniform
 
-TAGS = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
-
-
-def affinities(tokens: int, seed: int = 0) -> Tensor:
-    half = torch.randn(2, tokens, tokens, generator=torch.Generator().manual_seed(seed))
-    return torch.sigmoid(half + half.transpose(1, 2))
+Size = tuple[int, int]
+BARE = PseudoConfig(affinity_radius=2, walk_epsilon=0.0, softmax_scores=False)
+"""A walk that neither weakens scores nor lets them compete."""
 
 
-def cams(size: tuple[int, int], seed: int = 0) -> Tensor:
-    return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(seed))
+def cams(size: Size) -> Tensor:
+    return uniform(2, 3, *size)
+
+
+def propagated(radius: int) -> Tensor:
+    config = PseudoConfig(affinity_radius=radius)
+    return propagate(cams((3, 4)), TAGS, symmetric_affinity(12), grid=(3, 4), background=0.35, config=config)
 
 
 @pytest.mark.parametrize(
@@ -29,52 +33,35 @@ def cams(size: tuple[int, int], seed: int = 0) -> Tensor:
     [((4, 6), 2, 2.0, 0.1), ((5, 3), 1, 2.0, 0.1), ((3, 7), 8, 1.0, 0.0), ((1, 5), 2, 3.0, 0.1)],
 )
 @pytest.mark.parametrize("background", [0.35, 0.55])
-def test_walk_agrees_with_naive(
-    grid: tuple[int, int], radius: int, power: float, epsilon: float, background: float
-) -> None:
-    cam, affinity = cams(grid), affinities(grid[0] * grid[1])
-    walked = propagate(
-        cam, TAGS, affinity, grid=grid, background=background, radius=radius, power=power, epsilon=epsilon
-    )
-    for i in range(2):
-        expected = naive.propagate(
-            cam[i].numpy(),
-            TAGS[i].numpy(),
-            affinity[i].numpy(),
-            background=background,
-            radius=radius,
-            power=power,
-            epsilon=epsilon,
-        )
-        np.testing.assert_allclose(walked[i].numpy(), expected, atol=1e-6)
+def test_walk_agrees_with_naive(grid: Size, radius: int, power: float, epsilon: float, background: float) -> None:
+    given = cams(grid), TAGS, symmetric_affinity(grid[0] * grid[1])
+    config = PseudoConfig(affinity_radius=radius, affinity_power=power, walk_epsilon=epsilon)
+    walked = propagate(*given, grid=grid, background=background, config=config)
+    knobs = {"background": background, "radius": radius, "power": power, "epsilon": epsilon}
+    assert_images_agree(walked, naive.propagate, *given, **knobs, atol=1e-6)
 
 
 def test_cam_is_first_brought_to_the_token_grid() -> None:
-    cam, affinity, grid = cams((9, 13)), affinities(12), (3, 4)
-    walked = propagate(cam, TAGS, affinity, grid=grid, background=0.35, radius=1)
-    for i in range(2):
-        small = naive.bilinear(cam[i].numpy(), grid)
-        expected = naive.propagate(small, TAGS[i].numpy(), affinity[i].numpy(), background=0.35, radius=1)
-        np.testing.assert_allclose(walked[i].numpy(), expected, atol=1e-6)
+    cam, affinity, grid = cams((9, 13)), symmetric_affinity(12), (3, 4)
+    walked = propagate(cam, TAGS, affinity, grid=grid, background=0.35, config=PseudoConfig(affinity_radius=1))
+    small = torch.stack([torch.from_numpy(naive.bilinear(each.numpy(), grid)) for each in cam])
+    assert_images_agree(walked, naive.propagate, small, TAGS, affinity, background=0.35, radius=1, atol=1e-6)
 
 
 def test_identity_affinity_leaves_the_cam_unchanged() -> None:
     cam, eye = cams((3, 5)), torch.eye(15).expand(2, 15, 15)
-    everything = torch.ones(2, 3)
-    walked = propagate(cam, everything, eye, grid=(3, 5), background=0.4, radius=2, epsilon=0.0, softmax=False)
+    walked = propagate(cam, torch.ones(2, 3), eye, grid=(3, 5), background=0.4, config=BARE)
     torch.testing.assert_close(walked, with_background(cam, 0.4), atol=1e-6, rtol=0)
 
 
 def test_walk_of_a_constant_is_a_constant_where_nothing_is_lost() -> None:
     cam = torch.full((2, 3, 4, 4), 0.7)
-    walked = propagate(
-        cam, torch.ones(2, 3), affinities(16), grid=(4, 4), background=0.2, radius=2, epsilon=0.0, softmax=False
-    )
+    walked = propagate(cam, torch.ones(2, 3), symmetric_affinity(16), grid=(4, 4), background=0.2, config=BARE)
     torch.testing.assert_close(walked, with_background(cam, 0.2), atol=1e-6, rtol=0)
 
 
 def test_rows_of_the_transition_sum_to_their_share_of_degree_and_epsilon() -> None:
-    affinity, mask = affinities(12), window_mask(3, 4, 1)
+    affinity, mask = symmetric_affinity(12), window_mask(3, 4, 1)
     degree = (affinity * mask).square().sum(1)
     walk = transition(affinity, mask, power=2.0, epsilon=0.1)
     torch.testing.assert_close(walk.sum(2), degree / (degree + 0.1))
@@ -83,30 +70,27 @@ def test_rows_of_the_transition_sum_to_their_share_of_degree_and_epsilon() -> No
 
 @pytest.mark.parametrize("power", [2.0, 0.5, 0.0])
 def test_spread_is_a_step_of_the_walk_within_the_radius(power: float) -> None:
-    affinity, scores = affinities(12), cams((3, 4))
+    affinity, scores = symmetric_affinity(12), cams((3, 4))
     walk = transition(affinity, window_mask(3, 4, 1), power=power, epsilon=0.1)
     assert torch.equal(spread(affinity, scores, radius=1, power=power, epsilon=0.1), take_step(walk, scores))
 
 
 def test_softmax_sums_to_what_the_epsilon_leaves() -> None:
-    affinity = affinities(12)
-    walked = propagate(cams((3, 4)), TAGS, affinity, grid=(3, 4), background=0.35, radius=3)
-    degree = affinity.square().sum(1)
-    torch.testing.assert_close(walked.sum(1).flatten(1), degree / (degree + 0.1))
+    degree = symmetric_affinity(12).square().sum(1)
+    torch.testing.assert_close(propagated(radius=3).sum(1).flatten(1), degree / (degree + 0.1))
 
 
 def test_absent_classes_stay_zero() -> None:
-    walked = propagate(cams((3, 4)), TAGS, affinities(12), grid=(3, 4), background=0.35, radius=3)
+    walked = propagated(radius=3)
     assert not walked[0, 2].any()
     assert not walked[1, [1, 3]].any()
     assert (walked[0, [0, 1, 3]] > 0).all()
 
 
 def test_walk_changes_none_of_its_inputs() -> None:
-    inputs = (cams((3, 4)), TAGS.clone(), affinities(12))
-    before = [value.clone() for value in inputs]
-    propagate(*inputs, grid=(3, 4), background=0.35, radius=3)
-    assert all(torch.equal(value, copy) for value, copy in zip(inputs, before, strict=True))
+    given = cams((3, 4)), TAGS.clone(), symmetric_affinity(12)
+    with unchanged(*given):
+        propagate(*given, grid=(3, 4), background=0.35, config=PseudoConfig(affinity_radius=3))
 
 
 def test_mean_attention_is_a_symmetric_affinity() -> None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from afa.config import Config, ModelConfig, load_config
 from afa.losses.energy import energy_loss
 from afa.model.network import AfaNetwork
-from afa.pseudo import pipeline
+from afa.pseudo import pipeline, refiner
 from afa.runs.build import build_network
 from afa.runtime import Processes, autocast
 from afa.training import step as step_module
@@ -247,13 +247,13 @@ def test_refinement_kernels_are_computed_once(
     kernels: int,
 ) -> None:
     calls = []
-    compute = pipeline.refinement_kernel
+    compute = refiner.refinement_kernel
 
     def counted(image: Tensor, **settings: Any) -> Tensor:
         calls.append(image.shape)
         return compute(image, **settings)
 
-    monkeypatch.setattr(pipeline, "refinement_kernel", counted)
+    monkeypatch.setattr(refiner, "refinement_kernel", counted)
     recorder.losses(make_batch(*boxes), config_with(**keys), step)
     assert len(calls) == kernels
 
@@ -262,16 +262,16 @@ def test_only_the_wanted_labels_are_made(recorder: Recorder, monkeypatch: pytest
     wanted = []
     make = step_module.training_labels
 
-    def recorded(*arguments: Any, want_initial: bool, want_refined: bool, **settings: Any) -> Any:
-        wanted.append((want_initial, want_refined))
-        return make(*arguments, want_initial=want_initial, want_refined=want_refined, **settings)
+    def recorded(*arguments: Any, want: tuple[str, ...], **settings: Any) -> Any:
+        wanted.append(want)
+        return make(*arguments, want=want, **settings)
 
     monkeypatch.setattr(step_module, "training_labels", recorded)
     batch = make_batch(FULL)
     for step in (CLS_STEP, INITIAL_STEP, REFINED_STEP):
         recorder.losses(batch, config_with(), step)
     recorder.losses(batch, config_with(loss__affinity_weight=0), REFINED_STEP)
-    assert wanted == [(True, False), (True, True), (False, True)]
+    assert wanted == [("initial_label",), ("initial_label", "refined_label"), ("refined_label",)]
 
 
 def test_weights_of_zero_leave_parts_of_the_network_out(recorder: Recorder) -> None:
@@ -383,9 +383,9 @@ def different_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     initial = torch.zeros(1, SIZE, SIZE, dtype=torch.int64)
     initial[:, :, SIZE // 2 :] = 1
 
-    def scripted(*_: Any, want_initial: bool, want_refined: bool, **__: Any) -> pipeline.TrainingLabels:
-        refined = torch.zeros_like(initial) if want_refined else None
-        return pipeline.TrainingLabels(initial if want_initial else None, refined)
+    def scripted(*_: Any, want: tuple[str, ...], **__: Any) -> pipeline.TrainingLabels:
+        made = {"initial_label": initial, "refined_label": torch.zeros_like(initial)}
+        return pipeline.TrainingLabels(**{kind: made[kind] for kind in want})
 
     monkeypatch.setattr(step_module, "training_labels", scripted)
 
