@@ -3,7 +3,7 @@
     python bench/crf.py [--data VOC_DIR] [--images 8] [--threads 1]
     python bench/crf.py --device cuda [--data VOC_DIR] [--images 8]
 
-Both refine the same class probabilities of the same images, 500 x 375 pixels, 10 iterations, settings of method.md:
+Both refine the same class probabilities of the same images, 500 x 375 pixels, 10 iterations, default settings:
 generated images, or with --data photographs from JPEGImages with the masks of SegmentationClassAug. Probabilities come
 from the masks, made coarse and noisy. They have 21 classes, and then as few as the image shows. The last line has
 the lowest agreement of labels, and the ratio of times with 21 classes, all of them kept; a line above tells the time

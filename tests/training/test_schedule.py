@@ -1,4 +1,4 @@
-"""Learning rate and phases at their boundaries, against method.md section 7 worked out by hand."""
+"""Learning rate and phases at their boundaries, against "Schedule" of docs/method.md worked out by hand."""
 
 import dataclasses
 

@@ -81,7 +81,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Training augmentation. Source: paper section 4.1 and method.md section 7."""
+    """Training augmentation. Source: paper section 4.1."""
 
     crop_size: int = _knob(512, low=32, high=4096)
     """Side of the square crop, pixels; best a multiple of the encoder's stride: 32 for MiT, its patch for others."""
@@ -131,7 +131,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PseudoConfig:
-    """From class scores to pseudo labels. Source: paper sections 3.2 to 3.4, method.md sections 2 to 5."""
+    """From class scores to pseudo labels. Source: paper sections 3.2 to 3.4."""
 
     scales: tuple[float, ...] = _knob((1.0, 0.5, 1.5), low=0.1, high=4.0)
     """Input scales of the multi-scale CAM, each with its horizontal flip."""
@@ -186,7 +186,7 @@ class PseudoConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights and forms of the losses. Source: paper Eq. 5, 11, 12; method.md sections 4 and 6."""
+    """Weights and forms of the losses. Source: paper Eq. 5, 11, 12."""
 
     segmentation_weight: float = _knob(0.1, low=0.0, high=1e3)
     """lambda_1 of Eq. 12."""
@@ -203,7 +203,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Optimiser and phases. Source: paper section 4.1, method.md section 7. Steps are counted from 0."""
+    """Optimiser and phases. Source: paper section 4.1. Steps are counted from 0."""
 
     max_steps: int = _knob(20_000, low=1)
     """Training steps."""
@@ -240,7 +240,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How masks are scored. Source: method.md section 8."""
+    """How masks are scored. Source: docs/method.md, "Evaluation"."""
 
     protocol: Literal["single", "multiscale", "single+crf", "multiscale+crf"] = "single"
     """single = one pass at native size; multiscale = long side `long_side`, `scales` with flips, mean over

@@ -78,7 +78,7 @@ def draw_crop(size: tuple[int, int], config: AugmentConfig, rng: np.random.Gener
         rng: Source of all randomness; the same state gives the same plan.
 
     Source:
-        Paper section 4.1; method.md section 7.
+        Paper section 4.1.
     """
     if config.whole_images:
         return fit_whole(size, config.crop_size, flip=bool(rng.random() < config.flip_probability))

@@ -30,7 +30,7 @@ class BoundaryConfusion:
 
     Args:
         num_classes: K, background included.
-        device: Where pixels are counted; a GPU is never waited for.
+        device: Where pixels are counted; a GPU is not synchronized.
 
     Attributes:
         confusion: Over K + 1 classes; the last is all that is in no band.

@@ -19,7 +19,7 @@ class ConfusionMatrix:
 
     Args:
         num_classes: K, background included.
-        device: Where pixels are counted; a GPU is never waited for.
+        device: Where pixels are counted; a GPU is not synchronized.
 
     Attributes:
         matrix: (K, K) int64 pixels on `device`; rows are the ground truth, columns the prediction.
@@ -74,7 +74,7 @@ class ConfusionMatrix:
         """Mean intersection over union in [0, 1] over the classes of the ground truth; NaN if there is none.
 
         Source:
-            method.md section 8: classes absent from the ground truth are left out of the mean.
+            docs/method.md, "Evaluation": the mean leaves out classes absent from the ground truth.
         """
         present = [iou for iou in self.per_class_iou() if iou is not None]
         return math.fsum(present) / len(present) if present else math.nan

@@ -132,9 +132,9 @@ def evaluate(
 ) -> EvaluationResult:
     """Score a network against the masks of a list of images.
 
-    Images are read ahead in threads, and those of one size go through the network together. A GPU is waited for
-    once, at the end. Where torch.distributed is initialized, each process scores its share
-    and all get the sum. The network is put in eval mode and back.
+    Images are read ahead in threads, and those of one size go through the network together. A GPU is
+    synchronized once, at the end. Where torch.distributed is initialized, each process scores its share and all get the
+    sum. The network is put in eval mode and back.
 
     Args:
         network: On `device`, with as many classes as the images have.
@@ -159,7 +159,7 @@ def evaluate(
             image has no tags and pseudo labels are scored.
 
     Source:
-        method.md section 8; Tables 2 and 3.
+        Paper Tables 2 and 3; docs/method.md, "Evaluation".
     """
     protocol = protocol if protocol is not None else config.evaluation.protocol
     check_choice(labels, LABELS, what="labels")

@@ -181,13 +181,13 @@ def logit_maps(
         precision: Arithmetic of the network.
 
     Returns:
-        Logits of each image on the device of the network, which without the CRF is not waited for.
+        Logits of each image on the device of the network; without the CRF a GPU is not synchronized.
 
     Raises:
         AfaError: Unknown protocol.
 
     Source:
-        method.md section 8.
+        docs/method.md, "Evaluation".
     """
     check_choice(protocol, PROTOCOLS, what="protocol")
     device = next(network.parameters()).device
@@ -380,7 +380,7 @@ def pseudo_labels(
         AfaError: Unknown kind.
 
     Source:
-        method.md sections 3, 5 and 8.
+        Paper Eq. 4, 6 and 7; docs/method.md, "Evaluation".
     """
     check_choice(kind, PSEUDO_LABELS, what="labels")
     device = next(network.parameters()).device

@@ -291,7 +291,7 @@ class Predictor:
         )
 
     def segment(self, images: Sequence[PreparedImage]) -> list[LogitMaps]:
-        """Run the network on images of equal `sizes` in one batch; a GPU is not waited for.
+        """Run the network on images of equal `sizes` in one batch; a GPU is not synchronized.
 
         Args:
             images: Images as `prepare` returns them.

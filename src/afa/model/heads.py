@@ -17,7 +17,7 @@ class AffinityHead(nn.Module):
         num_maps: n, attention maps per image.
 
     Source:
-        Paper Eq. 3; which maps and which initialization: method.md section 1.
+        Paper Eq. 3; docs/method.md, "Network", says which maps S has.
     """
 
     def __init__(self, num_maps: int) -> None:

@@ -1,6 +1,6 @@
 """A whole training step with everything that it changes: weights, optimizer, batch statistics.
 
-Nothing in a step waits for the device. On a single GPU a step of each kind is recorded once as a CUDA graph and
+A step does not synchronize the GPU. On a single GPU a step of each kind is recorded once as a CUDA graph and
 replayed from then on, so that the host's pace never limits it.
 """
 
@@ -81,7 +81,7 @@ class TrainingEngine:
         if processes.count > 1:
             # The phases leave decoder and affinity head unused at first.
             self.module = DistributedDataParallel(network, find_unused_parameters=True)
-        # The dense CRF waits for the device, and a recording has no place for masks.
+        # The dense CRF synchronizes the GPU, and a recording has no place for masks.
         recordable = config.pseudo.refinement != "crf" and config.train.supervision == "tags"
         recordable = recordable and processes.count == 1 and not self.scaler.is_enabled()
         self.records = config.train.cuda_graphs and device.type == "cuda" and recordable
@@ -106,8 +106,8 @@ class TrainingEngine:
 
         Args:
             step: Number of the step, from 0.
-            batch: This process's share of the batch; its tags are still on the host, so that counting them waits for
-                nothing.
+            batch: This process's share of the batch; its tags are still on the host, so that counting them does not
+                synchronize the GPU.
 
         Returns:
             The losses, detached. With recorded steps they are overwritten by the next step.

@@ -1,4 +1,4 @@
-"""AdamW with the method's parameter groups (method.md section 7)."""
+"""AdamW with the method's parameter groups (paper section 4.1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learning rate and phase as pure functions of the step (paper section 4.1; method.md section 7)."""
+"""Learning rate and phase as pure functions of the step (paper section 4.1)."""
 
 from __future__ import annotations
 
