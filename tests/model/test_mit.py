@@ -118,24 +118,21 @@ def test_original_layout_of_the_test_is_that_of_the_published_files(original_sta
     assert original_state["block2.0.attn.kv.weight"].shape == (64, 32)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".pt"])
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(("suffix", "wrapped"), [(".pth", False), (".pth", True), (".pt", False)])
 def test_original_weights_round_trip(
     reference: MixTransformer, original_state: dict[str, Tensor], tmp_path: Path, wrapped: bool, suffix: str
 ) -> None:
     path = tmp_path / f"mit_tiny{suffix}"
     torch.save({"state_dict": original_state, "epoch": 300} if wrapped else original_state, path)
-    loaded = MixTransformer("mit_tiny", str(path)).state_dict()
-    expected = reference.state_dict()
-    assert loaded.keys() == expected.keys()
-    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
-
-
-def test_converted_keys_are_those_of_transformers(reference: MixTransformer, original_state: dict[str, Tensor]) -> None:
-    converted = convert_original_keys(original_state)
+    converted, loaded = (
+        convert_original_keys(original_state),
+        MixTransformer("mit_tiny", str(path)).encoder.state_dict(),
+    )
     expected = reference.encoder.state_dict()
-    assert converted.keys() == expected.keys()
-    assert all(torch.equal(converted[key], expected[key]) for key in expected)
+    assert converted.keys() == loaded.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(converted[key], tensor), key
+        assert torch.equal(loaded[key], tensor), key
 
 
 def test_half_precision_weights_are_loaded_as_float32(original_state: dict[str, Tensor], tmp_path: Path) -> None:
@@ -144,41 +141,38 @@ def test_half_precision_weights_are_loaded_as_float32(original_state: dict[str, 
     assert {parameter.dtype for parameter in backbone.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("key", ["decode_head.linear.weight", "block2.0.attn.qkv.weight", "patch_embed5.proj.weight"])
-def test_unmatched_key_of_an_original_file_is_named(
-    original_state: dict[str, Tensor], tmp_path: Path, key: str
+LAST_NORM = "stages.2.layer_norm.bias"
+
+
+@pytest.mark.parametrize(
+    ("added", "lacking", "parts"),
+    [
+        *(
+            ({key: 2}, (), (f"unmatched key '{key}'", "expected a mit_b*.pth"))
+            for key in ("decode_head.linear.weight", "block2.0.attn.qkv.weight", "patch_embed5.proj.weight")
+        ),
+        ({"block1.7.norm1.weight": 16}, (), ("'stages.0.blocks.7.layernorm_before.weight' (1 in all); check",)),
+        ({}, ("norm3.bias",), (f"lacks key '{LAST_NORM}' (1 in all); check model.backbone",)),
+        ({}, ("norm3.bias", "norm4.bias"), (f"lacks key '{LAST_NORM}' (2 in all)",)),
+        ({"norm3.bias": 5}, (), (f"'{LAST_NORM}' has shape (5,)", "(64,); check model.backbone")),
+    ],
+)
+def test_keys_of_an_original_file_that_do_not_match_are_named(
+    original_state: dict[str, Tensor],
+    tmp_path: Path,
+    added: dict[str, int],
+    lacking: tuple[str, ...],
+    parts: tuple[str, ...],
 ) -> None:
-    path = tmp_path / "mit.pth"
-    torch.save(original_state | {key: torch.zeros(2)}, path)
-    assert_message("mit_tiny", path, f"unmatched key '{key}'", "expected a mit_b*.pth")
-
-
-def test_extra_block_of_an_original_file_is_named(original_state: dict[str, Tensor], tmp_path: Path) -> None:
-    path = tmp_path / "mit.pth"
-    torch.save(original_state | {"block1.7.norm1.weight": torch.zeros(16)}, path)
-    assert_message("mit_tiny", path, "'stages.0.blocks.7.layernorm_before.weight' (1 in all); check model.backbone")
-
-
-def test_missing_key_of_an_original_file_is_named(original_state: dict[str, Tensor], tmp_path: Path) -> None:
-    path = tmp_path / "mit.pth"
-    del original_state["norm3.bias"]
-    torch.save(original_state, path)
-    assert_message("mit_tiny", path, "lacks key 'stages.2.layer_norm.bias' (1 in all); check model.backbone")
-    del original_state["norm4.bias"]
-    torch.save(original_state, path)
-    assert_message("mit_tiny", path, "lacks key 'stages.2.layer_norm.bias' (2 in all)")
-
-
-def test_wrong_shape_in_an_original_file_is_named(original_state: dict[str, Tensor], tmp_path: Path) -> None:
-    path = tmp_path / "mit.pth"
-    torch.save(original_state | {"norm3.bias": torch.zeros(5)}, path)
-    assert_message("mit_tiny", path, "'stages.2.layer_norm.bias' has shape (5,)", "(64,); check model.backbone")
+    state = original_state | {key: torch.zeros(length) for key, length in added.items()}
+    torch.save({key: tensor for key, tensor in state.items() if key not in lacking}, tmp_path / "mit.pth")
+    assert_message("mit_tiny", tmp_path / "mit.pth", *parts)
 
 
 def test_original_file_of_another_size(original_state: dict[str, Tensor], tmp_path: Path) -> None:
-    path = tmp_path / "mit.pth"
-    torch.save(original_state, path)
-    assert_message("mit_b0", path, "'stages.0.blocks.1.attention.k_proj.bias' (", " in all); check model.backbone")
+    torch.save(original_state, tmp_path / "mit.pth")
+    key = "stages.0.blocks.1.attention.k_proj.bias"
+    assert_message("mit_b0", tmp_path / "mit.pth", f"'{key}' (", " in all); check model.backbone")
 
 
 class Harmful:
@@ -201,6 +195,7 @@ def test_a_pickle_with_code_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("length", [0, 5, 5000])
 def test_truncated_original_file(original_state: dict[str, Tensor], tmp_path: Path, length: int) -> None:
     path = tmp_path / "mit.pth"
+    assert_message("mit_tiny", path, "no such weights file", "model.weights")
     torch.save(original_state, path)
     path.write_bytes(path.read_bytes()[:length])
     assert_message("mit_tiny", path, "broken", "model.weights")
@@ -208,11 +203,5 @@ def test_truncated_original_file(original_state: dict[str, Tensor], tmp_path: Pa
 
 @pytest.mark.parametrize("content", [torch.zeros(3), {"epoch": 3}, [1, 2], {"state_dict": {"epoch": 3}}])
 def test_original_file_without_a_state_dictionary(tmp_path: Path, content: object) -> None:
-    path = tmp_path / "mit.pth"
-    torch.save(content, path)
-    assert_message("mit_tiny", path, "no state dictionary", "mit_tiny.pth")
-
-
-def test_missing_original_file(tmp_path: Path) -> None:
-    path = tmp_path / "mit.pth"
-    assert_message("mit_tiny", path, "no such weights file", "model.weights")
+    torch.save(content, tmp_path / "mit.pth")
+    assert_message("mit_tiny", tmp_path / "mit.pth", "no state dictionary", "mit_tiny.pth")
