@@ -12,7 +12,8 @@ from transformers import CLIPConfig, Dinov2WithRegistersConfig, SegformerConfig
 from afa.runs import auto as defaults
 from afa.config import Config, load_config
 from afa.data.layout import find_layout
-from afa.runs.auto import BACKBONE, backbone_of, choose_defaults
+from afa.model.registry import backbone_of
+from afa.runs.auto import BACKBONE, choose_defaults
 from afa.errors import AfaError
 from afa.model.registry import BACKBONES
 from afa.runtime import resolve_precision

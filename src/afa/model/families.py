@@ -90,6 +90,16 @@ class TokenSize:
     image_size: int
     weights: str = ""
 
+    def settings(self) -> dict[str, Any]:
+        """The fields of transformers' configuration that say this."""
+        return {
+            "hidden_size": self.width,
+            "num_hidden_layers": self.depth,
+            "num_attention_heads": self.heads,
+            "patch_size": self.patch,
+            "image_size": self.image_size,
+        }
+
 
 _DINO: Final[Mapping[str, Any]] = {
     "patch": "embeddings.patch_embeddings.projection",

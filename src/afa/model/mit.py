@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from torch import Tensor, nn
 from transformers import SegformerConfig, SegformerModel
@@ -37,6 +37,11 @@ class MitSize:
     def depth(self) -> int:
         """Blocks of all stages."""
         return sum(self.depths)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of transformers' configuration that say this."""
+        heads = list(self.heads)
+        return {"hidden_sizes": list(self.channels), "depths": list(self.depths), "num_attention_heads": heads}
 
 
 MIT_SIZES: Final[Mapping[str, MitSize]] = {
@@ -174,20 +179,9 @@ def convert_original_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _architecture(name: str, drop_path: float) -> Architecture:
-    size = MIT_SIZES[name]
-    config = SegformerConfig(
-        hidden_sizes=list(size.channels),
-        depths=list(size.depths),
-        num_attention_heads=list(size.heads),
-        strides=list(STRIDES),
-        drop_path_rate=drop_path,
-    )
+    size = MIT_SIZES[name].settings()
+    config = SegformerConfig(**size, strides=list(STRIDES), drop_path_rate=drop_path)
     config._attn_implementation = ATTENTION_NAME
     return Architecture(
-        name,
-        "SegFormer (MiT)",
-        SegformerModel,
-        config,
-        sizes=("hidden_sizes", "depths", "num_attention_heads"),
-        convert=convert_original_keys,
+        name, "SegFormer (MiT)", SegformerModel, config, sizes=tuple(size), convert=convert_original_keys
     )

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import torch
+from transformers import SegformerConfig
 
 from afa.errors import AfaError
 from afa.model.backbone import Backbone
 from afa.model.families import TOKEN_FAMILIES, TOKEN_SIZES, TokenSize
 from afa.model.mit import MIT_SIZES, MitSize, MixTransformer
 from afa.model.vit import TokenBackbone
+from afa.model.weights import describe_encoder
 
 _MIT_LICENSE: Final = "NVIDIA, non-commercial"
 _MIT_LEVELS: Final = 4
@@ -96,6 +100,43 @@ def build_backbone(
             f"model.feature_levels is {feature_levels}, but {name} has its {_MIT_LEVELS} stages; leave it at that"
         )
     return MixTransformer(name, weights, **shared)
+
+
+def backbone_of(weights: str) -> str | None:
+    """Tell the encoder from its weights.
+
+    Args:
+        weights: Folder in transformers' layout, hub id, or an original `mit_b*.pth`.
+
+    Returns:
+        Key in `BACKBONES`; None where it cannot be told.
+
+    >>> backbone_of("openai/clip-vit-base-patch16")
+    'clip_b16'
+    """
+    path = Path(weights)
+    if path.suffix == ".pth":
+        return path.stem if path.stem in BACKBONES else None
+    if not path.is_dir():
+        return next((name for name, spec in BACKBONES.items() if spec.weights == weights), None)
+    try:
+        stored = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(stored, dict):
+        return None
+    return next((name for name, spec in BACKBONES.items() if _fits(spec, stored)), None)
+
+
+def _fits(spec: BackboneSpec, stored: Mapping[str, Any]) -> bool:
+    """Whether a configuration of transformers has the sizes of an encoder, made for images of whatever size."""
+    config = SegformerConfig if spec.kind == "mit" else TOKEN_FAMILIES[spec.kind].config
+    try:
+        described = describe_encoder(config, stored)
+    except Exception:  # what is wrong with it is said when the weights are loaded
+        return False
+    sizes = {name: value for name, value in spec.size.settings().items() if name != "image_size"}
+    return described is not None and all(getattr(described, name) == value for name, value in sizes.items())
 
 
 def table() -> str:

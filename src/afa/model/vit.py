@@ -241,27 +241,13 @@ class TokenBackbone(Backbone):
 
 
 def _architecture(name: str, drop_path: float) -> Architecture:
-    size = TOKEN_SIZES[name]
-    family = TOKEN_FAMILIES[size.family]
+    shape = TOKEN_SIZES[name]
+    family, size = TOKEN_FAMILIES[shape.family], shape.settings()
     is_dino = "mlp_ratio" in family.settings
-    config = family.config(
-        hidden_size=size.width,
-        num_hidden_layers=size.depth,
-        num_attention_heads=size.heads,
-        patch_size=size.patch,
-        image_size=size.image_size,
-        **({"drop_path_rate": drop_path} if is_dino else {"intermediate_size": 4 * size.width}),
-        **family.settings,
-    )
+    own = {"drop_path_rate": drop_path} if is_dino else {"intermediate_size": 4 * shape.width}
+    config = family.config(**size, **own, **family.settings)
     config._attn_implementation = ATTENTION_NAME
-    return Architecture(
-        name,
-        family.title,
-        family.model,
-        config,
-        sizes=("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size"),
-        options=family.options,
-    )
+    return Architecture(name, family.title, family.model, config, sizes=tuple(size), options=family.options)
 
 
 def _prepare(encoder: Any, drop_path: float) -> None:

@@ -85,6 +85,18 @@ def init_from_scratch(encoder: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
+def describe_encoder(config: type[PretrainedConfig], stored: Mapping[str, Any]) -> Any:
+    """The encoder of a `config.json`, as far as it says, else by the defaults of `config`; None for another type.
+
+    An image-text model such as CLIP describes its image encoder in a part of its own.
+    """
+    kind, found = config.model_type, stored.get("model_type")
+    if found not in (kind, kind.removesuffix("_vision_model")):
+        return None
+    vision: Any = stored if found == kind else stored.get("vision_config") or {}
+    return config.from_dict(dict(vision))
+
+
 def _load_folder(architecture: Architecture, weights: str) -> Any:
     """Load from a folder or the hub, through transformers."""
     is_folder = Path(weights).is_dir()
@@ -159,12 +171,11 @@ def _load_original(architecture: Architecture, path: Path) -> Any:
 
 
 def _check_config(architecture: Architecture, stored: Mapping[str, Any], weights: str) -> None:
-    """Compare type and sizes; an image-text model such as CLIP describes its image encoder in a part of its own."""
-    config, found = architecture.config, stored.get("model_type")
-    if found not in (config.model_type, config.model_type.removesuffix("_vision_model")):
-        raise AfaError(f"{weights}: holds a {found!r} model; model.weights needs a {architecture.family} encoder")
-    vision: Any = stored if found == config.model_type else stored.get("vision_config") or {}
-    described = type(config).from_dict(vision)
+    config = architecture.config
+    described = describe_encoder(type(config), stored)
+    if described is None:
+        kind = stored.get("model_type")
+        raise AfaError(f"{weights}: holds a {kind!r} model; model.weights needs a {architecture.family} encoder")
     for name in architecture.sizes:
         if getattr(described, name) != getattr(config, name):
             raise AfaError(

@@ -16,9 +16,8 @@ import torch
 from afa.config import Config, load_config
 from afa.data.layout import Layout
 from afa.errors import AfaError
-from afa.model.registry import BACKBONES, BackboneSpec
+from afa.model.registry import BACKBONES, BackboneSpec, backbone_of
 from afa.model.mit import MitSize
-from afa.model.families import TOKEN_FAMILIES
 from afa.runtime import resolve_precision
 
 BACKBONE: Final = "dinov2_small_reg"
@@ -94,32 +93,6 @@ def choose_defaults(
     )
 
 
-def backbone_of(weights: str) -> str | None:
-    """Tell the encoder from its weights.
-
-    Args:
-        weights: Folder in transformers' layout, hub id, or an original `mit_b*.pth`.
-
-    Returns:
-        Key in `BACKBONES`; None where it cannot be told.
-
-    >>> backbone_of("openai/clip-vit-base-patch16")
-    'clip_b16'
-    """
-    path = Path(weights)
-    if path.suffix == ".pth":
-        return path.stem if path.stem in BACKBONES else None
-    if not path.is_dir():
-        return next((name for name, spec in BACKBONES.items() if spec.weights == weights), None)
-    try:
-        stored = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(stored, dict):
-        return None
-    return next((name for name, spec in BACKBONES.items() if _fits(spec, stored)), None)
-
-
 def can_fetch(hub_id: str) -> bool:
     """Whether weights are in the local cache, or the hub answers for them."""
     if isinstance(huggingface_hub.try_to_load_from_cache(hub_id, "config.json"), str):
@@ -169,25 +142,6 @@ def _crop(spec: BackboneSpec, device: torch.device) -> dict[str, Any]:
     if isinstance(size, MitSize):
         return keys
     return keys | _TOKENS | {"model.freeze_blocks": size.depth // 2}
-
-
-def _fits(spec: BackboneSpec, stored: Mapping[str, Any]) -> bool:
-    """Whether a configuration of transformers has the sizes of an encoder."""
-    size, found = spec.size, stored.get("model_type")
-    if isinstance(size, MitSize):
-        shape = [stored.get("hidden_sizes"), stored.get("depths")]
-        return found == "segformer" and shape == [list(size.channels), list(size.depths)]
-    kind = TOKEN_FAMILIES[spec.kind].config.model_type
-    if found not in (kind, kind.removesuffix("_vision_model")):
-        return False
-    vision = stored if found == kind else stored.get("vision_config") or {}
-    try:
-        # What a configuration leaves out is the class's own default.
-        described = TOKEN_FAMILIES[spec.kind].config.from_dict(dict(vision))
-    except Exception:  # what is wrong with it is said when the weights are loaded
-        return False
-    sizes = [described.hidden_size, described.num_hidden_layers, described.patch_size]
-    return sizes == [size.width, size.depth, size.patch]
 
 
 def _encoder_words(config: Config, device: torch.device) -> str:
