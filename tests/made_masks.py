@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from PIL import Image
 
 from afa.data.palette import write_index_png
 from afa.formats.job import MaskItem
+from afa.formats.write import FormatResult, write_format
 
 CLASSES = ("cat", "potted plant", "Straße")
 
@@ -46,18 +48,29 @@ def labels() -> list[NDArray[np.uint8]]:
     return [nested, blocks, noise, np.zeros((20, 30), dtype=np.uint8), np.full((13, 12), 3, dtype=np.uint8)]
 
 
-def write_items(folder: Path, masks: Sequence[NDArray[np.uint8]] | None = None) -> list[MaskItem]:
-    """Write FOLDER/images and FOLDER/masks; every second image lies in a sub-folder, and one is a PNG."""
+def write_items(
+    folder: Path, masks: Sequence[NDArray[np.uint8]] | None = None, *, names: Sequence[str] = ()
+) -> list[MaskItem]:
+    """Write FOLDER/images and FOLDER/masks; without names, some images lie in a sub-folder, and one is a PNG."""
     items = []
     for index, label in enumerate(labels() if masks is None else masks):
-        name = f"im {index}" if index % 2 else f"sub/ö.{index}"
-        image = folder / "images" / f"{name}.{'PNG' if index == 1 else 'jpg'}"
+        name = names[index] if names else f"im {index}" if index % 2 else f"sub/ö.{index}"
+        image = folder / "images" / f"{name}.{'PNG' if index == 1 and not names else 'jpg'}"
         image.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", label.shape[::-1], (40 * index, 90, 60)).save(image)
         mask = folder / "masks" / f"{name}.png"
         write_index_png(mask, label)
         items.append(MaskItem(name, image, mask))
     return items
+
+
+def write_made(
+    format: str, folder: Path, masks: Sequence[NDArray[np.uint8]] | None = None, **settings: Any
+) -> tuple[list[MaskItem], FormatResult]:
+    """Write items below a folder and convert them, to FOLDER/out; settings are those of `write_format`."""
+    items = write_items(folder, masks)
+    settings = {"classes": CLASSES, "progress": False} | settings
+    return items, write_format(format, items, out_dir=folder / "out", **settings)
 
 
 def paint(polygon: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.bool_]:

@@ -13,16 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools.coco import COCO
 
-from afa.formats.write import write_format
-from made_masks import CLASSES, binary_masks, labels, write_items
+from made_masks import CLASSES, binary_masks, labels, write_made
 
 # pycocotools' own arrays predate a keyword of numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
 def test_instances_are_read_by_pycocotools(tmp_path: Path) -> None:
-    items = write_items(tmp_path)
-    result = write_format("coco", items, CLASSES, tmp_path / "out", progress=False)
+    items, result = write_made("coco", tmp_path)
     assert result.path == tmp_path / "out" / "coco.json"
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(result.path))
@@ -65,8 +63,7 @@ def test_run_lengths_area_and_box(tmp_path: Path) -> None:
     large = np.zeros((3000, 4000), dtype=bool)
     large[100:2900, 5] = large[7, 2000:] = large[2999, 3999] = True
     masks = [*binary_masks(), large]
-    items = write_items(tmp_path, [mask.astype(np.uint8) for mask in masks])
-    result = write_format("coco", items, CLASSES, tmp_path, progress=False)
+    _, result = write_made("coco", tmp_path, [mask.astype(np.uint8) for mask in masks])
     annotations = json.loads(result.path.read_text())["annotations"]
     for annotation, mask in zip(annotations, masks, strict=True):
         assert annotation["segmentation"]["size"] == list(mask.shape)
@@ -78,7 +75,7 @@ def test_run_lengths_area_and_box(tmp_path: Path) -> None:
 
 
 def test_annotation_ids_are_unique(tmp_path: Path) -> None:
-    path = write_format("coco", write_items(tmp_path), CLASSES, tmp_path, progress=False).path
+    path = write_made("coco", tmp_path)[1].path
     ids = [annotation["id"] for annotation in json.loads(path.read_text())["annotations"]]
     assert len(ids) > 5
     assert ids == list(range(1, len(ids) + 1))
@@ -86,8 +83,7 @@ def test_annotation_ids_are_unique(tmp_path: Path) -> None:
 
 def test_panoptic_segments(tmp_path: Path) -> None:
     colors = [(10, 20, 30), (1, 0, 0), (0, 0, 255)]
-    items = write_items(tmp_path)
-    result = write_format("panoptic", items, CLASSES, tmp_path / "out", colors=colors, progress=False)
+    items, result = write_made("panoptic", tmp_path, colors=colors)
     folder = result.path / "annotations"
     content = json.loads((folder / "panoptic_default.json").read_text())
     names = {category["id"]: category["name"] for category in content["categories"]}

@@ -11,15 +11,13 @@ import numpy as np
 import pytest
 
 from afa.formats.labelstudio import LENGTH_BITS, brush_rle
-from afa.formats.write import write_format
-from made_masks import binary_masks, labels, read_label_studio, write_items
+from made_masks import binary_masks, labels, read_label_studio, write_made
 
 CLASSES = ('the "cat"', "<&>", "Straße")
 
 
 def test_tasks_hold_the_masks(tmp_path: Path) -> None:
-    items = write_items(tmp_path)
-    result = write_format("labelstudio", items, CLASSES, tmp_path / "out", progress=False)
+    items, result = write_made("labelstudio", tmp_path, classes=CLASSES)
     tasks = json.loads((result.path / "tasks.json").read_text())
     for task, item, label in zip(tasks, items, labels(), strict=True):
         (prediction,) = task["predictions"]
@@ -41,7 +39,7 @@ def test_tasks_hold_the_masks(tmp_path: Path) -> None:
 
 
 def test_interface_fits_the_tasks(tmp_path: Path) -> None:
-    path = write_format("labelstudio", write_items(tmp_path), CLASSES, tmp_path / "out", progress=False).path
+    path = write_made("labelstudio", tmp_path, classes=CLASSES)[1].path
     view = ElementTree.fromstring((path / "config.xml").read_text(encoding="utf-8"))
     brush, image = view.find("BrushLabels"), view.find("Image")
     assert brush is not None

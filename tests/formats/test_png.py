@@ -14,8 +14,7 @@ from PIL import Image
 from afa.config import DataConfig
 from afa.data.voc import open_scored
 from afa.errors import AfaError
-from afa.formats.write import write_format
-from made_masks import CLASSES, labels, write_items
+from made_masks import CLASSES, labels, write_made
 
 COLORS = [(10, 20, 30), (200, 0, 0), (0, 0, 255)]
 
@@ -27,8 +26,7 @@ def read_labelmap(text: str) -> dict[str, tuple[int, ...]]:
 
 
 def test_voc_is_read_by_afa(tmp_path: Path) -> None:
-    items = write_items(tmp_path)
-    result = write_format("voc", items, CLASSES, tmp_path / "out", colors=COLORS, progress=False)
+    items, result = write_made("voc", tmp_path, colors=COLORS)
     data = DataConfig(
         root=str(result.path), mask_dir="SegmentationClass", val_list="ImageSets/Segmentation/default.txt"
     )
@@ -49,8 +47,7 @@ def test_voc_is_read_by_afa(tmp_path: Path) -> None:
 
 
 def test_labelmap_has_no_line_for_ignored_pixels_that_do_not_occur(tmp_path: Path) -> None:
-    items = write_items(tmp_path, [np.eye(9, dtype=np.uint8)])
-    path = write_format("voc", items, CLASSES, tmp_path, progress=False).path
+    path = write_made("voc", tmp_path, [np.eye(9, dtype=np.uint8)])[1].path
     assert list(read_labelmap((path / "labelmap.txt").read_text(encoding="utf-8"))) == ["background", *CLASSES]
 
 
@@ -58,13 +55,12 @@ def test_labelmap_has_no_line_for_ignored_pixels_that_do_not_occur(tmp_path: Pat
 @pytest.mark.parametrize("name", ["a:b", "#1"])
 def test_labelmap_refuses_names_that_it_cannot_hold(tmp_path: Path, format: str, name: str) -> None:
     with pytest.raises(AfaError, match=rf"'{name}' .*labelmap\.txt; rename"):
-        write_format(format, write_items(tmp_path), ("cat", name, "c"), tmp_path / "out", progress=False)
+        write_made(format, tmp_path, classes=("cat", name, "c"))
 
 
 @pytest.mark.parametrize("colors", [None, COLORS])
 def test_cvat_archive(tmp_path: Path, colors: list[tuple[int, int, int]] | None) -> None:
-    items = write_items(tmp_path)
-    result = write_format("cvat", items, CLASSES, tmp_path / "out", colors=colors, progress=False)
+    items, result = write_made("cvat", tmp_path, colors=colors)
     with zipfile.ZipFile(result.path) as archive:
         assert archive.testzip() is None
         labelmap = read_labelmap(archive.read("labelmap.txt").decode())
@@ -87,8 +83,8 @@ def test_cvat_archive(tmp_path: Path, colors: list[tuple[int, int, int]] | None)
 
 
 def test_mmseg_folders(tmp_path: Path) -> None:
-    items = write_items(tmp_path)
-    path = write_format("mmseg", items, CLASSES, tmp_path / "out", progress=False).path
+    items, result = write_made("mmseg", tmp_path)
+    path = result.path
     settings: dict[str, object] = {}
     exec((path / "dataset.py").read_text(encoding="utf-8"), settings)
     found: dict[str, np.ndarray] = {}
@@ -110,8 +106,8 @@ def test_mmseg_folders(tmp_path: Path) -> None:
 def test_hf_is_read_by_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     datasets = pytest.importorskip("datasets")
-    items = write_items(tmp_path / "test" / "validation")
-    path = write_format("hf", items, CLASSES, tmp_path / "out", progress=False).path
+    items, result = write_made("hf", tmp_path / "test" / "validation")
+    path = result.path
     datasets.disable_progress_bars()
     read = datasets.load_dataset("imagefolder", data_dir=str(path), cache_dir=str(tmp_path / "cache"))
     assert list(read) == ["train"]
@@ -124,7 +120,7 @@ def test_hf_is_read_by_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_hf_metadata_names_files_that_exist(tmp_path: Path) -> None:
-    path = write_format("hf", write_items(tmp_path), CLASSES, tmp_path / "out", progress=False).path
+    path = write_made("hf", tmp_path)[1].path
     rows = [json.loads(line) for line in (path / "metadata.jsonl").read_text().splitlines()]
     assert len(rows) == len(labels())
     assert all((path / row[key]).is_file() for row in rows for key in ("file_name", "mask_file_name"))

@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from afa.formats.polygons import outline, signed_area, simplify, trace_rings
 from afa.formats.write import write_format
-from made_masks import CLASSES, binary_masks, iou, labels, paint, write_items
+from made_masks import CLASSES, binary_masks, iou, labels, paint, write_items, write_made
 
 
 def smooth_labels() -> list[NDArray[np.uint8]]:
@@ -39,8 +39,7 @@ def repaint(regions: list[tuple[int, NDArray[np.float64]]], shape: tuple[int, ..
 
 
 def test_labelme_shapes(tmp_path: Path) -> None:
-    items = write_items(tmp_path, smooth_labels())
-    result = write_format("labelme", items, CLASSES, tmp_path / "out", progress=False)
+    items, result = write_made("labelme", tmp_path, smooth_labels())
     for item, label in zip(items, smooth_labels(), strict=True):
         path = result.path / f"{item.name}.json"
         content = json.loads(path.read_text())
@@ -56,8 +55,7 @@ def test_labelme_shapes(tmp_path: Path) -> None:
 
 
 def test_yolo_lines(tmp_path: Path) -> None:
-    items = write_items(tmp_path, smooth_labels())
-    result = write_format("yolo", items, CLASSES, tmp_path / "out", progress=False)
+    items, result = write_made("yolo", tmp_path, smooth_labels())
     settings = yaml.safe_load((result.path / "data.yaml").read_text(encoding="utf-8"))
     assert settings == {"train": "images", "val": "images", "names": dict(enumerate(CLASSES))}
     for item, label in zip(items, smooth_labels(), strict=True):
@@ -75,16 +73,15 @@ def test_yolo_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", ["labelme", "yolo"])
 def test_what_polygons_lose_is_said_once(tmp_path: Path, format: str) -> None:
     nested = labels()[0]
-    items = write_items(tmp_path, [nested, nested])
-    result = write_format(format, items, CLASSES, tmp_path / "out", progress=False)
+    _, result = write_made(format, tmp_path, [nested, nested])
     # Class 1 around 2, and 2 around the background; the 2 x 2 region of class 3.
     assert (result.filled_holes, result.dropped_regions) == (4, 2)
     assert re.search("; 160 ignored pixels .*; 4 holes .*filled.*; 2 specks .*left out$", str(result))
 
 
 def test_yolo_images_without_an_object_have_an_empty_file(tmp_path: Path) -> None:
-    items = write_items(tmp_path, [np.zeros((8, 8), dtype=np.uint8)])
-    path = write_format("yolo", items, CLASSES, tmp_path / "out", progress=False).path
+    items, result = write_made("yolo", tmp_path, [np.zeros((8, 8), dtype=np.uint8)])
+    path = result.path
     assert (path / "labels" / f"{items[0].name}.txt").read_text() == ""
 
 
@@ -98,7 +95,7 @@ def test_yolo_finds_labels_of_a_folder_called_images(tmp_path: Path) -> None:
 
 def test_yolo_quotes_class_names(tmp_path: Path) -> None:
     names = ("yes", "a: b # c", '"\\é😀')
-    path = write_format("yolo", write_items(tmp_path), names, tmp_path / "out", progress=False).path
+    path = write_made("yolo", tmp_path, classes=names)[1].path
     assert yaml.safe_load((path / "data.yaml").read_text(encoding="utf-8"))["names"] == dict(enumerate(names))
 
 

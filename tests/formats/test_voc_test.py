@@ -13,27 +13,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from afa.cli import main
-from afa.data.palette import voc_palette, write_index_png
+from afa.data.palette import voc_palette
 from afa.data.voc import VOC_CLASSES
 from afa.errors import AfaError
 from afa.formats.job import MaskItem
 from afa.formats.voc_test import FOLDER, MAX_PROBLEMS, check_voc_test
 from afa.formats.write import write_format
+from made_masks import write_items
 
 NAMES = ("2008_000001", "2008_000004", "2008_000005")
 
 
-def write_items(folder: Path, masks: dict[str, NDArray[np.uint8]] | None = None) -> list[MaskItem]:
+def write_named(folder: Path, ignored: int | None = None) -> list[MaskItem]:
+    """Items by `NAMES`, one of them with nothing but ignored pixels."""
     rng = np.random.default_rng(0)
-    items = []
-    for i, name in enumerate(NAMES):
-        label = (masks or {}).get(name, rng.integers(0, 3, (20 + i, 30), dtype=np.uint8))
-        image, mask = folder / "images" / f"{name}.jpg", folder / "masks" / f"{name}.png"
-        image.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", label.shape[::-1]).save(image)
-        write_index_png(mask, label)
-        items.append(MaskItem(name, image, mask))
-    return items
+    masks = [rng.integers(0, 3, (20 + i, 30), dtype=np.uint8) for i in range(len(NAMES))]
+    if ignored is not None:
+        masks[ignored][:] = 255
+    return write_items(folder, masks, names=NAMES)
 
 
 def write(items: list[MaskItem], out: Path, classes: tuple[str, ...] = VOC_CLASSES) -> Path:
@@ -41,7 +38,7 @@ def write(items: list[MaskItem], out: Path, classes: tuple[str, ...] = VOC_CLASS
 
 
 def test_masks_lie_where_the_server_looks_with_the_values_of_voc(tmp_path: Path) -> None:
-    items = write_items(tmp_path)
+    items = write_named(tmp_path)
     path = write(items, tmp_path / "out", classes=("dog", "bird"))
     assert path == tmp_path / "out" / "voc_test.tgz"
     with tarfile.open(path, "r:gz") as archive:
@@ -62,13 +59,13 @@ def test_masks_lie_where_the_server_looks_with_the_values_of_voc(tmp_path: Path)
 
 
 def test_the_same_masks_give_the_same_bytes(tmp_path: Path) -> None:
-    items = write_items(tmp_path)
+    items = write_named(tmp_path)
     first = write(items, tmp_path / "one").read_bytes()
     assert write(items, tmp_path / "one").read_bytes() == write(items, tmp_path / "two").read_bytes() == first
 
 
 def test_what_cannot_be_sent_is_refused(tmp_path: Path) -> None:
-    items = write_items(tmp_path, {NAMES[1]: np.full((5, 5), 255, dtype=np.uint8)})
+    items = write_named(tmp_path, ignored=1)
     with pytest.raises(AfaError, match=r"2008_000004\.png: .*ignored.*voc_test"):
         write(items, tmp_path / "out")
     with pytest.raises(AfaError, match=r"^class 'zebra' .*PASCAL VOC"):
@@ -122,7 +119,7 @@ FIRST = GOOD[0][0]
     ],
 )
 def test_each_fault_is_found(tmp_path: Path, change: Callable[[], list[tuple[str, bytes]]], problem: str) -> None:
-    write_items(tmp_path)
+    write_named(tmp_path)
     assert check_voc_test(pack(tmp_path / "good.tgz", GOOD), names=NAMES, images=tmp_path / "images").problems == ()
     check = check_voc_test(pack(tmp_path / "bad.tgz", change()), names=NAMES, images=tmp_path / "images")
     assert len(check.problems) == 1
@@ -145,7 +142,7 @@ def test_no_archive(tmp_path: Path) -> None:
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_items(tmp_path)
+    write_named(tmp_path)
     (tmp_path / "test.txt").write_text("\n".join(NAMES))
     archive = str(pack(tmp_path / "good.tgz", GOOD))
     arguments = ["--list", str(tmp_path / "test.txt"), "--images", str(tmp_path / "images")]
