@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -74,10 +75,26 @@ def overlay(image: NDArray[np.uint8], label: NDArray[np.uint8], *, alpha: float 
     return np.rint(mixed).astype(np.uint8)
 
 
-def write_index_png(path: Path, label: NDArray[np.uint8]) -> None:
-    """Write a class map as a mode-P PNG with the VOC palette; missing folders are made.
+def index_png(label: NDArray[np.uint8], palette: NDArray[np.uint8] | None = None) -> bytes:
+    """Encode a class map as a mode-P PNG.
 
-    The file appears whole or not at all: it is written under another name in the same folder, then renamed.
+    Args:
+        label: (H, W) uint8 class indices.
+        palette: (256, 3) uint8 RGB; None is VOC's.
+
+    Returns:
+        The file's bytes.
+    """
+    assert label.dtype == np.uint8, label.dtype
+    assert label.ndim == 2, label.shape
+    image, encoded = Image.fromarray(label), io.BytesIO()
+    image.putpalette((voc_palette() if palette is None else palette).tobytes())
+    image.save(encoded, format="PNG")
+    return encoded.getvalue()
+
+
+def write_index_png(path: Path, label: NDArray[np.uint8]) -> None:
+    """Write a class map as a mode-P PNG with the VOC palette, whole or not at all; missing folders are made.
 
     Args:
         path: File to write or replace.
@@ -86,8 +103,5 @@ def write_index_png(path: Path, label: NDArray[np.uint8]) -> None:
     Raises:
         AfaError: The file cannot be written.
     """
-    assert label.dtype == np.uint8, label.dtype
-    assert label.ndim == 2, label.shape
-    image = Image.fromarray(label)
-    image.putpalette(voc_palette().tobytes())
-    write_whole(path, lambda file: image.save(file, format="PNG"))
+    content = index_png(label)
+    write_whole(path, lambda file: file.write(content))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from afa.formats.job import Job, JsonList, MaskItem, png
+from afa.formats.job import Job, JsonList, MaskItem
 
 PANOPTIC_BACKGROUND: Final = (1, 1, 1)
 """Color of the background in panoptic PNGs, in which black is a pixel of no segment."""
@@ -64,7 +64,8 @@ def write_panoptic(job: Job) -> None:
         for image_id, (item, label) in enumerate(job.masks, start=1):
             job.count_ignored(label)
             images.add(_image(image_id, item, label))
-            job.write(f"annotations/panoptic_default/{item.name}.png", png(Image.fromarray(colors[label])))
+            picture = job.place(f"annotations/panoptic_default/{item.name}.png")
+            Image.fromarray(colors[label]).save(picture, format="PNG")
             values = ([0] if (label == 0).any() else []) + job.present(label)
             segments = [
                 {"id": segment_ids[value], "category_id": category_ids[value]} | figures

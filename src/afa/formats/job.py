@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -14,7 +13,6 @@ from typing import IO, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from afa.data.images import IMAGE_SUFFIXES
 from afa.errors import AfaError
@@ -146,28 +144,6 @@ class JsonList:
         """Write an entry."""
         self._file.write((self._separator + json.dumps(entry)).encode())
         self._separator = ",\n"
-
-
-def index_png(label: NDArray[np.uint8], palette: NDArray[np.uint8]) -> bytes:
-    """Encode a mask as a mode-P PNG.
-
-    Args:
-        label: (H, W) uint8 indices.
-        palette: (256, 3) uint8 RGB.
-
-    Returns:
-        The file's bytes.
-    """
-    image = Image.fromarray(label)
-    image.putpalette(palette.tobytes())
-    return png(image)
-
-
-def png(image: Image.Image) -> bytes:
-    """Encode a picture as PNG."""
-    encoded = io.BytesIO()
-    image.save(encoded, format="PNG")
-    return encoded.getvalue()
 
 
 @contextlib.contextmanager

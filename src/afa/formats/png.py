@@ -9,8 +9,9 @@ import zipfile
 
 import numpy as np
 
+from afa.data.palette import index_png
 from afa.errors import AfaError
-from afa.formats.job import Job, index_png
+from afa.formats.job import Job
 from afa.types import IGNORE_INDEX
 
 

@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from afa.data.images import IMAGE_SUFFIXES, read_size
-from afa.data.palette import voc_palette
+from afa.data.palette import index_png, voc_palette
 from afa.data.voc import VOC_CLASSES
 from afa.errors import AfaError
-from afa.formats.job import Job, index_png
+from afa.formats.job import Job
 from afa.types import IGNORE_INDEX
 
 FOLDER: Final = "results/VOC2012/Segmentation/comp5_test_cls"
@@ -63,7 +63,6 @@ def write_voc_test(job: Job) -> None:
         if name not in VOC_CLASSES:
             raise AfaError(f"class {name!r} is not one of PASCAL VOC's, and voc_test is for these; leave it out")
         values[value] = 1 + VOC_CLASSES.index(name)
-    palette = voc_palette()
     with (
         job.partial.open("wb") as file,
         gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0, compresslevel=1) as compressed,
@@ -74,7 +73,7 @@ def write_voc_test(job: Job) -> None:
                 raise AfaError(f"name {item.name!r} has a folder, voc_test none; predict a single folder of images")
             if (label == IGNORE_INDEX).any():
                 raise AfaError(f"{item.mask_path}: has ignored pixels (255), which voc_test cannot hold; use predict")
-            encoded = index_png(values[label], palette)
+            encoded = index_png(values[label])
             entry = tarfile.TarInfo(f"{FOLDER}/{item.name}.png")
             entry.size = len(encoded)
             archive.addfile(entry, io.BytesIO(encoded))
