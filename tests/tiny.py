@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from afa.config import Config, load_config
+from afa.config import Config, config_to_toml, load_config
 from afa.data.layout import find_layout
+from afa.runs.build import build_network
 from afa.training.loop import TrainResult, train
 
 SETTINGS: dict[str, Any] = {
@@ -46,6 +48,18 @@ def train_tiny(config: Config, run: Path, *, resume: bool = False, progress: boo
     """Train alone on the CPU."""
     data = find_layout(config.data)
     return train(config, data, run, device=torch.device("cpu"), resume=resume, progress=progress)
+
+
+def write_untrained(run: Path, classes: Sequence[str], keys: dict[str, Any] | None = None) -> Config:
+    """Write a run folder whose weights are random."""
+    keys = {"model.backbone": "mit_tiny", "model.weights": "", "model.decoder_width": 8} | (keys or {})
+    config = load_config(None, keys)
+    torch.manual_seed(0)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.toml").write_text(config_to_toml(config))
+    (run / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
+    save_file(build_network(config.model, len(classes), pretrained=False).state_dict(), run / "model.safetensors")
+    return config
 
 
 def tiny_flags(root: Path, keys: dict[str, Any] | None = None) -> list[str]:

@@ -52,15 +52,27 @@ def write_image(path: Path, color: int, *, size: tuple[int, int] = (40, 50)) -> 
     return path
 
 
-def make_predictor(shift: float = 0.0, **evaluation: Any) -> Predictor:
+def write_images(folder: Path, colors: dict[str, int] | list[int], **settings: Any) -> Path:
+    """Write FOLDER/NAME.png of each color; without names they are numbered from 00."""
+    named = colors if isinstance(colors, dict) else {f"{i:02d}": color for i, color in enumerate(colors)}
+    for name, color in named.items():
+        write_image(folder / f"{name}.png", color, **settings)
+    return folder
+
+
+def make_predictor(shift: float = 0.0, batch_size: int = 0) -> Predictor:
     """A predictor whose network's one weight is `shift`."""
     network = ColorNetwork()
     network.anchor.data += shift
-    return Predictor(network, CLASSES, config=Config(evaluation=EvaluationConfig(**evaluation)))  # type: ignore[arg-type]
+    config = Config(evaluation=EvaluationConfig(batch_size=batch_size))
+    return Predictor(network, CLASSES, config=config)  # type: ignore[arg-type]
 
 
-def run(paths: list[Path], out: Path, **settings: Any) -> PredictSummary:
-    return predict_files(make_predictor(), paths, out, progress=False, **settings)
+def run(
+    paths: list[Path] | Path, out: Path, *, shift: float = 0.0, batch_size: int = 0, **settings: Any
+) -> PredictSummary:
+    paths = [paths] if isinstance(paths, Path) else paths
+    return predict_files(make_predictor(shift, batch_size), paths, out, progress=False, **settings)
 
 
 def files_in(folder: Path) -> list[str]:
@@ -86,7 +98,7 @@ def test_files_become_index_png_and_overlay(tmp_path: Path) -> None:
 
 def test_scores_and_no_overlay(tmp_path: Path) -> None:
     image = write_image(tmp_path / "one.png", 3)
-    run([image], tmp_path / "out", scores=True, overlay=False)
+    run(image, tmp_path / "out", scores=True, overlay=False)
     assert files_in(tmp_path / "out") == ["masks/one.png", "scores/one.npz"]
     with np.load(tmp_path / "out" / "scores" / "one.npz") as written:
         assert written["classes"].tolist() == ["background", *CLASSES]
@@ -96,9 +108,7 @@ def test_scores_and_no_overlay(tmp_path: Path) -> None:
 
 
 def test_folders_keep_their_tree_and_files_are_done_once(tmp_path: Path) -> None:
-    images = tmp_path / "images"
-    write_image(images / "x.png", 1)
-    write_image(images / "deep" / "er" / "x.png", 2)
+    images = write_images(tmp_path / "images", {"x": 1, "deep/er/x": 2})
     (images / "notes.txt").write_text("not an image")
     out = tmp_path / "out"
     summary = run([images, images / "x.png", images / "deep" / ".." / "x.png"], out, overlay=False)
@@ -108,9 +118,8 @@ def test_folders_keep_their_tree_and_files_are_done_once(tmp_path: Path) -> None
 
 
 def test_several_folders_keep_their_names(tmp_path: Path) -> None:
-    write_image(tmp_path / "monday" / "x.png", 1)
-    write_image(tmp_path / "tuesday" / "x.png", 2)
-    run([tmp_path / "monday", tmp_path / "tuesday"], tmp_path / "out", overlay=False)
+    folders = [write_images(tmp_path / "monday", {"x": 1}), write_images(tmp_path / "tuesday", {"x": 2})]
+    run(folders, tmp_path / "out", overlay=False)
     assert files_in(tmp_path / "out") == ["masks/monday/x.png", "masks/tuesday/x.png"]
     assert read_mask(tmp_path / "out" / "masks" / "tuesday" / "x.png").max() == 2
 
@@ -118,22 +127,20 @@ def test_several_folders_keep_their_names(tmp_path: Path) -> None:
 def test_masks_of_an_earlier_call_are_not_images(tmp_path: Path) -> None:
     write_image(tmp_path / "x.png", 1)
     for _ in range(2):
-        summary = run([tmp_path], tmp_path, scores=True)
+        summary = run(tmp_path, tmp_path, scores=True)
         assert summary.written == 1
     assert files_in(tmp_path / "masks") == ["x.png"]
     # Asked for by name, a folder called masks is as good as any.
-    assert run([tmp_path / "masks"], tmp_path / "out").written == 1
+    assert run(tmp_path / "masks", tmp_path / "out").written == 1
 
 
 def test_broken_images_are_reported_and_the_rest_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    images = tmp_path / "images"
-    for i in range(12):
-        write_image(images / f"{i:02d}.png", i % 4)
+    images = write_images(tmp_path / "images", [i % 4 for i in range(12)])
     encoded = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(encoded, "png")
     (images / "03.png").write_bytes(encoded.getvalue()[:1000])
     (images / "07.png").write_bytes(b"")
-    summary = run([images], tmp_path / "out", overlay=False)
+    summary = run(images, tmp_path / "out", overlay=False)
     assert files_in(tmp_path / "out") == [f"masks/{i:02d}.png" for i in range(12) if i not in (3, 7)]
     assert summary.written == 10
     assert str(summary).endswith("; 2 images failed")
@@ -144,22 +151,15 @@ def test_broken_images_are_reported_and_the_rest_is_done(tmp_path: Path, capsys:
 
 
 def test_tags_restrict_each_image(tmp_path: Path) -> None:
-    images = tmp_path / "images"
-    write_image(images / "a.png", 1)
-    write_image(images / "sub" / "b.png", 1)
-    write_image(images / "c.png", 3)
-    tags = {"a": ("cat",), "sub/b": ("dog",), "b": ("cat",), "c": ("cat", "horse")}
-    run([images], tmp_path / "out", tags=tags)
+    images = write_images(tmp_path / "images", {"a": 1, "sub/b": 1, "c": 3, "sub/d": 1})
+    tags = {"a": ("cat",), "sub/b": ("dog",), "b": ("cat",), "c": ("cat", "horse"), "d": ("cat",)}
+    run(images, tmp_path / "out", tags=tags)
     written = tmp_path / "out" / "masks"
     assert read_mask(written / "a.png").min() == 1
     assert 1 not in read_mask(written / "sub" / "b.png")
     assert read_mask(written / "c.png").min() == 3
-
-
-def test_tags_are_found_by_file_name_too(tmp_path: Path) -> None:
-    write_image(tmp_path / "images" / "sub" / "b.png", 1)
-    run([tmp_path / "images"], tmp_path / "out", tags={"b": ("cat",)})
-    assert read_mask(tmp_path / "out" / "masks" / "sub" / "b.png").min() == 1
+    # Found by the file's name.
+    assert read_mask(written / "sub" / "d.png").min() == 1
 
 
 def test_unknown_tag_fails_that_image(tmp_path: Path) -> None:
@@ -187,10 +187,10 @@ def test_messages(tmp_path: Path) -> None:
             run(paths, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
     with pytest.raises(AfaError, match=r"file/masks: .*Not a directory.*choose"):
-        run([image], tmp_path / "file")
+        run(image, tmp_path / "file")
     (tmp_path / "out" / "overlays" / "a.jpg").mkdir(parents=True)
     with pytest.raises(AfaError, match=r"overlays/a\.jpg: .*Is a directory"):
-        run([image], tmp_path / "out")
+        run(image, tmp_path / "out")
 
 
 def test_a_failed_write_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,13 +200,8 @@ def test_a_failed_write_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(masks.np, "savez_compressed", fail)
     image = write_image(tmp_path / "a.png", 1)
     with pytest.raises(AfaError, match=r"scores/a\.npz: .*No space left"):
-        run([image], tmp_path / "out", scores=True)
+        run(image, tmp_path / "out", scores=True)
     assert files_in(tmp_path / "out") == []
-
-
-def run_colors(paths: list[Path], out: Path, *, shift: float = 0.0, **settings: Any) -> PredictSummary:
-    """As `run`, in batches of four."""
-    return predict_files(make_predictor(shift, batch_size=4), paths, out, progress=False, **settings)
 
 
 def test_batches_of_equal_size_write_the_same_files(tmp_path: Path) -> None:
@@ -214,8 +209,8 @@ def test_batches_of_equal_size_write_the_same_files(tmp_path: Path) -> None:
     for i in range(20):
         write_image(images / f"{i:02d}.png", i % 4, size=(40, 50) if i % 3 else (60, 33 + i))
     (images / "04.png").write_bytes(b"broken")
-    one = run([images], tmp_path / "one", scores=True)
-    four = run_colors([images], tmp_path / "four", scores=True)
+    one = run(images, tmp_path / "one", scores=True)
+    four = run(images, tmp_path / "four", batch_size=4, scores=True)
     assert (four.written, four.failed) == (one.written, one.failed) == (19, one.failed)
     names = files_in(tmp_path / "one")
     assert files_in(tmp_path / "four") == names
@@ -227,26 +222,24 @@ def test_batches_of_equal_size_write_the_same_files(tmp_path: Path) -> None:
 
 
 def test_resume_leaves_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    images, out = tmp_path / "images", tmp_path / "out"
-    for i in range(5):
-        write_image(images / f"{i}.png", 1)
-    run([images], out, resume=True)
+    images, out = write_images(tmp_path / "images", dict.fromkeys("01234", 1)), tmp_path / "out"
+    run(images, out, resume=True)
     (out / "masks" / "3.png").unlink()
     write_image(images / "5.png", 2)
     before = {i: (out / "masks" / f"{i}.png").stat().st_mtime_ns for i in (0, 1, 2, 4)}
     capsys.readouterr()
-    summary = run([images], out, resume=True)
+    summary = run(images, out, resume=True)
     assert (summary.written, summary.skipped) == (2, 4)
     assert {i: (out / "masks" / f"{i}.png").stat().st_mtime_ns for i in before} == before
     assert read_mask(out / "masks" / "5.png").max() == 2
     assert re.fullmatch(rf"{out / 'masks'}: 4 of 6 masks .*left.*\n", capsys.readouterr().err)
     # Without it, everything is done anew.
-    assert run([images], out).written == 6
+    assert run(images, out).written == 6
 
 
 def test_resume_does_not_mix_networks_or_settings(tmp_path: Path) -> None:
     image, out = write_image(tmp_path / "a.png", 1), tmp_path / "out"
-    run_colors([image], out)
+    run(image, out)
     stamp = json.loads((out / STAMP).read_text())
     assert {"weights", "classes", "protocol", "precision", "max_side"} < stamp.keys()
     for settings, found in (
@@ -255,13 +248,13 @@ def test_resume_does_not_mix_networks_or_settings(tmp_path: Path) -> None:
         ({"overlay": False}, r"overlay was true .* false now"),
     ):
         with pytest.raises(AfaError, match=found) as caught:
-            run_colors([image], out, resume=True, **settings)
+            run(image, out, resume=True, **settings)
         assert str(caught.value).startswith(f"{out / STAMP}: ")
         assert "without --resume" in str(caught.value)
         assert "\n" not in str(caught.value)
     assert json.loads((out / STAMP).read_text()) == stamp
-    assert run_colors([image], out, shift=1.0).written == 1
-    assert run_colors([image], out, shift=1.0, resume=True).skipped == 1
+    assert run(image, out, shift=1.0).written == 1
+    assert run(image, out, shift=1.0, resume=True).skipped == 1
 
 
 def test_resume_redoes_masks_that_are_older_than_the_stamp(tmp_path: Path) -> None:
@@ -276,18 +269,17 @@ def test_resume_redoes_masks_that_are_older_than_the_stamp(tmp_path: Path) -> No
 
 def test_resume_needs_a_stamp(tmp_path: Path) -> None:
     image, out = write_image(tmp_path / "a.png", 1), tmp_path / "out"
-    run([image], out)
+    run(image, out)
     (out / STAMP).write_text("{")
     with pytest.raises(AfaError, match=r"predict\.json: broken; .*--resume"):
-        run([image], out, resume=True)
+        run(image, out, resume=True)
     (out / STAMP).unlink()
     with pytest.raises(AfaError, match=r"predict\.json: missing, .*masks in "):
-        run([image], out, resume=True)
+        run(image, out, resume=True)
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [write_image(tmp_path / f"{i:02d}.png", 1) for i in range(40)]
-    out = tmp_path / "out"
+    paths, out = write_images(tmp_path / "images", [1] * 40), tmp_path / "out"
     write, lock, left = masks.write_index_png, threading.Lock(), 13
 
     def write_while_there_is_space(path: Path, label: np.ndarray) -> None:
@@ -300,15 +292,15 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(masks, "write_index_png", write_while_there_is_space)
     with refused("(No space left on device); free space; 13 masks", "27 missing; ", "--resume"):
-        run_colors(paths, out, overlay=False)
+        run(paths, out, batch_size=4, overlay=False)
     assert len(files_in(out)) == 13
     left = 100
-    summary = run_colors(paths, out, overlay=False, resume=True)
+    summary = run(paths, out, batch_size=4, overlay=False, resume=True)
     assert (summary.written, summary.skipped) == (27, 13)
 
 
 def test_reading_does_not_run_away_from_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [write_image(tmp_path / f"{i:03d}.png", 1, size=(32, 32)) for i in range(150)]
+    paths = write_images(tmp_path / "images", [1] * 150, size=(32, 32))
     counts, lock = {"read": 0, "written": 0, "ahead": 0}, threading.Lock()
     read, write = predictor.read_image, masks.write_index_png
 
@@ -326,14 +318,13 @@ def test_reading_does_not_run_away_from_writing(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(predictor, "read_image", count_read)
     monkeypatch.setattr(masks, "write_index_png", write_slowly)
-    run_colors(paths, tmp_path / "out", overlay=False)
+    run(paths, tmp_path / "out", batch_size=4, overlay=False)
     assert counts["written"] == 150
     assert counts["ahead"] < 60
 
 
 def tagged_images(root: Path, colors: dict[str, int]) -> TaggedImages:
-    for name, color in colors.items():
-        write_image(root / "JPEGImages" / f"{name}.png", color)
+    write_images(root / "JPEGImages", colors)
     (root / "lists").mkdir()
     (root / "classes.txt").write_text("\n".join(CLASSES))
     (root / "lists" / "train.txt").write_text("\n".join(colors))
@@ -392,11 +383,7 @@ def test_pseudo_labels_resume(
     summary = run_pseudo(images, out, overlay=True)
     assert len(pseudo_calls) == 4
     assert (out / "masks" / "a.png").stat().st_mtime_ns == before
-    assert files_in(out) == [f"{kind}" for kind in ("masks/a.png", "masks/b.png", "masks/c.png")] + [
-        "overlays/a.jpg",
-        "overlays/b.jpg",
-        "overlays/c.jpg",
-    ]
+    assert files_in(out) == [*(f"masks/{name}.png" for name in "abc"), *(f"overlays/{name}.jpg" for name in "abc")]
     assert (summary.written, summary.skipped) == (1, 2)
     assert re.search(r"2 were there .*\(delete", str(summary))
     assert re.fullmatch(rf"{out / 'masks'}: 2 of 3 masks .*left.*\n", capsys.readouterr().err)

@@ -14,8 +14,10 @@ from afa.config import Config, EvaluationConfig
 from afa.errors import AfaError
 from afa.evaluation.protocols import LogitMaps, seg_logits
 from afa.inference.predictor import Prediction, Predictor, image_array
+from afa.runs.build import load_run
 from afa.types import NetworkOutput
 from mistakes import refused
+from tiny import write_untrained
 
 CLASSES = ("cat", "dog", "horse")
 
@@ -81,12 +83,8 @@ def test_path_pillow_and_array_are_the_same(tmp_path: Path) -> None:
     image = random_image(40, 50)
     Image.fromarray(image).save(tmp_path / "image.png")
     expected = predictor()(image)
-    for kind in (
-        tmp_path / "image.png",
-        str(tmp_path / "image.png"),
-        Image.fromarray(image),
-        np.asarray(Image.fromarray(image)),
-    ):
+    path, picture = tmp_path / "image.png", Image.fromarray(image)
+    for kind in (path, str(path), picture, np.asarray(picture)):
         np.testing.assert_array_equal(predictor()(kind).scores, expected.scores)
 
 
@@ -195,24 +193,13 @@ def test_lists_are_checked() -> None:
 
 
 def test_from_run(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    from afa.config import config_to_toml, load_config
-    from afa.runs.build import build_network
-
-    settings = {"model.backbone": "mit_tiny", "model.weights": "", "model.decoder_width": 8}
-    config = load_config(None, {**settings, "evaluation.protocol": "multiscale"})
-    torch.manual_seed(0)
-    network = build_network(config.model, 3, pretrained=False).eval()
-    (tmp_path / "config.toml").write_text(config_to_toml(config))
-    (tmp_path / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
-    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    write_untrained(tmp_path, CLASSES, {"evaluation.protocol": "multiscale"})
     loaded = Predictor.from_run(tmp_path, device="cpu", protocol="single")
     assert loaded.classes == CLASSES
     assert loaded.protocol == "single"
     assert Predictor.from_run(str(tmp_path), device="cpu").protocol == "multiscale"
     image = random_image(48, 64)
-    expected = Predictor(network, CLASSES)(image)
+    expected = Predictor(load_run(tmp_path, torch.device("cpu")).network, CLASSES)(image)
     np.testing.assert_array_equal(loaded(image).scores, expected.scores)
 
 
