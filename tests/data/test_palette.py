@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import tarfile
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -80,18 +80,17 @@ def test_index_png_round_trip(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["a.png"]
 
 
-def test_index_png_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_png_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     old = np.ones((2, 2), dtype=np.uint8)
     write_index_png(path, old)
-
-    def full_disk(image: Image.Image, target: BinaryIO, **options: object) -> None:
-        target.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Image.Image, "save", full_disk)
-    with pytest.raises(AfaError, match=r"a\.png: .*No space left"):
-        write_index_png(path, np.zeros((2, 2), dtype=np.uint8))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(AfaError, match=r"a\.png: .*too large"):
+            write_index_png(path, np.zeros((2, 2), dtype=np.uint8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
     with Image.open(path) as image:
         np.testing.assert_array_equal(np.asarray(image), old)
