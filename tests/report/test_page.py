@@ -8,7 +8,6 @@ from typing import Any
 
 from afa.report.collect import collect_report, read_metrics
 from afa.report.page import collect_page, read_examples, write_report
-from mistakes import refused
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -118,9 +117,3 @@ def test_interrupted_run(full: Path) -> None:
 def test_many_classes_leave_the_legend_to_those_tagged(full: Path) -> None:
     (full / "classes.txt").write_text("".join(f"class{i}\n" for i in range(40)) + "cat\n")
     assert [name for name, _ in shown(full)["colors"]] == ["cat"]
-
-
-def test_not_a_run_folder(tmp_path: Path) -> None:
-    with refused("not a run folder"):
-        write_report(tmp_path)
-    assert list(tmp_path.iterdir()) == []
