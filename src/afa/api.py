@@ -17,7 +17,7 @@ from afa.data.layout import find_layout
 from afa.data.tags import read_tags
 from afa.errors import AfaError
 from afa.evaluation import evaluate as evaluation
-from afa.evaluation.evaluate import EvaluationResult
+from afa.evaluation.evaluate import EvaluationResult, first_images
 from afa.evaluation.protocols import CRF
 from afa.evaluation.tags import TagResult, evaluate_tags
 from afa.formats.write import mask_items, parse_formats, write_format
@@ -138,7 +138,8 @@ def evaluate(
         AfaError: As `afa.evaluation.evaluate.evaluate`; not a run folder; the data set is missing or broken.
     """
     run = Path(run)
-    config = run_config(run, overrides, data=data)
+    protocols = {} if protocol is None else {"evaluation.protocol": protocol}
+    config = run_config(run, overrides | protocols, data=data)
     device = pick_device(config.train.device)
     with process_group(device) as processes:
         loaded = load_run(run, device)
@@ -148,28 +149,20 @@ def evaluate(
                 say(f"{layout.root}: no masks, so nothing tells the mIoU; the tags are scored")
             return evaluate_tags(
                 loaded.network,
-                layout.validation(list_file=list_file),
-                config=config,
-                device=device,
-                protocol=protocol,
-                precision=config.train.precision,
-                limit=limit,
+                first_images(layout.validation(list_file=list_file), limit),
+                config,
                 processes=processes,
                 progress=progress,
             )
         return evaluation.evaluate(
             loaded.network,
-            layout.scored(list_file=list_file),
-            config=config,
+            first_images(layout.scored(list_file=list_file), limit),
+            config,
             labels=labels,
-            protocol=protocol,
-            device=device,
-            limit=limit,
-            progress=progress and processes.is_main,
-            batch_size=config.evaluation.batch_size,
             refine=refine,
             boundary=boundary,
-            precision=config.train.precision,
+            processes=processes,
+            progress=progress,
         )
 
 

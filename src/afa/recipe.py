@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from afa.check.tags import check_fast
 from afa.config import Config, load_config
 from afa.data.layout import Layout, find_layout
@@ -57,7 +55,7 @@ def train_and_report(config: Config, run: Path, *, resume: bool = False, progres
         result = train(config, data, run, device=device, processes=processes, resume=resume, progress=progress)
         scored = open_validation(config, data)
         if scored is None:
-            _score_tags(config, data, run, result.network, device=device, processes=processes, progress=progress)
+            _score_tags(config, data, run, result.network, processes=processes, progress=progress)
         else:
             tagged = all(scored.has_tags(index) for index in range(len(scored)))
             if not tagged and processes.is_main:
@@ -66,11 +64,9 @@ def train_and_report(config: Config, run: Path, *, resume: bool = False, progres
                 figures = evaluate(
                     result.network,
                     scored,
-                    config=config,
+                    config,
                     labels=labels,
-                    device=device,
-                    precision=config.train.precision,
-                    batch_size=config.evaluation.batch_size,
+                    processes=processes,
                     progress=progress,
                 )
                 if processes.is_main:
@@ -107,7 +103,6 @@ def _score_tags(
     run: Path,
     network: AfaNetwork,
     *,
-    device: torch.device,
     processes: Processes,
     progress: bool,
 ) -> None:
@@ -123,9 +118,7 @@ def _score_tags(
     figures = evaluate_tags(
         network,
         images,
-        config=config,
-        device=device,
-        precision=config.train.precision,
+        config,
         processes=processes,
         progress=progress,
     )

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, distributed, multiprocessing, nn
 
-from afa.config import Config, DataConfig
+from afa.config import Config, DataConfig, EvaluationConfig, PseudoConfig
 from afa.data.palette import write_index_png
 from afa.data.voc import ScoredImages, open_scored
 from afa.errors import AfaError
@@ -21,14 +22,14 @@ from afa.evaluation.evaluate import (
     BATCH_PIXELS,
     EvaluationResult,
     evaluate,
+    first_images,
     group_by_size,
     resolve_batch_size,
 )
-from afa.runtime import read_ahead
+from afa.runtime import Processes, read_ahead
 from afa.types import IMAGE_MEAN, IMAGE_STD, NetworkOutput
 from mistakes import refused
 
-CPU = torch.device("cpu")
 CLASSES = ("cat", "dog", "horse")
 # Per image: the class that its color says, its tags, and the classes of the four quarters of its mask.
 IMAGES: dict[str, tuple[int, str | None, tuple[int, int, int, int]]] = {
@@ -82,8 +83,10 @@ def mask_of(height: int, width: int, quarters: tuple[int, int, int, int]) -> np.
 
 
 def run(images: ScoredImages, **settings: Any) -> EvaluationResult:
-    settings = {"config": Config(), "device": CPU, "progress": False, **settings}
-    return evaluate(ColorNetwork(), images, **settings)  # type: ignore[arg-type]
+    config, limit = settings.pop("config", Config()), settings.pop("limit", None)
+    evaluation = replace(config.evaluation, **{key: settings.pop(key) for key in ("protocol",) if key in settings})
+    config = replace(config, evaluation=evaluation)
+    return evaluate(ColorNetwork(), first_images(images, limit), config, progress=False, **settings)  # type: ignore[arg-type]
 
 
 def expected_matrix(names: list[str]) -> np.ndarray:
@@ -95,8 +98,8 @@ def expected_matrix(names: list[str]) -> np.ndarray:
     return matrix
 
 
-@pytest.mark.parametrize("protocol", [None, "single", "multiscale"])
-def test_segmentation_figures(tmp_path: Path, protocol: str | None) -> None:
+@pytest.mark.parametrize("protocol", ["single", "multiscale"])
+def test_segmentation_figures(tmp_path: Path, protocol: str) -> None:
     result = run(write_data(tmp_path), protocol=protocol)
     matrix = expected_matrix(list(IMAGES))
     np.testing.assert_array_equal(result.matrix, matrix)
@@ -109,7 +112,7 @@ def test_segmentation_figures(tmp_path: Path, protocol: str | None) -> None:
         "dog": pytest.approx(ious[2]),
         "horse": None,
     }
-    assert (result.protocol, result.labels, result.num_images) == (protocol or "single", "seg", 5)
+    assert (result.protocol, result.labels, result.num_images) == (protocol, "seg", 5)
     # Classifier: a cat, b dog, c nothing, d dog, e cat -> 3 hits of 4 found and 6 true tags.
     assert result.extras == {"tag_f1": pytest.approx(100 * 2 * 3 / (4 + 6))}
 
@@ -131,7 +134,7 @@ def test_json_has_the_promised_keys_rounded(tmp_path: Path) -> None:
 def test_one_pass_per_image_and_the_mode_is_restored(tmp_path: Path) -> None:
     network = ColorNetwork().train()
     images = write_data(tmp_path)
-    evaluate(network, images, config=Config(), device=CPU, progress=False)  # type: ignore[arg-type]
+    evaluate(network, images, Config(), progress=False)  # type: ignore[arg-type]
     assert network.training
     assert network.num_calls == len(IMAGES)
 
@@ -150,15 +153,15 @@ def test_masks_without_labeled_pixels_give_null(tmp_path: Path) -> None:
     assert result.to_json()["miou"] is None
 
 
-def fake_pseudo_label(monkeypatch: pytest.MonkeyPatch, value: int) -> list[dict[str, Any]]:
+def fake_pseudo_labels(monkeypatch: pytest.MonkeyPatch, value: int) -> list[dict[str, Any]]:
     """Let pseudo labels be `value` on the left half and background on the right."""
     calls: list[dict[str, Any]] = []
 
     def pseudo_labels(
-        network: object, images: list[Tensor], tags: list[np.ndarray], **settings: Any
+        network: object, images: list[Tensor], tags: list[np.ndarray], config: Config, **settings: Any
     ) -> Iterator[Tensor]:
         for image, image_tags in zip(images, tags, strict=True):
-            calls.append({"tags": image_tags.tolist(), **settings})
+            calls.append({"tags": image_tags.tolist(), "config": config, **settings})
             label = torch.zeros(image.shape[:2], dtype=torch.int64)
             label[:, : image.shape[1] // 2] = value
             yield label
@@ -169,12 +172,12 @@ def fake_pseudo_label(monkeypatch: pytest.MonkeyPatch, value: int) -> list[dict[
 
 @pytest.mark.parametrize("labels", ["cam", "propagated"])
 def test_cam_labels_get_the_true_tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: str) -> None:
-    calls = fake_pseudo_label(monkeypatch, 1)
-    config = Config()
+    calls = fake_pseudo_labels(monkeypatch, 1)
+    config = replace(Config(), pseudo=PseudoConfig(iterations=3))
     result = run(write_data(tmp_path), labels=labels, config=config, refine=True, limit=2)
     assert [call["tags"] for call in calls] == [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
     assert {(call["kind"], call["refine"]) for call in calls} == {(labels, True)}
-    assert all(call["config"] is config.pseudo for call in calls)
+    assert all(call["config"] == config for call in calls)
     # Quarters of a: 1 1 / 0 ignored against 1 0 / 1 0; of b: 2 0 / 0 0 against the same.
     first, second = 20 * 30, 22 * 28
     expected = [[second * 2, first + second, 0, 0], [first, first, 0, 0], [0, second, 0, 0], [0, 0, 0, 0]]
@@ -184,7 +187,7 @@ def test_cam_labels_get_the_true_tags(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_uncertain_pixels_are_not_scored_but_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_pseudo_label(monkeypatch, 255)
+    fake_pseudo_labels(monkeypatch, 255)
     result = run(write_data(tmp_path), labels="refined", limit=1)
     # Quarters of a: 1 1 / 0 ignored. The right half is decided, as background: one wrong, one ignored.
     assert result.matrix.sum() == result.matrix[1, 0] == 20 * 30
@@ -198,7 +201,7 @@ def test_real_pseudo_labels_are_scored(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = build_network(ModelConfig(backbone="mit_tiny", weights="", decoder_width=8), 3)
     images = write_data(tmp_path)
-    result = evaluate(network, images, config=Config(), device=CPU, labels="propagated", limit=2, progress=False)
+    result = evaluate(network, first_images(images, 2), Config(), labels="propagated", progress=False)
     assert result.matrix.sum() == expected_matrix(["a", "b"]).sum()
     assert result.matrix[:, 3].sum() == 0  # No image is tagged horse.
 
@@ -226,7 +229,7 @@ def test_other_classes(tmp_path: Path) -> None:
     network = ColorNetwork()
     network.num_classes = 20
     with refused("20 classes", "data set 3; evaluate"):
-        evaluate(network, images, config=Config(), device=CPU, progress=False)  # type: ignore[arg-type]
+        evaluate(network, images, Config(), progress=False)  # type: ignore[arg-type]
 
 
 def test_no_mask_folder(tmp_path: Path) -> None:
@@ -279,12 +282,12 @@ def test_batches_give_the_figures_of_single_images(tmp_path: Path, labels: str) 
     torch.manual_seed(0)
     network = build_network(ModelConfig(backbone="mit_tiny", weights="", decoder_width=8), 3)
     images = write_sizes(tmp_path, [(40, 50), (50, 40), (40, 50), (64, 33), (40, 50), (50, 40), (40, 50)])
-    settings: dict[str, Any] = {"config": Config(), "device": CPU, "labels": labels, "progress": False}
+    settings: dict[str, Any] = {"labels": labels, "progress": False}
     sizes: list[int] = []
     network.backbone.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
-    one = evaluate(network, images, **settings, batch_size=1)
+    one = evaluate(network, images, Config(evaluation=EvaluationConfig(batch_size=1)), **settings)
     count = len(sizes)
-    three = evaluate(network, images, **settings, batch_size=3)
+    three = evaluate(network, images, Config(evaluation=EvaluationConfig(batch_size=3)), **settings)
     np.testing.assert_array_equal(three.matrix, one.matrix)
     assert three.extras == one.extras
     assert three.num_images == one.num_images == 7
@@ -350,7 +353,7 @@ def test_automatic_batch_size() -> None:
 def _score_shard(rank: int, root: str) -> None:
     distributed.init_process_group("gloo", f"file://{root}/rendezvous", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    result = run(open_scored(DataConfig(root=root)))
+    result = run(open_scored(DataConfig(root=root)), processes=Processes(rank, 2))
     Path(root, f"rank{rank}.json").write_text(json.dumps([result.matrix.tolist(), result.to_json()]))
     distributed.destroy_process_group()
 

@@ -1,6 +1,5 @@
 """Sizes, scales and fusion of the protocols, seen through networks that report what they were given."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,18 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from afa.config import EvaluationConfig, ModelConfig, PseudoConfig
+from afa.config import Config, EvaluationConfig, ModelConfig, PseudoConfig
 from afa.errors import AfaError
 from afa.evaluation import protocols
 from afa.evaluation.protocols import (
-    dense_logits,
     group_sizes,
     image_tensor,
     logit_maps,
-    pseudo_label,
     pseudo_labels,
     pseudo_sizes,
-    seg_logits,
     view_sizes,
 )
 from afa.filtering.crf import CrfSettings, dense_crf
@@ -57,15 +53,29 @@ def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def run_spy(image: np.ndarray, protocol: str, **settings: Any) -> tuple[SpyNetwork, Tensor]:
+def with_settings(pseudo: dict[str, Any] | None = None, **evaluation: Any) -> Config:
+    return Config(evaluation=EvaluationConfig(**evaluation), pseudo=PseudoConfig(**(pseudo or {})))
+
+
+def seg_logits(network: Any, image: np.ndarray, config: Config) -> Tensor:
+    """(K, H, W) logits of one image at its size."""
+    (maps,) = logit_maps(network, [image], config)
+    return maps.enlarge((image.shape[0], image.shape[1]))
+
+
+def pseudo_label(network: Any, image: np.ndarray, tags: list[int], config: Config, **settings: Any) -> Tensor:
+    (label,) = pseudo_labels(network, [image], [np.array(tags, dtype=np.float32)], config, **settings)
+    return label
+
+
+def run_spy(image: np.ndarray, **settings: Any) -> tuple[SpyNetwork, Tensor]:
     network = SpyNetwork()
-    logits = seg_logits(network, image, protocol=protocol, config=EvaluationConfig(**settings))
-    return network, logits
+    return network, seg_logits(network, image, with_settings(**settings))
 
 
 def test_single_is_one_pass_at_native_size() -> None:
     image = random_image(45, 70)
-    network, logits = run_spy(image, "single")
+    network, logits = run_spy(image)
     (view,) = network.views
     assert torch.equal(view, normalize_image(image_tensor(image, device=torch.device("cpu"))))
     assert logits.shape == (3, 45, 70)
@@ -75,20 +85,20 @@ def test_single_is_one_pass_at_native_size() -> None:
 
 
 def test_short_side_scales_the_view_and_not_the_logits() -> None:
-    network, logits = run_spy(random_image(50, 100), "single", short_side=64)
+    network, logits = run_spy(random_image(50, 100), short_side=64)
     assert network.views[0].shape == (1, 3, 64, 128)
     assert logits.shape == (3, 50, 100)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 50), (31, 32)])
 def test_small_images_are_stretched_to_32_pixels(size: tuple[int, int]) -> None:
-    network, logits = run_spy(random_image(*size), "single")
+    network, logits = run_spy(random_image(*size))
     assert network.views[0].shape[2:] == (max(32, size[0]), max(32, size[1]))
     assert logits.shape == (3, *size)
 
 
 def test_multiscale_runs_each_scale_with_its_flip() -> None:
-    network, logits = run_spy(random_image(40, 80), "multiscale", long_side=128, scales=(1.0, 0.5, 0.75))
+    network, logits = run_spy(random_image(40, 80), protocol="multiscale", long_side=128, scales=(1.0, 0.5, 0.75))
     assert [tuple(view.shape) for view in network.views] == [(2, 3, 64, 128), (2, 3, 32, 64), (2, 3, 48, 96)]
     for view in network.views:
         assert torch.equal(view[1], view[0].flip(-1))
@@ -97,7 +107,7 @@ def test_multiscale_runs_each_scale_with_its_flip() -> None:
 
 def test_multiscale_is_the_maximum_over_scales_of_the_mean_over_flips() -> None:
     image = random_image(40, 80)
-    network, logits = run_spy(image, "multiscale", long_side=96, scales=(1.0, 0.75))
+    network, logits = run_spy(image, protocol="multiscale", long_side=96, scales=(1.0, 0.75))
     passes = []
     for view in network.views:
         again = SpyNetwork()(view, segmentation=True, affinity=False).seg_logits
@@ -111,24 +121,23 @@ def test_multiscale_is_the_maximum_over_scales_of_the_mean_over_flips() -> None:
 
 def test_image_logits_come_from_the_same_passes() -> None:
     network = SpyNetwork()
-    config = EvaluationConfig(long_side=64, scales=(1.0, 0.5))
-    logits = dense_logits(network, random_image(32, 64), protocol="multiscale", config=config)
+    config = with_settings(protocol="multiscale", long_side=64, scales=(1.0, 0.5))
+    (maps,) = logit_maps(network, [random_image(32, 64)], config)
     means = [(view.mean((2, 3))[:, :2] * (i + 1)).mean(0) for i, view in enumerate(network.views)]
-    torch.testing.assert_close(logits.image, torch.maximum(*means))
+    torch.testing.assert_close(maps.image, torch.maximum(*means))
     assert len(network.views) == 2
 
 
-def test_out_size_and_read_only_or_flipped_arrays() -> None:
+def test_other_sizes_and_read_only_or_flipped_arrays() -> None:
     image = random_image(40, 40)
     image.flags.writeable = False
-    config = EvaluationConfig()
-    logits = dense_logits(SpyNetwork(), image[:, ::-1], protocol="single", config=config, out_size=(11, 13))
-    assert logits.segmentation.shape == (3, 11, 13)
+    (maps,) = logit_maps(SpyNetwork(), [image[:, ::-1]], Config())
+    assert maps.enlarge((11, 13)).shape == (3, 11, 13)
 
 
 def test_unknown_protocol_lists_the_known_ones() -> None:
     with pytest.raises(AfaError, match=r"^protocol is 'crf'; use .*single\+crf"):
-        run_spy(random_image(32, 32), "crf")
+        run_spy(random_image(32, 32), protocol="crf")
 
 
 class FakePipeline:
@@ -147,13 +156,12 @@ class FakePipeline:
 def test_pseudo_label_asks_for_the_kind_at_native_size(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = FakePipeline()
     monkeypatch.setattr(protocols, "infer_pseudo", pipeline)
-    image, tags = random_image(70, 90), np.array([0.0, 1.0], dtype=np.float32)
-    config = PseudoConfig()
-    label = pseudo_label(SpyNetwork(), image, tags, kind="propagated", config=config, refine=True)
+    config = Config()
+    label = pseudo_label(SpyNetwork(), random_image(70, 90), [0, 1], config, kind="propagated", refine=True)
     (call,) = pipeline.calls
     assert call["want"] == ("propagated_label",)
     assert call["refined"] is True
-    assert call["config"] is config
+    assert call["config"] is config.pseudo
     assert call["tags"].tolist() == [[0.0, 1.0]]
     assert call["image"].shape == (1, 3, 70, 90)
     assert float(call["image"].max()) <= 1.0
@@ -163,8 +171,8 @@ def test_pseudo_label_asks_for_the_kind_at_native_size(monkeypatch: pytest.Monke
 def test_pseudo_label_of_a_small_image_has_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = FakePipeline()
     monkeypatch.setattr(protocols, "infer_pseudo", pipeline)
-    config = PseudoConfig(scales=(1.0, 0.5))
-    label = pseudo_label(SpyNetwork(), random_image(16, 100), np.ones(2), kind="cam", config=config)
+    config = with_settings({"scales": (1.0, 0.5)})
+    label = pseudo_label(SpyNetwork(), random_image(16, 100), [1, 1], config, kind="cam")
     assert pipeline.calls[0]["image"].shape == (1, 3, 64, 100)
     assert label.shape == (16, 100)
     assert label.dtype == torch.int64
@@ -172,20 +180,14 @@ def test_pseudo_label_of_a_small_image_has_its_size(monkeypatch: pytest.MonkeyPa
 
 def test_unknown_pseudo_label_lists_the_known_ones() -> None:
     with pytest.raises(AfaError, match=r"^labels is 'seg'; use .*refined"):
-        pseudo_label(SpyNetwork(), random_image(9, 9), np.ones(2), kind="seg", config=PseudoConfig())
+        pseudo_label(SpyNetwork(), random_image(9, 9), [1, 1], Config(), kind="seg")
 
 
 @pytest.mark.parametrize("kind", ["cam", "propagated", "initial", "refined"])
 @pytest.mark.parametrize("size", [(9, 40), (65, 50)])
 def test_every_pseudo_label_of_a_real_network(kind: str, size: tuple[int, int]) -> None:
-    from afa.runs.build import build_network
-
-    torch.manual_seed(0)
-    network = build_network(ModelConfig(backbone="mit_tiny", weights="", decoder_width=8), 3)
-    network.train()
-    label = pseudo_label(
-        network, random_image(*size), np.array([1, 0, 1]), kind=kind, config=PseudoConfig(iterations=2)
-    )
+    network = real_network().train()
+    label = pseudo_label(network, random_image(*size), [1, 0, 1], with_settings({"iterations": 2}), kind=kind)
     assert label.shape == size
     # Class 2 is not tagged; only the labels that training learns from have uncertain pixels.
     allowed = {0, 1, 3} if kind in ("cam", "propagated") else {0, 1, 3, 255}
@@ -207,26 +209,27 @@ SAME_VIEWS = [random_image(64, 96, seed=1), random_image(32, 48, seed=2), random
 @pytest.mark.parametrize("protocol", ["single", "multiscale"])
 def test_a_batch_equals_its_images_one_by_one(protocol: str) -> None:
     network = real_network()
-    config = EvaluationConfig(short_side=64, long_side=96, scales=(1.0, 0.5))
-    batch = logit_maps(network, SAME_VIEWS, protocol=protocol, config=config)
+    config = with_settings(protocol=protocol, short_side=64, long_side=96, scales=(1.0, 0.5))
+    batch = logit_maps(network, SAME_VIEWS, config)
     for image, maps in zip(SAME_VIEWS, batch, strict=True):
-        alone = dense_logits(network, image, protocol=protocol, config=config)
         size = image.shape[0], image.shape[1]
-        torch.testing.assert_close(maps.enlarge(size), alone.segmentation, rtol=0, atol=1e-5)
+        (alone,) = logit_maps(network, [image], config)
+        logits = alone.enlarge(size)
+        torch.testing.assert_close(maps.enlarge(size), logits, rtol=0, atol=1e-5)
         torch.testing.assert_close(maps.image, alone.image, rtol=0, atol=1e-5)
-        assert (maps.label(size) == alone.segmentation.argmax(0)).float().mean() > 0.9999
-        torch.testing.assert_close(maps.scores(size), alone.segmentation.softmax(0), rtol=0, atol=1e-6)
+        assert (maps.label(size) == logits.argmax(0)).float().mean() > 0.9999
+        torch.testing.assert_close(maps.scores(size), logits.softmax(0), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["cam", "propagated", "initial", "refined"])
 def test_a_batch_of_pseudo_labels_equals_one_by_one(kind: str) -> None:
     network = real_network()
     # The first image has one tag more than the others: their spare slots must not show.
-    tags = [np.array(row, dtype=np.float32) for row in ([1, 0, 1], [0, 1, 0], [0, 0, 1])]
-    settings: dict[str, Any] = {"kind": kind, "config": PseudoConfig(iterations=2), "short_side": 64}
-    batch = pseudo_labels(network, SAME_VIEWS, tags, **settings)
+    tags = [[1, 0, 1], [0, 1, 0], [0, 0, 1]]
+    config = with_settings({"iterations": 2}, short_side=64)
+    batch = pseudo_labels(network, SAME_VIEWS, [np.array(row) for row in tags], config, kind=kind)
     for image, image_tags, label in zip(SAME_VIEWS, tags, batch, strict=True):
-        alone = pseudo_label(network, image, image_tags, **settings)
+        alone = pseudo_label(network, image, image_tags, config, kind=kind)
         assert label.shape == alone.shape == image.shape[:2]
         assert label.dtype == torch.int64
         assert (label == alone).float().mean() > 0.9999
@@ -235,10 +238,10 @@ def test_a_batch_of_pseudo_labels_equals_one_by_one(kind: str) -> None:
 @pytest.mark.parametrize("size", [(45, 70), (7, 300), (480, 320)])
 @pytest.mark.parametrize("protocol", ["single", "multiscale"])
 def test_view_sizes_are_those_that_the_network_sees(size: tuple[int, int], protocol: str) -> None:
-    settings: dict[str, Any] = {"short_side": 50, "long_side": 100, "scales": (1.0, 0.5, 0.75)}
-    network, _ = run_spy(random_image(*size), protocol, **settings)
+    settings: dict[str, Any] = {"short_side": 50, "long_side": 100, "scales": (1.0, 0.5, 0.75), "protocol": protocol}
+    network, _ = run_spy(random_image(*size), **settings)
     seen = tuple((view.shape[2], view.shape[3]) for view in network.views)
-    assert view_sizes(size, protocol=protocol, config=EvaluationConfig(**settings)) == seen
+    assert view_sizes(size, with_settings(**settings)) == seen
 
 
 def test_pseudo_sizes_are_those_that_the_network_sees(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,17 +251,9 @@ def test_pseudo_sizes_are_those_that_the_network_sees(monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         network, "score", lambda view, affinity: (seen.append(view.shape[2:]), score(view, affinity))[1]
     )
-    config = PseudoConfig(scales=(1.0, 0.5, 1.5), iterations=1)
-    pseudo_label(network, random_image(40, 90), np.array([1, 0, 0]), kind="cam", config=config, short_side=48)
-    assert (
-        pseudo_sizes((40, 90), config=config, short_side=48)
-        == tuple(dict.fromkeys(seen))
-        == (
-            (64, 108),
-            (32, 54),
-            (96, 162),
-        )
-    )
+    config = with_settings({"scales": (1.0, 0.5, 1.5), "iterations": 1}, short_side=48)
+    pseudo_label(network, random_image(40, 90), [1, 0, 0], config, kind="cam")
+    assert pseudo_sizes((40, 90), config) == tuple(dict.fromkeys(seen)) == ((64, 108), (32, 54), (96, 162))
 
 
 @pytest.mark.parametrize("protocol", ["single", "multiscale"])
@@ -266,7 +261,7 @@ def test_segmentation_never_looks_at_the_values(protocol: str) -> None:
     """Tensors without values stand in for those of a GPU, which would have to be waited for."""
     network = real_network().to("meta")
     images = [random_image(40, 50), random_image(40, 50)]
-    for maps in logit_maps(network, images, protocol=protocol, config=EvaluationConfig(long_side=64)):
+    for maps in logit_maps(network, images, with_settings(protocol=protocol, long_side=64)):
         restricted = maps.allow(np.array([True, True, False, False]))
         assert restricted.label((40, 50)).is_meta
         assert restricted.scores((40, 50)).is_meta
@@ -275,9 +270,10 @@ def test_segmentation_never_looks_at_the_values(protocol: str) -> None:
 @pytest.mark.parametrize("base", ["single", "multiscale"])
 def test_crf_refines_the_softmax_of_the_enlarged_logits(base: str) -> None:
     network, image = real_network(), smooth_image(48, 60)
-    config = EvaluationConfig(short_side=40, long_side=64, scales=(1.0, 0.5))
-    (maps,) = logit_maps(network, [image], protocol=f"{base}+crf", config=config)
-    before = seg_logits(network, image, protocol=base, config=config).softmax(0)
+    settings: dict[str, Any] = {"short_side": 40, "long_side": 64, "scales": (1.0, 0.5)}
+    (maps,) = logit_maps(network, [image], with_settings(protocol=f"{base}+crf", **settings))
+    (plain,) = logit_maps(network, [image], with_settings(protocol=base, **settings))
+    before = plain.scores((48, 60))
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     settings = CrfSettings(
         iterations=10, gaussian_weight=3, gaussian_xy=3, bilateral_weight=4, bilateral_xy=64, bilateral_rgb=5
@@ -285,7 +281,6 @@ def test_crf_refines_the_softmax_of_the_enlarged_logits(base: str) -> None:
     expected = dense_crf(before[None], pixels, settings)[0]
     torch.testing.assert_close(maps.scores((48, 60)), expected, rtol=0, atol=1e-5)
     assert (expected - before).abs().max() > 0.02
-    plain = logit_maps(network, [image], protocol=base, config=config)[0]
     assert torch.equal(maps.image, plain.image)
 
 
@@ -313,13 +308,8 @@ def test_classes_ruled_out_stay_out_of_the_crf() -> None:
     network, image = real_network(), smooth_image(40, 48)
     allowed = np.array([True, False, True, False])
     for classes in (allowed, None):
-        (maps,) = logit_maps(
-            network,
-            [image],
-            protocol="single+crf",
-            config=EvaluationConfig(),
-            allowed=None if classes is None else [classes],
-        )
+        only = None if classes is None else [classes]
+        (maps,) = logit_maps(network, [image], with_settings(protocol="single+crf"), allowed=only)
         scores = maps.scores((40, 48))
         assert bool(scores[~allowed].any()) == (classes is None)
         torch.testing.assert_close(scores.sum(0), torch.ones(40, 48))
@@ -327,14 +317,14 @@ def test_classes_ruled_out_stay_out_of_the_crf() -> None:
 
 def test_images_of_one_view_and_several_sizes_go_through_the_crf() -> None:
     network = real_network()
-    config = EvaluationConfig(short_side=64)
-    batch = logit_maps(network, SAME_VIEWS, protocol="single+crf", config=config)
+    config = with_settings(protocol="single+crf", short_side=64)
+    batch = logit_maps(network, SAME_VIEWS, config)
     for image, maps in zip(SAME_VIEWS, batch, strict=True):
-        (alone,) = logit_maps(network, [image], protocol="single+crf", config=config)
+        (alone,) = logit_maps(network, [image], config)
         size = image.shape[0], image.shape[1]
         torch.testing.assert_close(maps.scores(size), alone.scores(size), rtol=0, atol=1e-4)
-        assert group_sizes(size, protocol="single+crf", config=config) == ((64, 96), size)
-    assert group_sizes((50, 60), protocol="single", config=config) == ((64, 77),)
+        assert group_sizes(size, config) == ((64, 96), size)
+    assert group_sizes((50, 60), with_settings(short_side=64)) == ((64, 77),)
 
 
 @pytest.mark.parametrize("kind", ["cam", "propagated", "initial", "refined"])
@@ -345,9 +335,8 @@ def test_pseudo_labels_are_decided_by_what_the_crf_returns(
     network = real_network()
     images = [smooth_image(64, 72, seed=seed) for seed in (1, 2)]
     tags = [np.array(row, dtype=np.float32) for row in ([1, 0, 1], [0, 1, 0])]
-    config = PseudoConfig(iterations=2, affinity_radius=1, walk_epsilon=0.0, background_propagated=0.45)
-    settings: dict[str, Any] = {"kind": kind, "refine": refine}
-    plain = pseudo_labels(network, images, tags, config=config, **settings)
+    pseudo = {"iterations": 2, "affinity_radius": 1, "walk_epsilon": 0.0, "background_propagated": 0.45}
+    plain = pseudo_labels(network, images, tags, with_settings(pseudo), kind=kind, refine=refine)
     calls: list[tuple[int, ...]] = []
 
     def mirror(probabilities: Tensor, pixels: Tensor, settings: CrfSettings) -> Tensor:
@@ -359,8 +348,8 @@ def test_pseudo_labels_are_decided_by_what_the_crf_returns(
         return probabilities.flip(-1) + 9.0 * (probabilities.amax((2, 3), keepdim=True) == 0)
 
     monkeypatch.setattr(protocols, "dense_crf", mirror)
-    crf_config = EvaluationConfig(crf_bilateral_xy=7)
-    found = pseudo_labels(network, images, tags, config=replace(config, crf=True), crf_config=crf_config, **settings)
+    config = with_settings(pseudo | {"crf": True}, crf_bilateral_xy=7)
+    found = pseudo_labels(network, images, tags, config, kind=kind, refine=refine)
     channels = 4 if kind in ("cam", "propagated") else 3  # all classes, or background and the two most tags
     assert calls == [(2, channels, 64, 72)] * (1 if channels == 4 else 2)
     assert any((label != label.flip(-1)).float().mean() > 0.1 for label in plain)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +16,12 @@ from afa.data.layout import find_layout
 from afa.data.voc import TaggedImages
 from afa.errors import AfaError
 from afa.evaluation import tags as evaluation_tags
-from afa.evaluation.evaluate import evaluate
+from afa.evaluation.evaluate import evaluate, first_images
+from afa.evaluation.protocols import logit_maps
 from afa.evaluation.tags import TagResult, evaluate_tags
 from afa.model.network import AfaNetwork
 from afa.runs.build import build_network
 from tiny import tiny_config
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +30,11 @@ def network(tiny_data: Path) -> AfaNetwork:
     return build_network(tiny_config(tiny_data).model, 5)
 
 
-def score(network: AfaNetwork, root: Path, **flags: object) -> TagResult:
+def score(network: AfaNetwork, root: Path, protocol: Any = "single", limit: int | None = None) -> TagResult:
     config = tiny_config(root)
-    images = find_layout(config.data).validation()
-    return evaluate_tags(network, images, config=config, device=CPU, progress=False, **flags)  # type: ignore[arg-type]
+    images = first_images(find_layout(config.data).validation(), limit)
+    config = replace(config, evaluation=replace(config.evaluation, protocol=protocol))
+    return evaluate_tags(network, images, config, progress=False)
 
 
 def test_it_is_the_f1_of_scikit_learn(network: AfaNetwork, tiny_data: Path) -> None:
@@ -42,10 +44,8 @@ def test_it_is_the_f1_of_scikit_learn(network: AfaNetwork, tiny_data: Path) -> N
     found = []
     with torch.inference_mode():
         for index in range(len(images)):
-            from afa.evaluation.protocols import dense_logits
-
-            logits = dense_logits(network, images.image(index), protocol="single", config=config.evaluation)
-            found.append((logits.image > 0).numpy())
+            (maps,) = logit_maps(network, [images.image(index)], config)
+            found.append((maps.image > 0).numpy())
     true = np.stack([images.tags(index) > 0 for index in range(len(images))])
     network.train()
     result = score(network, tiny_data)
@@ -59,7 +59,7 @@ def test_it_is_the_f1_of_scikit_learn(network: AfaNetwork, tiny_data: Path) -> N
 def test_it_is_the_tag_f1_of_the_evaluation_with_masks(network: AfaNetwork, tiny_data: Path) -> None:
     config = tiny_config(tiny_data)
     scored = find_layout(config.data).scored()
-    whole = evaluate(network, scored, config=config, device=CPU, progress=False)
+    whole = evaluate(network, scored, config, progress=False)
     assert score(network, tiny_data).tag_f1 == pytest.approx(whole.extras["tag_f1"])
 
 
@@ -76,5 +76,5 @@ def test_mistakes(network: AfaNetwork, tiny_data: Path) -> None:
         score(network, tiny_data, protocol="best")
     few = TaggedImages(classes=("disk", "ring"), names=(), paths=(), tags=np.zeros((0, 2), dtype=bool))
     with pytest.raises(AfaError, match=r"network has 5 .*data set 2"):
-        evaluate_tags(network, few, config=config, device=CPU, progress=False)
+        evaluate_tags(network, few, config, progress=False)
     assert evaluation_tags._f1(0, 0) is None

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from afa.config import EvaluationConfig
+from afa.config import Config, EvaluationConfig
 from afa.errors import AfaError
-from afa.evaluation.protocols import seg_logits
+from afa.evaluation.protocols import logit_maps
 from afa.inference import onnx as export
 from afa.inference.onnx import DeployedNetwork, export_onnx, export_torch, read_check_images
 from afa.model.network import AfaNetwork
@@ -37,9 +37,10 @@ def random_batch(batch: int, height: int, width: int) -> NDArray[np.uint8]:
 
 
 def expected_logits(network: AfaNetwork, batch: NDArray[np.uint8], *, short_side: int = 0) -> NDArray[np.float32]:
-    config = EvaluationConfig(short_side=short_side)
+    config = Config(evaluation=EvaluationConfig(short_side=short_side))
     images = [np.ascontiguousarray(image.transpose(1, 2, 0)) for image in batch]
-    return np.stack([seg_logits(network, image, protocol="single", config=config).numpy() for image in images])
+    maps = [logit_maps(network, [image], config)[0] for image in images]
+    return np.stack([each.enlarge(image.shape[:2]).numpy() for each, image in zip(maps, images, strict=True)])
 
 
 def assert_close(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:

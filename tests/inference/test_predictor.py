@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from afa.config import Config, EvaluationConfig
 from afa.errors import AfaError
-from afa.evaluation.protocols import LogitMaps, seg_logits
+from afa.evaluation.protocols import LogitMaps, logit_maps
 from afa.inference.predictor import Prediction, Predictor, image_array
 from afa.runs.build import load_run
 from afa.types import NetworkOutput
@@ -55,7 +55,8 @@ def test_prediction_has_the_size_of_the_image_and_its_scores_sum_to_one() -> Non
     assert prediction.scores.shape == (4, 41, 57)
     assert prediction.scores.dtype == np.float32
     assert prediction.classes == ("background", *CLASSES)
-    logits = seg_logits(ScaledColors(), image, protocol="single", config=EvaluationConfig())  # type: ignore[arg-type]
+    (maps,) = logit_maps(ScaledColors(), [image], Config())  # type: ignore[arg-type]
+    logits = maps.enlarge((41, 57))
     np.testing.assert_allclose(prediction.scores, torch.softmax(logits, 0).numpy(), atol=1e-6)
     np.testing.assert_array_equal(prediction.label, prediction.scores.argmax(0))
     assert len(np.unique(prediction.label)) == 4

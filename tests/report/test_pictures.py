@@ -18,7 +18,7 @@ from afa.config import ModelConfig, PseudoConfig, load_config
 from afa.data.layout import open_scored
 from afa.data.palette import voc_palette
 from afa.data.voc import ScoredImages, TaggedImages
-from afa.evaluation.protocols import pseudo_label, seg_logits
+from afa.evaluation.protocols import logit_maps, pseudo_labels
 from afa.report import pictures
 from afa.report.drawing import DISPLAY_SIZE, blend_heat, blend_label, heat_colors
 from afa.report.pictures import FIGURES, PICTURES, draw_sheet, write_examples, write_figures
@@ -234,9 +234,9 @@ def test_sheets_show_the_labels(sheets: dict[str, np.ndarray], run: Path) -> Non
         return float(np.abs(small - picture(sheets[name], 0, column)).mean())
 
     for column, (refine, kind) in enumerate(product((False, True), ("cam", "propagated")), start=1):
-        label = pseudo_label(loaded.network, pixels, tags, kind=kind, config=config.pseudo, refine=refine)
+        (label,) = pseudo_labels(loaded.network, [pixels], [tags], config, kind=kind, refine=refine)
         assert difference("labels", column, label) < 2, column
-    plain = seg_logits(loaded.network, pixels, protocol="single", config=config.evaluation).argmax(0)
+    plain = logit_maps(loaded.network, [pixels], config)[0].label(pixels.shape[:2])
     assert difference("results", 1, plain) < 2
     assert difference("results", 3, torch.from_numpy(images.mask(0))) < 2
     assert difference("results", 3, torch.zeros_like(plain)) > 4

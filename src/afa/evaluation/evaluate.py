@@ -5,34 +5,38 @@ Opens no data set and writes no file; both are up to the caller.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, distributed
+from torch import Tensor
 
-from afa.config import SUPERVISION_NAMES, Config, Precision, PseudoConfig
-from afa.data.voc import ScoredImages
+from afa.config import SUPERVISION_NAMES, Config, PseudoConfig
+from afa.data.voc import ScoredImages, TaggedImages
 from afa.errors import AfaError
 from afa.evaluation.boundary import BoundaryConfusion
 from afa.evaluation.confusion import ConfusionMatrix
 from afa.evaluation.protocols import (
     PROTOCOLS,
     PSEUDO_LABELS,
+    LogitMaps,
     check_choice,
     group_sizes,
     host_tensor,
     logit_maps,
     pseudo_labels,
     pseudo_sizes,
+    view_sizes,
 )
 from afa.model.network import AfaNetwork
-from afa.runtime import image_progress, read_ahead
+from afa.runtime import ALONE, Processes, image_progress, read_ahead
 from afa.types import IGNORE_INDEX
 
 LABELS: Final = ("seg", *PSEUDO_LABELS)
@@ -47,6 +51,8 @@ BATCH_PIXELS: Final = 512 * 512
 _AUTOMATIC_BATCH_SIZE: Final = {"cuda": 8}  # Elsewhere 1: a CPU gains a few percent at most.
 
 _T = TypeVar("_T")
+_Images = TypeVar("_Images", bound=TaggedImages)
+Sizes = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -101,55 +107,32 @@ class EvaluationResult:
         }
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """An image that was read, and the sizes at which the network sees it."""
-
-    index: int
-    image: Tensor
-    mask: Tensor
-    sizes: tuple[tuple[int, int], ...]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.image.shape[0], self.image.shape[1]
-
-
 def evaluate(
     network: AfaNetwork,
     images: ScoredImages,
-    *,
     config: Config,
-    device: torch.device,
+    *,
     labels: str = "seg",
-    protocol: str | None = None,
     refine: bool = False,
     boundary: bool = False,
-    precision: Precision = "fp32",
-    limit: int | None = None,
-    batch_size: int = 0,
+    processes: Processes = ALONE,
     progress: bool = True,
 ) -> EvaluationResult:
     """Score a network against the masks of a list of images.
 
-    Images are read ahead in threads, and those of one size go through the network together. A GPU is
-    synchronized once, at the end. Where torch.distributed is initialized, each process scores its share and all get the
-    sum. The network is put in eval mode and back.
+    Images are read ahead in threads, and those of one size go through the network together. A GPU is synchronized
+    once, at the end. Each process scores its share and all get the sum. The network is put in eval mode and back.
 
     Args:
-        network: On `device`, with as many classes as the images have.
+        network: With as many classes as the images have; its parameters say the device.
         images: What is scored. The segmentation is made without tags; pseudo labels are restricted to the
             true ones.
-        config: Its `evaluation` and `pseudo` sections.
-        device: Where the network is.
+        config: Its `evaluation` and `pseudo` sections, and `train.precision`.
         labels: One of `LABELS`.
-        protocol: Protocol of the segmentation; None is `config.evaluation.protocol`.
-        refine: Refine cam and propagated labels with `config.pseudo.refinement` before they are scored.
+        refine: Refine cam and propagated labels with `pseudo.refinement` before they are scored.
         boundary: Also score the boundary IoU.
-        precision: Arithmetic of the network.
-        limit: Score only the first `limit` images; None is all.
-        batch_size: Images of one size that go through the network together, as `resolve_batch_size` has it.
-        progress: Show a progress bar on standard error (on rank 0).
+        processes: Processes that share the work.
+        progress: Show a progress bar on standard error (of the first process).
 
     Returns:
         Scores over all images.
@@ -161,112 +144,191 @@ def evaluate(
     Source:
         Paper Tables 2 and 3; docs/method.md, "Evaluation".
     """
-    protocol = protocol if protocol is not None else config.evaluation.protocol
     check_choice(labels, LABELS, what="labels")
-    check_choice(protocol, PROTOCOLS, what="protocol")
-    total = len(images) if limit is None else min(limit, len(images))
-    if total < 1:
+    check_choice(config.evaluation.protocol, PROTOCOLS, what="protocol")
+    if not len(images):
         raise AfaError("there is no image to evaluate; give a list with at least one name")
-    if network.num_classes != len(images.classes):
-        raise AfaError(
-            f"the network has {network.num_classes} classes and the data set {len(images.classes)}; "
-            "evaluate on data with the classes of the run"
-        )
+    check_classes(network, images)
     started = time.monotonic()
-    rank, world_size = rank_and_world_size()
-    batch_size = resolve_batch_size(batch_size, device)
-    # On a GPU nothing is read before the end; a copy of each label to the CPU would wait for it.
-    counting = device if device.type == "cuda" else torch.device("cpu")
-    confusion = ConfusionMatrix(len(images.classes) + 1, device=counting)
-    outlines = BoundaryConfusion(len(images.classes) + 1, device=counting) if boundary else None
-    tag_counts = torch.zeros(3, dtype=torch.int64, device=counting)  # true positives, predicted, present
-    pixel_counts = torch.zeros(2, dtype=torch.int64, device=counting)  # decided by the pseudo label, labeled
-
-    def read(index: int) -> tuple[Tensor, Tensor]:
-        return host_tensor(images.image(index), device=device), host_tensor(images.mask(index), device=device)
-
-    def samples() -> Iterator[_Sample]:
-        for index, reading in read_ahead(read, range(rank, total, world_size)):
-            image, mask = reading.result()
-            size = (image.shape[0], image.shape[1])
+    device = next(network.parameters()).device
+    counts = _Counts(len(images.classes) + 1, device, boundary=boundary)
+    passes = image_batches(images, config, labels, device=device, processes=processes, progress=progress)
+    with evaluating(network), closing(passes):
+        for batch in passes:
+            pixels = [sample.image for sample in batch]
             if labels == "seg":
-                sizes = group_sizes(size, protocol=protocol, config=config.evaluation)
+                maps = logit_maps(network, pixels, config)
+                predictions = [each.label(sample.size) for each, sample in zip(maps, batch, strict=True)]
+                counts.add_tags(images, batch, maps)
             else:
-                sizes = pseudo_sizes(size, config=config.pseudo, short_side=config.evaluation.short_side)
-            yield _Sample(index, image, mask, sizes)
-
-    training = network.training
-    network.eval()
-    try:
-        with image_progress(f"evaluate {labels}", total=total, enabled=progress and rank == 0) as advance:
-            for group in group_by_size(samples(), sizes=lambda sample: sample.sizes, batch_size=batch_size):
-                pixels = [sample.image for sample in group]
-                if labels == "seg":
-                    maps = logit_maps(network, pixels, protocol=protocol, config=config.evaluation, precision=precision)
-                    predictions = [each.label(sample.size) for each, sample in zip(maps, group, strict=True)]
-                    tagged = [i for i, sample in enumerate(group) if images.has_tags(sample.index)]
-                    if tagged:
-                        true_tags = np.stack([images.tags(group[i].index) for i in tagged])
-                        tag_counts += _tag_counts(torch.stack([maps[i].image for i in tagged]).to(counting), true_tags)
-                else:
-                    predictions = pseudo_labels(
-                        network,
-                        pixels,
-                        [images.tags(sample.index) for sample in group],
-                        kind=labels,
-                        config=config.pseudo,
-                        short_side=config.evaluation.short_side,
-                        refine=refine,
-                        crf_config=config.evaluation,
-                        precision=precision,
-                    )
-                for sample, label in zip(group, predictions, strict=True):
-                    prediction = label.to(counting)
-                    truth = sample.mask.to(counting, non_blocking=True)
-                    if labels != "seg":
-                        decided = truth.masked_fill(prediction == IGNORE_INDEX, IGNORE_INDEX)
-                        pixel_counts += torch.stack([(decided != IGNORE_INDEX).sum(), (truth != IGNORE_INDEX).sum()])
-                        truth = decided
-                    confusion.update(truth, prediction)
-                    if outlines is not None:
-                        outlines.update(truth, prediction)
-                    # The bar counts all processes' images at the pace of this one's.
-                    advance(min(world_size, total - sample.index))
-    finally:
-        network.train(training)
-
-    matrices = [confusion] if outlines is None else [confusion, outlines.confusion]
-    counts = [tag_counts, pixel_counts, *(each.matrix.flatten() for each in matrices)]
-    sums = torch.split(_sum_over_processes(torch.cat(counts), device), [len(each) for each in counts])
-    for each, total_counts in zip(matrices, sums[2:], strict=True):
-        each.matrix = total_counts.view_as(each.matrix)
-    hits, predicted, present = sums[0].tolist()
-    decided_pixels, labeled_pixels = sums[1].tolist()
-    extras: dict[str, float | None] = {}
-    if labels == "seg":
-        extras["tag_f1"] = 100 * 2 * hits / (predicted + present) if predicted + present else None
-    elif labels in ("initial", "refined"):
-        extras["coverage"] = 100 * decided_pixels / labeled_pixels if labeled_pixels else None
-    if outlines is not None:
-        extras["boundary_iou"] = 100 * outlines.mean()
+                tags = [images.tags(sample.index) for sample in batch]
+                predictions = pseudo_labels(network, pixels, tags, config, kind=labels, refine=refine)
+            for sample, prediction in zip(batch, predictions, strict=True):
+                counts.add(sample, prediction)
+    counts.sum_up(processes)
     return EvaluationResult(
-        miou=100 * confusion.miou(),
-        per_class=_by_name(confusion.per_class_iou(), images.classes),
-        protocol=protocol,
+        miou=100 * counts.confusion.miou(),
+        per_class=_by_name(counts.confusion.per_class_iou(), images.classes),
+        protocol=config.evaluation.protocol,
         labels=labels,
-        num_images=total,
+        num_images=len(images),
         seconds=time.monotonic() - started,
-        matrix=confusion.matrix.numpy(),
-        extras=extras,
-        boundary_per_class={} if outlines is None else _by_name(outlines.per_class_iou(), images.classes),
+        matrix=counts.confusion.matrix.numpy(),
+        extras=counts.extras(labels),
+        boundary_per_class=_by_name(counts.outlines.per_class_iou(), images.classes) if counts.outlines else {},
         refinement=_refinement(config.pseudo, labels, refine=refine),
         supervision=SUPERVISION_NAMES[config.train.supervision],
     )
 
 
-def group_by_size(
-    items: Iterable[_T], *, sizes: Callable[[_T], tuple[tuple[int, int], ...]], batch_size: int
-) -> Iterator[list[_T]]:
+class _Counts:
+    """What is counted on the way. On a GPU nothing is read before the end: that would synchronize it."""
+
+    def __init__(self, num_classes: int, device: torch.device, *, boundary: bool) -> None:
+        self.device = device if device.type == "cuda" else torch.device("cpu")
+        self.confusion = ConfusionMatrix(num_classes, device=self.device)
+        self.outlines = BoundaryConfusion(num_classes, device=self.device) if boundary else None
+        self.tags = torch.zeros(3, dtype=torch.int64, device=self.device)  # true positives, predicted, present
+        self.pixels = torch.zeros(2, dtype=torch.int64, device=self.device)  # decided by the prediction, labeled
+
+    def add(self, sample: Sample, prediction: Tensor) -> None:
+        """Count the pixels of an image; those that the prediction leaves uncertain are not scored."""
+        assert sample.mask is not None
+        prediction, truth = prediction.to(self.device), sample.mask.to(self.device, non_blocking=True)
+        decided = truth.masked_fill(prediction == IGNORE_INDEX, IGNORE_INDEX)
+        self.pixels += torch.stack([(decided != IGNORE_INDEX).sum(), (truth != IGNORE_INDEX).sum()])
+        self.confusion.update(decided, prediction)
+        if self.outlines is not None:
+            self.outlines.update(decided, prediction)
+
+    def add_tags(self, images: ScoredImages, batch: Sequence[Sample], maps: Sequence[LogitMaps]) -> None:
+        """Count the tags that the classifier finds (logit > 0) in the images that have tags."""
+        tagged = [i for i, sample in enumerate(batch) if images.has_tags(sample.index)]
+        if tagged:
+            found = torch.stack([maps[i].image for i in tagged]).to(self.device) > 0  # (B, C)
+            tags = torch.from_numpy(np.stack([images.tags(batch[i].index) for i in tagged]))
+            present = (tags > 0).to(self.device, non_blocking=True)
+            self.tags += torch.stack([(found & present).sum(), found.sum(), present.sum()])
+
+    def sum_up(self, processes: Processes) -> None:
+        """Add up over all processes, and synchronize the device."""
+        matrices = [self.confusion, *([self.outlines.confusion] if self.outlines else [])]
+        counts = [self.tags, self.pixels, *(each.matrix.flatten() for each in matrices)]
+        sums = torch.split(processes.total(torch.cat(counts)).cpu(), [len(each) for each in counts])
+        self.tags, self.pixels = sums[:2]
+        for each, matrix in zip(matrices, sums[2:], strict=True):
+            each.matrix = matrix.view_as(each.matrix)
+
+    def extras(self, labels: str) -> dict[str, float | None]:
+        """Figures beside the mIoU, percent."""
+        result: dict[str, float | None] = {}
+        hits, found, present = self.tags.tolist()
+        decided, labeled = self.pixels.tolist()
+        if labels == "seg":
+            result["tag_f1"] = 100 * 2 * hits / (found + present) if found + present else None
+        elif labels in ("initial", "refined"):
+            result["coverage"] = 100 * decided / labeled if labeled else None
+        if self.outlines is not None:
+            result["boundary_iou"] = 100 * self.outlines.mean()
+        return result
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image that was read.
+
+    Attributes:
+        index: Its place in the list.
+        image: (H, W, 3) uint8 RGB.
+        mask: (H, W) uint8; None where only tags are scored.
+        sizes: (height, width) at which the network sees it.
+    """
+
+    index: int
+    image: Tensor
+    mask: Tensor | None
+    sizes: Sizes
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the image."""
+        return self.image.shape[0], self.image.shape[1]
+
+
+def image_batches(
+    images: TaggedImages,
+    config: Config,
+    labels: str,
+    *,
+    device: torch.device,
+    processes: Processes,
+    progress: bool,
+) -> Generator[list[Sample], None, None]:
+    """Read this process's share of a list ahead, and collect images that the network sees at the same sizes.
+
+    Args:
+        images: Images; with masks unless only their tags are scored.
+        config: Its `evaluation` and `pseudo` sections.
+        labels: What is scored: one of `LABELS`, or `tags`.
+        device: Where the network is.
+        processes: Processes that share the work.
+        progress: Show a progress bar on standard error (of the first process).
+
+    Yields:
+        Batches of one size.
+    """
+    sizes = {"seg": group_sizes, "tags": view_sizes}.get(labels, pseudo_sizes)
+
+    def read(index: int) -> Sample:
+        image = images.image(index)
+        mask = images.mask(index) if isinstance(images, ScoredImages) and labels != "tags" else None
+        return Sample(
+            index,
+            host_tensor(image, device=device),
+            None if mask is None else host_tensor(mask, device=device),
+            sizes((image.shape[0], image.shape[1]), config),
+        )
+
+    total = len(images)
+    batch_size = resolve_batch_size(config.evaluation.batch_size, device)
+    readings = read_ahead(read, range(processes.rank, total, processes.count))
+    shown = image_progress(f"evaluate {labels}", total=total, enabled=progress and processes.is_main)
+    with shown as advance, closing(readings):
+        samples = (reading.result() for _, reading in readings)
+        for batch in group_by_size(samples, sizes=lambda sample: sample.sizes, batch_size=batch_size):
+            yield batch
+            # The bar counts all processes' images at the pace of this one's.
+            advance(sum(min(processes.count, total - sample.index) for sample in batch))
+
+
+@contextmanager
+def evaluating(network: AfaNetwork) -> Iterator[None]:
+    """Put a network in eval mode, and back."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
+
+
+def check_classes(network: AfaNetwork, images: TaggedImages) -> None:
+    """Raise an `AfaError` where a network has not as many classes as the images."""
+    if network.num_classes != len(images.classes):
+        raise AfaError(
+            f"the network has {network.num_classes} classes and the data set {len(images.classes)}; "
+            "evaluate on data with the classes of the run"
+        )
+
+
+def first_images(images: _Images, limit: int | None) -> _Images:
+    """The first so many images of a list; None is all."""
+    few = copy.copy(images)
+    few.names = images.names[:limit]
+    return few
+
+
+def group_by_size(items: Iterable[_T], *, sizes: Callable[[_T], Sizes], batch_size: int) -> Iterator[list[_T]]:
     """Collect images of equal sizes into batches, holding on to few.
 
     A batch that is full goes at once. When `GROUPS_AHEAD` batches' worth of images wait, the oldest image goes with
@@ -280,7 +342,7 @@ def group_by_size(
     Yields:
         Images of equal sizes, at least one.
     """
-    groups: dict[tuple[tuple[int, int], ...], list[_T]] = {}  # the group of the oldest image first
+    groups: dict[Sizes, list[_T]] = {}  # the group of the oldest image first
     waiting = 0.0
     for item in items:
         size = sizes(item)
@@ -301,32 +363,9 @@ def resolve_batch_size(batch_size: int, device: torch.device) -> int:
     return batch_size or _AUTOMATIC_BATCH_SIZE.get(device.type, 1)
 
 
-def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and the number of processes; (0, 1) where torch.distributed is not initialized."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def _full_batch(sizes: tuple[tuple[int, int], ...], batch_size: int) -> int:
+def _full_batch(sizes: Sizes, batch_size: int) -> int:
     pixels = max(height * width for height, width in sizes)
     return max(1, min(batch_size, batch_size * BATCH_PIXELS // pixels))
-
-
-def _sum_over_processes(counts: Tensor, device: torch.device) -> Tensor:
-    if rank_and_world_size()[1] == 1:
-        return counts.cpu()
-    # NCCL adds only what is on a GPU; gloo takes either.
-    summed = counts.to(device)
-    distributed.all_reduce(summed)
-    return summed.cpu()
-
-
-def _tag_counts(image_logits: Tensor, tags: NDArray[np.float32]) -> Tensor:
-    """True positives, classes predicted, classes present in (B, C) logits and tags."""
-    predicted = image_logits > 0
-    present = torch.from_numpy(tags > 0).to(predicted.device, non_blocking=True)
-    return torch.stack([(predicted & present).sum(), predicted.sum(), present.sum()])
 
 
 def _refinement(config: PseudoConfig, labels: str, *, refine: bool) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from afa.config import EvaluationConfig, Precision, PseudoConfig
+from afa.config import Config, EvaluationConfig
 from afa.errors import AfaError
 from afa.filtering.crf import CrfSettings, dense_crf
 from afa.model.network import AfaNetwork
@@ -37,19 +37,6 @@ _LEAST_PROBABILITY: Final = 1e-20  # has a logarithm, and is not seen
 
 MIN_SIDE: Final = 32
 """Shortest side that the network is given, pixels; with less, the first stage of MiT has no keys left."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DenseLogits:
-    """What the network says of one image.
-
-    Attributes:
-        segmentation: (K, H, W) float32 logits at the size asked for.
-        image: (C,) float32 class logits of the whole image, fused as the segmentation is.
-    """
-
-    segmentation: Tensor
-    image: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,54 +107,43 @@ def image_tensor(image: np.ndarray | Tensor, *, device: torch.device) -> Tensor:
     return image.to(device, non_blocking=device.type == "cuda").permute(2, 0, 1)[None].float() / 255
 
 
-def view_sizes(size: tuple[int, int], *, protocol: str, config: EvaluationConfig) -> tuple[tuple[int, int], ...]:
-    """Sizes at which the network sees an image under a protocol; images of equal ones can be batched.
+def view_sizes(size: tuple[int, int], config: Config) -> tuple[tuple[int, int], ...]:
+    """Sizes at which the network sees an image under the protocol; images of equal ones can be batched.
 
     Args:
         size: (height, width) of the image.
-        protocol: One of `PROTOCOLS`.
-        config: Sizes and scales.
+        config: Its `evaluation` section says protocol, sizes and scales.
 
     Returns:
         (height, width) of each pass.
     """
     height, width = size
-    if protocol.removesuffix(CRF) == "single":
-        factors = [config.short_side / min(size) if config.short_side else 1.0]
+    evaluation = config.evaluation
+    if evaluation.protocol.removesuffix(CRF) == "single":
+        factors = [evaluation.short_side / min(size) if evaluation.short_side else 1.0]
     else:
-        factors = [scale * config.long_side / max(size) for scale in config.scales]
+        factors = [scale * evaluation.long_side / max(size) for scale in evaluation.scales]
     return tuple((max(MIN_SIDE, round(height * f)), max(MIN_SIDE, round(width * f))) for f in factors)
 
 
-def group_sizes(size: tuple[int, int], *, protocol: str, config: EvaluationConfig) -> tuple[tuple[int, int], ...]:
-    """Sizes by which images are put into batches: `view_sizes`, and for the CRF the image's own, its largest work.
-
-    Args:
-        size: (height, width) of the image.
-        protocol: One of `PROTOCOLS`.
-        config: Sizes and scales.
-
-    Returns:
-        (height, width) of each pass, and of the image where the protocol ends with the CRF.
-    """
-    sizes = view_sizes(size, protocol=protocol, config=config)
-    return (*sizes, size) if protocol.endswith(CRF) else sizes
+def group_sizes(size: tuple[int, int], config: Config) -> tuple[tuple[int, int], ...]:
+    """Sizes by which images are put into batches: `view_sizes`, and for the CRF the image's own, its largest work."""
+    sizes = view_sizes(size, config)
+    return (*sizes, size) if config.evaluation.protocol.endswith(CRF) else sizes
 
 
 @torch.inference_mode()
 def logit_maps(
     network: AfaNetwork,
     images: Sequence[np.ndarray | Tensor],
+    config: Config,
     *,
-    protocol: str,
-    config: EvaluationConfig,
     allowed: Sequence[np.ndarray | None] | None = None,
-    precision: Precision = "fp32",
 ) -> list[LogitMaps]:
     """Segment images that the network sees at the same sizes, all in one batch.
 
-    single: one pass at native size, or at `config.short_side`. multiscale: the longer side becomes
-    `config.long_side`, then one pass per scale with its horizontal flip; mean over the flip, maximum over the
+    single: one pass at native size, or at `evaluation.short_side`. multiscale: the longer side becomes
+    `evaluation.long_side`, then one pass per scale with its horizontal flip; mean over the flip, maximum over the
     scales, on logits. Sides below 32 pixels are stretched to 32. Logits are enlarged bilinearly
     (align_corners=False) before they are fused. +crf: what is fused at the size of the image, as a softmax, is
     refined by the dense CRF; the logits returned are the logarithm of its probabilities.
@@ -175,10 +151,8 @@ def logit_maps(
     Args:
         network: In eval mode; its parameters say the device.
         images: (H, W, 3) uint8 RGB each, of equal `view_sizes`.
-        protocol: One of `PROTOCOLS`.
-        config: Sizes, scales and the settings of the CRF.
+        config: Its `evaluation` section says protocol, sizes, scales and CRF, `train.precision` the arithmetic.
         allowed: For each image (K,) bool, False for classes that no pixel may become, or None; None allows all.
-        precision: Arithmetic of the network.
 
     Returns:
         Logits of each image on the device of the network; without the CRF a GPU is not synchronized.
@@ -189,37 +163,40 @@ def logit_maps(
     Source:
         docs/method.md, "Evaluation".
     """
+    protocol = config.evaluation.protocol
     check_choice(protocol, PROTOCOLS, what="protocol")
     device = next(network.parameters()).device
-    pixels = [normalize_image(image_tensor(image, device=device)) for image in images]
-    base = protocol.removesuffix(CRF)
-    sizes = {view_sizes((image.shape[2], image.shape[3]), protocol=protocol, config=config) for image in pixels}
+    pixels = [normalize_image(image_tensor(image, device=device)) for image in images]  # (1, 3, H, W) each
+    sizes = {view_sizes((image.shape[2], image.shape[3]), config) for image in pixels}
     assert len(sizes) == 1, sizes
-    scales: list[Tensor] = []
-    image_logits: Tensor | None = None
-    for size in sizes.pop():
-        views = [_resize(image, size, antialias=base == "single") for image in pixels]
-        view = torch.cat(views) if len(views) > 1 else views[0]
-        if base == "multiscale":
-            view = torch.cat([view, view.flip(-1)])
-        with autocast(device, precision):
-            output = network(view, segmentation=True, affinity=False)
-        segmentation, image_scores = output.seg_logits.float(), output.image_logits.float()
-        if base == "multiscale":
-            plain, flipped = segmentation.chunk(2)
-            segmentation = (plain + flipped.flip(-1)) / 2
-            image_scores = image_scores.unflatten(0, (2, -1)).mean(0)
-        scales.append(segmentation)
-        image_logits = image_scores if image_logits is None else torch.maximum(image_logits, image_scores)
-    assert image_logits is not None
-    maps = [LogitMaps(tuple(scale[i] for scale in scales), image_logits[i]) for i in range(len(images))]
+    passes = [_view_logits(network, pixels, size, config) for size in sizes.pop()]
+    image_logits = functools.reduce(torch.maximum, [image for _, image in passes])  # (B, C)
+    maps = [LogitMaps(tuple(scale[i] for scale, _ in passes), image_logits[i]) for i in range(len(images))]
     allowed = allowed or [None] * len(maps)
     maps = [_restrict(each, classes) for each, classes in zip(maps, allowed, strict=True)]
-    if base == protocol:
+    if not protocol.endswith(CRF):
         return maps
     # Again afterwards: the CRF gives the least probability to every class.
-    refined = _through_crf(maps, images, config=config)
+    refined = _through_crf(maps, images, config=config.evaluation)
     return [_restrict(each, classes) for each, classes in zip(refined, allowed, strict=True)]
+
+
+def _view_logits(
+    network: AfaNetwork, pixels: Sequence[Tensor], size: tuple[int, int], config: Config
+) -> tuple[Tensor, Tensor]:
+    """(B, K, h, w) segmentation and (B, C) image logits of normalized images seen at one size."""
+    multiscale = config.evaluation.protocol.removesuffix(CRF) == "multiscale"
+    view = torch.cat([_resize(image, size, antialias=not multiscale) for image in pixels])  # (B, 3, H', W')
+    if multiscale:
+        view = torch.cat([view, view.flip(-1)])  # (2 B, 3, H', W')
+    with autocast(view.device, config.train.precision):
+        output = network(view, segmentation=True, affinity=False)
+    segmentation, image_logits = output.seg_logits.float(), output.image_logits.float()
+    if multiscale:
+        plain, flipped = segmentation.chunk(2)  # (B, K, h, w) each
+        segmentation = (plain + flipped.flip(-1)) / 2
+        image_logits = image_logits.unflatten(0, (2, -1)).mean(0)  # (2 B, C) -> (2, B, C) -> (B, C)
+    return segmentation, image_logits
 
 
 def _restrict(maps: LogitMaps, classes: np.ndarray | None) -> LogitMaps:
@@ -266,97 +243,15 @@ def crf(probabilities: Tensor, pixels: Tensor, *, config: EvaluationConfig) -> T
     return dense_crf(probabilities, pixels, settings)
 
 
-def dense_logits(
-    network: AfaNetwork,
-    image: np.ndarray | Tensor,
-    *,
-    protocol: str,
-    config: EvaluationConfig,
-    out_size: tuple[int, int] | None = None,
-    precision: Precision = "fp32",
-) -> DenseLogits:
-    """Segment one image under a named protocol, as `logit_maps` does several.
-
-    Args:
-        network: In eval mode; its parameters say the device.
-        image: (H, W, 3) uint8 RGB.
-        protocol: One of `PROTOCOLS`.
-        config: Sizes and scales.
-        out_size: (height, width) of the logits; None is that of the image.
-        precision: Arithmetic of the network.
-
-    Returns:
-        Logits on the device of the network.
-
-    Raises:
-        AfaError: Unknown protocol.
-    """
-    (maps,) = logit_maps(network, [image], protocol=protocol, config=config, precision=precision)
-    return DenseLogits(maps.enlarge(out_size or (image.shape[0], image.shape[1])), maps.image)
-
-
-def seg_logits(network: AfaNetwork, image: np.ndarray | Tensor, *, protocol: str, config: EvaluationConfig) -> Tensor:
-    """The (K, H, W) segmentation logits of `dense_logits`, which see."""
-    return dense_logits(network, image, protocol=protocol, config=config).segmentation
-
-
-def pseudo_label(
-    network: AfaNetwork,
-    image: np.ndarray | Tensor,
-    tags: np.ndarray | Tensor,
-    *,
-    kind: str,
-    config: PseudoConfig,
-    short_side: int = 0,
-    refine: bool = False,
-    crf_config: EvaluationConfig | None = None,
-    precision: Precision = "fp32",
-) -> Tensor:
-    """Make a pseudo label of one tagged image, as `pseudo_labels` does of several.
-
-    Args:
-        network: Its parameters say the device; it stays as it is, buffers and modes included.
-        image: (H, W, 3) uint8 RGB.
-        tags: (C,) in {0, 1}.
-        kind: One of `PSEUDO_LABELS`.
-        config: Everything about pseudo labels.
-        short_side: Shorter side that the image is scaled to first, pixels, with its label scaled back; 0 = native.
-        refine: Refine a cam or propagated label with `config.refinement`.
-        crf_config: Settings of the CRF, for `config.crf`; None is the default.
-        precision: Arithmetic of the network; all else is fp32.
-
-    Returns:
-        (H, W) int64, 0..C, and 255 where initial and refined are uncertain.
-
-    Raises:
-        AfaError: Unknown kind.
-    """
-    (label,) = pseudo_labels(
-        network,
-        [image],
-        [tags],
-        kind=kind,
-        config=config,
-        short_side=short_side,
-        refine=refine,
-        crf_config=crf_config,
-        precision=precision,
-    )
-    return label
-
-
 @torch.inference_mode()
 def pseudo_labels(
     network: AfaNetwork,
     images: Sequence[np.ndarray | Tensor],
     tags: Sequence[np.ndarray | Tensor],
+    config: Config,
     *,
     kind: str,
-    config: PseudoConfig,
-    short_side: int = 0,
     refine: bool = False,
-    crf_config: EvaluationConfig | None = None,
-    precision: Precision = "fp32",
 ) -> list[Tensor]:
     """Make pseudo labels of tagged images that the network sees at the same size, all in one batch.
 
@@ -364,14 +259,12 @@ def pseudo_labels(
         network: Its parameters say the device; it stays as it is, buffers and modes included.
         images: (H, W, 3) uint8 RGB each, of equal `pseudo_sizes`.
         tags: (C,) in {0, 1} for each image.
+        config: Its `pseudo` section; `evaluation.short_side`, to which images are scaled first, with their labels
+            scaled back, and the CRF's settings for `pseudo.crf`; `train.precision`, of the network: all else is fp32.
         kind: One of `PSEUDO_LABELS`. cam and propagated decide every pixel with one background score,
-            `config.background_cam` and `config.background_propagated`; initial and refined are what training
+            `pseudo.background_cam` and `pseudo.background_propagated`; initial and refined are what training
             learns from, uncertain pixels included.
-        config: Everything about pseudo labels.
-        short_side: Shorter side that images are scaled to first, pixels, with their labels scaled back; 0 = native.
-        refine: Refine cam or propagated labels with `config.refinement`.
-        crf_config: Settings of the CRF, for `config.crf`; None is the default.
-        precision: Arithmetic of the network; all else is fp32.
+        refine: Refine cam or propagated labels with `pseudo.refinement`.
 
     Returns:
         For each image (H, W) int64, 0..C, and 255 where initial and refined are uncertain.
@@ -386,52 +279,50 @@ def pseudo_labels(
     device = next(network.parameters()).device
 
     def score(view: Tensor, affinity: bool) -> NetworkOutput:
-        with autocast(device, precision):
+        with autocast(device, config.train.precision):
             return network.score(view, affinity)
 
-    pixels = [image_tensor(image, device=device) for image in images]
-    view = torch.cat([pseudo_view(image, config=config, short_side=short_side) for image in pixels])
-    batch_tags = torch.stack([torch.as_tensor(each, dtype=torch.float32) for each in tags])
+    pixels = [image_tensor(image, device=device) for image in images]  # (1, 3, H, W) each
+    view = torch.cat([pseudo_view(image, config) for image in pixels])  # (B, 3, H', W')
+    batch_tags = torch.stack([torch.as_tensor(each, dtype=torch.float32) for each in tags])  # (B, C)
     batch_tags = batch_tags.to(device, non_blocking=device.type == "cuda")
     want = f"{kind}_label"
-    finish = functools.partial(crf, config=crf_config or EvaluationConfig()) if config.crf else None
-    labels = infer_pseudo(score, view, batch_tags, config=config, want=(want,), refined=refine, crf=finish)[want]
+    finish = functools.partial(crf, config=config.evaluation) if config.pseudo.crf else None
+    made = infer_pseudo(score, view, batch_tags, config=config.pseudo, want=(want,), refined=refine, crf=finish)
     return [
         interpolate(label[None, None].float(), size=image.shape[2:], mode="nearest-exact")[0, 0].long()
         if label.shape != image.shape[2:]
         else label
-        for label, image in zip(labels, pixels, strict=True)
+        for label, image in zip(made[want], pixels, strict=True)
     ]
 
 
-def pseudo_view(pixels: Tensor, *, config: PseudoConfig, short_side: int) -> Tensor:
+def pseudo_view(pixels: Tensor, config: Config) -> Tensor:
     """Scale an image for CAM passes.
 
     Args:
         pixels: (1, 3, H, W) RGB in [0, 1].
-        config: Its smallest scale must leave 32 pixels; smaller images are enlarged.
-        short_side: Shorter side, pixels; 0 = native.
+        config: `evaluation.short_side` is the shorter side, 0 the native one; the smallest of `pseudo.scales` must
+            leave 32 pixels: smaller images are enlarged.
 
     Returns:
         (1, 3, H', W').
     """
-    size = _pseudo_view_size((pixels.shape[2], pixels.shape[3]), config=config, short_side=short_side)
-    return _resize(pixels, size, antialias=True)
+    return _resize(pixels, _pseudo_view_size((pixels.shape[2], pixels.shape[3]), config), antialias=True)
 
 
-def pseudo_sizes(size: tuple[int, int], *, config: PseudoConfig, short_side: int) -> tuple[tuple[int, int], ...]:
+def pseudo_sizes(size: tuple[int, int], config: Config) -> tuple[tuple[int, int], ...]:
     """Sizes at which the network sees an image for its pseudo label; images of equal ones can be batched.
 
     Args:
         size: (height, width) of the image.
-        config: Its scales apply.
-        short_side: Shorter side that the image is scaled to first, pixels; 0 = native.
+        config: As for `pseudo_view`.
 
     Returns:
         (height, width) of each pass.
     """
-    height, width = _pseudo_view_size(size, config=config, short_side=short_side)
-    return tuple((int(height * scale), int(width * scale)) for scale in config.scales)
+    height, width = _pseudo_view_size(size, config)
+    return tuple((int(height * scale), int(width * scale)) for scale in config.pseudo.scales)
 
 
 def check_choice(value: str, choices: Sequence[str], *, what: str) -> None:
@@ -440,9 +331,10 @@ def check_choice(value: str, choices: Sequence[str], *, what: str) -> None:
         raise AfaError(f"{what} is {value!r}; use one of {', '.join(choices)}")
 
 
-def _pseudo_view_size(size: tuple[int, int], *, config: PseudoConfig, short_side: int) -> tuple[int, int]:
+def _pseudo_view_size(size: tuple[int, int], config: Config) -> tuple[int, int]:
+    short_side = config.evaluation.short_side
     factor = short_side / min(size) if short_side else 1.0
-    min_side = math.ceil(MIN_SIDE / min(1.0, *config.scales))
+    min_side = math.ceil(MIN_SIDE / min(1.0, *config.pseudo.scales))
     return max(min_side, round(size[0] * factor)), max(min_side, round(size[1] * factor))
 
 

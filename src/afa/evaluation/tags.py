@@ -6,20 +6,18 @@ Opens no data set and writes no file; both are up to the caller.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from afa.config import Config, Precision
+from afa.config import Config
 from afa.data.voc import TaggedImages
-from afa.errors import AfaError
-from afa.evaluation.evaluate import group_by_size, resolve_batch_size, rounded
-from afa.evaluation.protocols import CRF, PROTOCOLS, check_choice, host_tensor, logit_maps, view_sizes
+from afa.evaluation.evaluate import check_classes, evaluating, image_batches, rounded
+from afa.evaluation.protocols import CRF, PROTOCOLS, check_choice, logit_maps
 from afa.model.network import AfaNetwork
-from afa.runtime import ALONE, Processes, image_progress, read_ahead
+from afa.runtime import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -53,22 +51,11 @@ class TagResult:
         }
 
 
-@dataclass(frozen=True)
-class _Sample:
-    index: int
-    image: Tensor
-    sizes: tuple[tuple[int, int], ...]
-
-
 def evaluate_tags(
     network: AfaNetwork,
     images: TaggedImages,
-    *,
     config: Config,
-    device: torch.device,
-    protocol: str | None = None,
-    precision: Precision = "fp32",
-    limit: int | None = None,
+    *,
     processes: Processes = ALONE,
     progress: bool = True,
 ) -> TagResult:
@@ -77,13 +64,9 @@ def evaluate_tags(
     Each process scores its share and all get the sum. The network is put in eval mode and back.
 
     Args:
-        network: On `device`, with as many classes as the images have.
+        network: With as many classes as the images have; its parameters say the device.
         images: What is scored.
-        config: Its `evaluation` section.
-        device: Where the network is.
-        protocol: Protocol of the passes; None is `config.evaluation.protocol`.
-        precision: Arithmetic of the network.
-        limit: Score only the first `limit` images; None is all.
+        config: Its `evaluation` section, without the CRF, which refines masks, and `train.precision`.
         processes: Processes that share the work.
         progress: Show a progress bar on standard error (of the first process).
 
@@ -93,40 +76,21 @@ def evaluate_tags(
     Raises:
         AfaError: Unknown protocol; class counts differ; an image is broken.
     """
-    protocol = protocol if protocol is not None else config.evaluation.protocol
-    check_choice(protocol, PROTOCOLS, what="protocol")
-    protocol = protocol.removesuffix(CRF)  # refines masks, not tags
-    if network.num_classes != len(images.classes):
-        raise AfaError(
-            f"the network has {network.num_classes} classes and the data set {len(images.classes)}; "
-            "evaluate on data with the classes of the run"
-        )
+    check_choice(config.evaluation.protocol, PROTOCOLS, what="protocol")
+    check_classes(network, images)
+    protocol: Any = config.evaluation.protocol.removesuffix(CRF)
+    config = replace(config, evaluation=replace(config.evaluation, protocol=protocol))
     started = time.monotonic()
-    total = len(images) if limit is None else min(limit, len(images))
+    device = next(network.parameters()).device
     counts = torch.zeros(3, network.num_classes, dtype=torch.int64, device=device)  # hits, found, true
-
-    def samples() -> Iterator[_Sample]:
-        shares = range(processes.rank, total, processes.count)
-        for index, reading in read_ahead(lambda i: host_tensor(images.image(i), device=device), shares):
-            image = reading.result()
-            size = (image.shape[0], image.shape[1])
-            yield _Sample(index, image, view_sizes(size, protocol=protocol, config=config.evaluation))
-
-    training = network.training
-    network.eval()
-    batch_size = resolve_batch_size(config.evaluation.batch_size, device)
-    try:
-        with image_progress("evaluate tags", total=total, enabled=progress and processes.is_main) as advance:
-            for group in group_by_size(samples(), sizes=lambda sample: sample.sizes, batch_size=batch_size):
-                pixels = [sample.image for sample in group]
-                maps = logit_maps(network, pixels, protocol=protocol, config=config.evaluation, precision=precision)
-                found = torch.stack([each.image for each in maps]) > 0
-                tags = torch.stack([torch.from_numpy(images.tags(sample.index)) for sample in group])
-                true = tags.to(found.device) > 0
-                counts += torch.stack([(found & true).sum(0), found.sum(0), true.sum(0)]).to(device)
-                advance(min(processes.count * len(group), total - group[0].index))
-    finally:
-        network.train(training)
+    passes = image_batches(images, config, "tags", device=device, processes=processes, progress=progress)
+    with evaluating(network), closing(passes):
+        for batch in passes:
+            maps = logit_maps(network, [sample.image for sample in batch], config)
+            found = torch.stack([each.image for each in maps]) > 0  # (B, C)
+            tags = torch.stack([torch.from_numpy(images.tags(sample.index)) for sample in batch])  # (B, C)
+            true = tags.to(device) > 0
+            counts += torch.stack([(found & true).sum(0), found.sum(0), true.sum(0)])  # (3, C)
     counts = processes.total(counts)
     hits, either = counts[0], counts[1] + counts[2]
     return TagResult(
@@ -136,7 +100,7 @@ def evaluate_tags(
             for name, hit, count in zip(images.classes, hits.tolist(), either.tolist(), strict=True)
         },
         protocol=protocol,
-        num_images=total,
+        num_images=len(images),
         seconds=time.monotonic() - started,
     )
 

@@ -118,7 +118,7 @@ def pseudo_files(
         images: Images and their tags.
         out_dir: Made if missing.
         config: Its `pseudo` section; its `evaluation` section for sizes, batch size and the CRF; `train.precision`.
-        kind: `cam`, `propagated`, `initial` or `refined`, as `pseudo_label` has it.
+        kind: `cam`, `propagated`, `initial` or `refined`, as `pseudo_labels` has it.
         overlay: Also write OUT/overlays/NAME.jpg.
         progress: Show a progress bar on standard error.
 
@@ -143,27 +143,17 @@ def _pseudo_task(
     network: AfaNetwork, images: TaggedImages, config: Config, *, kind: str, overlay: bool
 ) -> Task[_TaggedImage]:
     device = next(network.parameters()).device
-    pseudo, evaluation, precision = config.pseudo, config.evaluation, config.train.precision
+    pseudo, evaluation = config.pseudo, config.evaluation
     positions = {name: index for index, name in enumerate(images.names)}
 
     def read(name: str) -> _TaggedImage:
         pixels, tags = images.image(positions[name]), images.tags(positions[name])
-        sizes = pseudo_sizes((pixels.shape[0], pixels.shape[1]), config=pseudo, short_side=evaluation.short_side)
+        sizes = pseudo_sizes((pixels.shape[0], pixels.shape[1]), config)
         return _TaggedImage(pixels, host_tensor(pixels, device=device), None, sizes, tags)
 
     def infer(batch: Sequence[_TaggedImage]) -> list[Made]:
         views, tags = [image.view for image in batch], [image.tags for image in batch]
-        labels = pseudo_labels(
-            network,
-            views,
-            tags,
-            kind=kind,
-            config=pseudo,
-            short_side=evaluation.short_side,
-            crf_config=evaluation,
-            precision=precision,
-        )
-        return [Made(label.to(torch.uint8)) for label in labels]
+        return [Made(label.to(torch.uint8)) for label in pseudo_labels(network, views, tags, config, kind=kind)]
 
     stamp = {
         "made": f"pseudo labels ({kind})",
@@ -171,7 +161,7 @@ def _pseudo_task(
         **{f"pseudo.{key}": value for key, value in dataclasses.asdict(pseudo).items()},
         **(_crf_settings(evaluation) if pseudo.crf else {}),
         "short_side": evaluation.short_side,
-        "precision": precision,
+        "precision": config.train.precision,
     }
     return Task(
         title=f"pseudo labels ({kind})",

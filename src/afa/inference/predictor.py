@@ -287,7 +287,7 @@ class Predictor:
             pixels,
             host_tensor(view, device=self.device),
             self._allowed(tags, where=f"{image}: " if isinstance(image, str | Path) else ""),
-            group_sizes((view.shape[0], view.shape[1]), protocol=self.protocol, config=self.config.evaluation),
+            group_sizes((view.shape[0], view.shape[1]), self.config),
         )
 
     def segment(self, images: Sequence[PreparedImage]) -> list[LogitMaps]:
@@ -303,10 +303,8 @@ class Predictor:
         return logit_maps(
             self.network,
             [image.view for image in images],
-            protocol=self.protocol,
-            config=self.config.evaluation,
+            self.config,
             allowed=[image.allowed for image in images],
-            precision=self.config.train.precision,
         )
 
     def _predict(self, images: Sequence[PreparedImage]) -> list[Prediction]:

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from afa.config import Config, Propagation, PseudoConfig, load_config
 from afa.data.layout import find_layout
 from afa.data.voc import ScoredImages, TaggedImages
 from afa.errors import AfaError
-from afa.evaluation.protocols import CRF, image_tensor, logit_maps, pseudo_view, seg_logits
+from afa.evaluation.protocols import CRF, image_tensor, logit_maps, pseudo_view
 from afa.model.network import AfaNetwork
 from afa.pseudo.cam import multi_scale_cam
 from afa.pseudo.pipeline import infer_pseudo
@@ -205,7 +205,7 @@ class _Seen:
         return cls(
             pixels=pixels,
             picture=np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)),
-            view=pseudo_view(view, config=config.pseudo, short_side=config.evaluation.short_side),
+            view=pseudo_view(view, config),
             tags=torch.from_numpy(images.tags(i)).to(device)[None],
             truth=torch.from_numpy(images.mask(i)) if isinstance(images, ScoredImages) else None,
         )
@@ -214,6 +214,13 @@ class _Seen:
     def present(self) -> Tensor:
         """(C,) the tagged classes."""
         return self.tags[0] > 0
+
+    def segment(self, network: AfaNetwork, config: Config, protocol: str) -> Tensor:
+        """(H, W) mask under a protocol, in full precision."""
+        evaluation = replace(config.evaluation, protocol=cast(Any, protocol))
+        train = replace(config.train, precision="fp32")
+        (maps,) = logit_maps(network, [self.pixels], replace(config, evaluation=evaluation, train=train))
+        return maps.label((self.pixels.shape[0], self.pixels.shape[1]))
 
     def infer(self, network: AfaNetwork, config: PseudoConfig, *want: str, refined: bool = False) -> dict[str, Tensor]:
         """What `infer_pseudo` gives for this image, without its axis of images."""
@@ -225,13 +232,12 @@ class _Seen:
 def _example_pictures(network: AfaNetwork, config: Config, seen: _Seen) -> dict[str, Pixels]:
     """The pictures of an example by name, all of one size."""
     pseudo = seen.infer(network, config.pseudo, "cam", "propagated", "refined_label")
-    logits = seg_logits(network, seen.pixels, protocol=config.evaluation.protocol, config=config.evaluation)
     drawn = {
         "image": seen.picture,
         "cam": blend_heat(seen.picture, pseudo["cam"][seen.present]),
         "propagated": blend_heat(seen.picture, _shares(pseudo["propagated"])[seen.present]),
         "pseudo": blend_label(seen.picture, pseudo["refined_label"]),
-        "prediction": blend_label(seen.picture, logits.argmax(0)),
+        "prediction": blend_label(seen.picture, seen.segment(network, config, config.evaluation.protocol)),
     }
     return drawn if seen.truth is None else drawn | {"truth": blend_label(seen.picture, seen.truth)}
 
@@ -282,12 +288,8 @@ def _label_rows(network: AfaNetwork, config: Config, seen: _Seen) -> Iterator[_R
 
 
 def _result_rows(network: AfaNetwork, config: Config, seen: _Seen) -> Iterator[_Row]:
-    height, width = seen.pixels.shape[:2]
     protocol = config.evaluation.protocol.removesuffix(CRF)
-    labels = [
-        logit_maps(network, [seen.pixels], protocol=each, config=config.evaluation)[0].label((height, width))
-        for each in (protocol, protocol + CRF)
-    ]
+    labels = [seen.segment(network, config, each) for each in (protocol, protocol + CRF)]
     yield _labeled(seen, [*labels, seen.truth])
 
 

@@ -21,7 +21,7 @@ from afa.data.loader import train_batches
 from afa.data.pixel_cache import PixelCache, resolve_cache
 from afa.data.voc import ScoredImages, TaggedImages
 from afa.errors import AfaError
-from afa.evaluation.evaluate import evaluate
+from afa.evaluation.evaluate import evaluate, first_images
 from afa.model.network import AfaNetwork
 from afa.runs.build import build_network, read_classes
 from afa.runtime import ALONE, Processes, image_progress, interrupts, say
@@ -272,13 +272,9 @@ class _Loop:
         paused = time.perf_counter()
         result = evaluate(
             self.engine.network,
-            self.scored,
-            config=self.config,
-            labels="seg",
-            device=self.engine.device,
-            precision=self.config.train.precision,
-            limit=self.config.train.eval_images,
-            batch_size=self.config.evaluation.batch_size,
+            first_images(self.scored, self.config.train.eval_images),
+            self.config,
+            processes=self.engine.processes,
             progress=False,
         )
         if self.log is not None:
