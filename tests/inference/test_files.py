@@ -339,7 +339,7 @@ def pseudo_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
 
     def pseudo_labels(
-        network: object, images: list[Tensor], tags: list[np.ndarray], **settings: Any
+        network: object, images: list[Tensor], tags: list[np.ndarray], config: Config, **settings: Any
     ) -> Iterator[Tensor]:
         for image, image_tags in zip(images, tags, strict=True):
             calls.append({"tags": image_tags.tolist(), **settings})
