@@ -42,7 +42,7 @@ NUM_TRAIN, NUM_VAL, IMAGE_SIZE = 800, 200, 128
 NUM_PRETRAIN: Final = 2000
 _PRETRAINING: Final[dict[str, Any]] = {"model.pooling": "gmp"}
 """What sets the pretraining apart from the demo preset. With gap the tags of single objects are not learnt in 800
-steps (docs/log.md)."""
+steps (docs/lab/2026-11.md)."""
 _PRETRAINING_SEED: Final = 1000
 _ENERGY: Final = 2.0
 """Weight of the energy loss in the rows that have it. The demo preset has none; on its crops of few pixels a weight of

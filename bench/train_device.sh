@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: check against the CPU, run the benchmarks, train as long as told, draw the report.
+# On a machine with a GPU: run the GPU tests and the benchmarks, train for a given time, write the report.
 #
 #   DATA=VOC2012 CONFIG=configs/voc_mit_b1.toml bash bench/train_device.sh OUT SECONDS
 #
-# OUT      folder of everything that is written: check.txt, step_*.txt, energy.txt, crf.txt, predict.txt, run/, summary.txt
-# SECONDS  time for training (default 600). Called again with the same OUT it goes on where it stopped, exactly; what
-#          OUT holds already is not measured again.
-# DATA     data set of the configuration; without it the generated images of `afa demo` are learned.
+# OUT      folder of all results: check.txt, step_*.txt, energy.txt, crf.txt, predict.txt, run/, summary.txt
+# SECONDS  time for training (default 600). A second call with the same OUT continues training exactly where it stopped,
+#          and does not repeat the measurements that OUT holds.
+# DATA     data set for the configuration; without it, the run learns the generated images of `afa demo`.
 # EXTRA    further arguments of afa train, such as "--model.weights FOLDER --train.compile true".
 # SKIP     names of measurements to leave out, such as "step_bf16_compiled", which compiles for minutes.
 # PYTHON   interpreter with afa and its test dependencies (default: .venv/bin/python, else python3).
@@ -18,7 +18,7 @@ python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 export PYTHONPATH="$PWD/src:$PWD/tests:$PWD/bench${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$out"
 
-once() { # once FILE COMMAND...: run the command unless FILE tells that it has run; a failure is kept and said
+once() { # once FILE COMMAND...: run the command unless FILE exists; after a failure, print its last line
     local file="$out/$1"
     case " ${SKIP:-} " in *" ${1%.txt} "*) return 0 ;; esac
     shift
@@ -30,7 +30,7 @@ once() { # once FILE COMMAND...: run the command unless FILE tells that it has r
 }
 
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; print(torch.cuda.get_device_name())' | tee "$out/device.txt"
-once check.txt "$python" -m pytest -q -p no:cacheprovider -m gpu tests/model tests/pseudo tests/training tests/filtering tests/data/test_loader.py tests/test_resize_triton.py tests/test_kernels.py
+once check.txt "$python" -m pytest -q -p no:cacheprovider -m gpu tests
 setting=(--device cuda --backbone mit_b1 --crop 512 --batch 8 --phase all)
 once step_fp32.txt "$python" bench/step.py "${setting[@]}" --precision fp32 --json "$out/step_fp32.json"
 once step_bf16.txt "$python" bench/step.py "${setting[@]}" --precision bf16 --json "$out/step_bf16.json"
@@ -39,7 +39,7 @@ once crf.txt "$python" bench/crf.py --device cuda
 once predict.txt "$python" bench/predict.py --device cuda
 once step_bf16_compiled.txt "$python" bench/step.py "${setting[@]}" --precision bf16 --compile --json "$out/step_bf16_compiled.json"
 
-# Ctrl-C lets a run finish its step and save: that is how it is told that its time is over.
+# Ctrl-C lets a run finish its step and save, so it ends a run whose time is over.
 if [ -n "${DATA:-}" ]; then
     job=(-m afa train --config "${CONFIG:-configs/voc_mit_b1.toml}" --data.root "$DATA" --out "$out/run" --resume --train.precision bf16)
 else

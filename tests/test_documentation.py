@@ -16,7 +16,7 @@ from afa.config import field_docs
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src" / "afa").rglob("*.py"))
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 SECTIONS = sorted({key.split(".")[0] for key in field_docs()})
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -145,13 +145,25 @@ def test_relative_links_lead_somewhere(path: Path) -> None:
 
 def anchors(page: Path) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return {anchor(heading) for heading in headings}
+
+
+def anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def test_every_page_is_reachable_from_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for page in (ROOT / "docs").glob("*.md"):
-        assert f"docs/{page.name}" in readme, page.name
+    for page in [*(ROOT / "docs").glob("*.md"), ROOT / "docs" / "lab" / "README.md"]:
+        assert relative(page) in readme, page.name
+
+
+def test_the_lab_book_lists_every_entry() -> None:
+    folder = ROOT / "docs" / "lab"
+    contents = (folder / "README.md").read_text(encoding="utf-8")
+    for month in folder.glob("20*.md"):
+        for heading in re.findall(r"^## (.*)$", month.read_text(encoding="utf-8"), re.MULTILINE):
+            assert f"{month.name}#{anchor(heading)})" in contents, heading
 
 
 # Spelled in pieces so that this file passes its own test.

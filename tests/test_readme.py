@@ -13,10 +13,11 @@ from PIL import Image
 
 from afa.cli import build_parser
 from afa.config import field_docs, load_config
+from afa.inference.predictor import Prediction
 from afa.runs import auto as defaults
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def fences(page: Path, language: str) -> list[str]:
@@ -99,9 +100,9 @@ def test_the_python_lines_run(tiny_table: Path, tmp_path: Path, monkeypatch: pyt
     (code,) = fences(ROOT / "README.md", "python")
     names: dict[str, object] = {}
     exec(code, names)
-    label, scores = names["label"], names["scores"]
-    assert isinstance(label, np.ndarray)
-    assert isinstance(scores, np.ndarray)
+    prediction = names["prediction"]
+    assert isinstance(prediction, Prediction)
+    label, scores = prediction.label, prediction.scores
     assert (label.shape, label.dtype) == ((48, 64), np.uint8)
     assert scores.shape[1:] == (48, 64)
     assert scores.dtype == np.float32

@@ -38,7 +38,7 @@ _HUB_SECONDS: Final = 5.0
 
 # Plain vision transformers: attention sharp enough to saturate the affinity unless it is scaled; CAMs at one scale. The
 # first half of the blocks stays frozen: with all of them trained every token learns what the image shows, and the
-# CAMs cover all of it (docs/log.md).
+# CAMs cover all of it (docs/lab/2026-11.md).
 _TOKENS: Final[dict[str, Any]] = {
     "model.drop_path": 0.0,
     "model.attention_scaling": True,
