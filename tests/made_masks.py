@@ -65,10 +65,15 @@ def write_items(
 
 
 def write_made(
-    format: str, folder: Path, masks: Sequence[NDArray[np.uint8]] | None = None, **settings: Any
+    format: str,
+    folder: Path,
+    masks: Sequence[NDArray[np.uint8]] | None = None,
+    *,
+    names: Sequence[str] = (),
+    **settings: Any,
 ) -> tuple[list[MaskItem], FormatResult]:
     """Write items below a folder and convert them, to FOLDER/out; settings are those of `write_format`."""
-    items = write_items(folder, masks)
+    items = write_items(folder, masks, names=names)
     settings = {"classes": CLASSES, "progress": False} | settings
     return items, write_format(format, items, out_dir=folder / "out", **settings)
 

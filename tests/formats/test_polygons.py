@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from afa.formats.polygons import outline, signed_area, simplify, trace_rings
-from afa.formats.write import write_format
-from made_masks import CLASSES, binary_masks, iou, labels, paint, write_items, write_made
+from made_masks import CLASSES, binary_masks, iou, labels, paint, write_made
 
 
 def smooth_labels() -> list[NDArray[np.uint8]]:
@@ -81,14 +80,11 @@ def test_what_polygons_lose_is_said_once(tmp_path: Path, format: str) -> None:
 
 def test_yolo_images_without_an_object_have_an_empty_file(tmp_path: Path) -> None:
     items, result = write_made("yolo", tmp_path, [np.zeros((8, 8), dtype=np.uint8)])
-    path = result.path
-    assert (path / "labels" / f"{items[0].name}.txt").read_text() == ""
+    assert (result.path / "labels" / f"{items[0].name}.txt").read_text() == ""
 
 
 def test_yolo_finds_labels_of_a_folder_called_images(tmp_path: Path) -> None:
-    (item,) = write_items(tmp_path, [np.ones((8, 8), dtype=np.uint8)])
-    item = type(item)("a/images/b", item.image_path, item.mask_path)
-    path = write_format("yolo", [item], CLASSES, tmp_path / "out", progress=False).path
+    path = write_made("yolo", tmp_path, [np.ones((8, 8), dtype=np.uint8)], names=["a/images/b"])[1].path
     assert (path / "images/a/images/b.jpg").is_file()
     assert (path / "images/a/labels/b.txt").read_text().startswith("0 0.000000 0.000000 1.000000")
 
@@ -107,29 +103,21 @@ def disc(radius: float, *, size: int = 100) -> np.ndarray:
     return (x - size / 2) ** 2 + (y - size / 2) ** 2 < radius**2
 
 
-def test_rings_enclose_exactly_the_mask() -> None:
+def test_rings_follow_regions_and_holes() -> None:
     for mask in binary_masks():
         rings = trace_rings(mask)
         painted = np.zeros(mask.shape, dtype=bool)
         for ring in rings:
             painted ^= paint(ring, mask.shape)
-        np.testing.assert_array_equal(painted, mask)
-        assert sum(signed_area(ring) for ring in rings) == mask.sum()
-
-
-def test_one_ring_for_each_region_and_each_hole() -> None:
-    for mask in binary_masks():
-        areas = [signed_area(ring) for ring in trace_rings(mask)]
-        assert sum(area > 0 for area in areas) == ndimage.label(mask)[1]
-        assert sum(area < 0 for area in areas) == ndimage.label(~np.pad(mask, 1), EVERY_NEIGHBOR)[1] - 1
-
-
-def test_rings_turn_at_every_corner() -> None:
-    for mask in binary_masks():
-        for ring in trace_rings(mask):
+            # It turns at every corner.
             step = np.roll(ring, -1, axis=0) - ring
             assert ((step == 0).sum(1) == 1).all()
             assert ((step * np.roll(step, -1, axis=0)).sum(1) == 0).all()
+        np.testing.assert_array_equal(painted, mask)
+        areas = [signed_area(ring) for ring in rings]
+        assert sum(areas) == mask.sum()
+        assert sum(area > 0 for area in areas) == ndimage.label(mask)[1]
+        assert sum(area < 0 for area in areas) == ndimage.label(~np.pad(mask, 1), EVERY_NEIGHBOR)[1] - 1
 
 
 def test_exact_polygons_are_the_regions_with_holes_filled() -> None:
@@ -144,18 +132,17 @@ def test_exact_polygons_are_the_regions_with_holes_filled() -> None:
         assert drawn.dropped == 0
 
 
-def test_specks_are_dropped_and_counted() -> None:
+def test_specks_are_dropped_and_holes_are_counted() -> None:
     mask = np.zeros((20, 20), dtype=bool)
     mask[0, 0] = mask[5, 5:14] = mask[10:12, :5] = True
     drawn = outline(mask, min_area=10)
     assert (drawn.areas, drawn.dropped) == ([10.0], 2)
     assert drawn.polygons[0].tolist() == [[0, 10], [5, 10], [5, 12], [0, 12]]
-
-
-def test_holes_are_counted() -> None:
     mask = np.ones((12, 12), dtype=bool)
     mask[2:4, 2:4] = mask[6:9, 6:9] = False
     assert outline(mask).filled_holes == 2
+    drawn = outline(np.zeros((4, 5), dtype=bool))
+    assert (drawn.polygons, drawn.areas, drawn.filled_holes, drawn.dropped) == ([], [], 0, 0)
 
 
 def test_simplified_outlines_stay_within_the_tolerance() -> None:
@@ -203,8 +190,3 @@ def test_a_ring_may_pass_a_corner_twice() -> None:
     assert signed_area(ring) == mask.sum()
     for tolerance in (0.5, 1.0, 20.0):
         assert np.isfinite(simplify(ring, tolerance)).all()
-
-
-def test_nothing_is_drawn_of_an_empty_mask() -> None:
-    drawn = outline(np.zeros((4, 5), dtype=bool))
-    assert (drawn.polygons, drawn.areas, drawn.filled_holes, drawn.dropped) == ([], [], 0, 0)
