@@ -10,6 +10,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -58,45 +59,26 @@ def save_pretrained(source: str | Path | LoadedRun, folder: str | Path, *, origi
         origin = find_pretrained(source)
         source = load_pretrained(origin, torch.device("cpu"))
     _check_free(folder)
-    config = _without_paths(source.config)
-    figures = _figures(origin)
-    description = {
-        "library": "afa",
-        "format": FORMAT,
-        "afa_version": __version__,
-        "architecture": config.model.backbone,
-        "classes": list(source.classes),
-        "protocol": config.evaluation.protocol,
-        "config": config_to_dict(config),
-        "figures": figures,
+    config, figures = _without_paths(source.config), _figures(origin)
+    texts = {
+        _CARD: model_card(config, source.classes, figures, title=folder.resolve().name),
+        _PREPROCESSOR: _to_json(_preprocessing(config)),
+        _CONFIG: _to_json(_description(config, source.classes, figures)),
     }
-    preprocessor = {
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": IMAGE_MEAN,
-        "image_std": IMAGE_STD,
-        "do_resize": config.evaluation.short_side > 0,
-    }
-    if config.evaluation.short_side:
-        preprocessor["size"] = {"shortest_edge": config.evaluation.short_side}
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in source.network.state_dict().items()}
     partial = folder.with_name(f".partial_{folder.name}")
     try:
         partial.mkdir(parents=True, exist_ok=True)
         save_file(state, partial / _WEIGHTS, metadata={"format": "pt"})
-        (partial / _PREPROCESSOR).write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
-        card = model_card(config, source.classes, figures, title=folder.resolve().name)
-        (partial / _CARD).write_text(card, encoding="utf-8")
-        (partial / _CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
         folder.mkdir(parents=True, exist_ok=True)
         # config.json comes last: where it is, everything else is.
-        for name in _FILES:
+        for name in (_WEIGHTS, *texts):
             (partial / name).replace(folder / name)
     except (OSError, SafetensorError) as error:
-        raise AfaError(
-            f"{folder}: cannot be written ({first_line(error)}); free space or choose another folder"
-        ) from None
+        reason = first_line(error)
+        raise AfaError(f"{folder}: cannot be written ({reason}); free space or choose another folder") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -200,6 +182,38 @@ def _check_free(folder: Path) -> None:
         _read_description(folder)
     if folder.exists() and not folder.is_dir():
         raise AfaError(f"{folder}: is a file; pass a folder")
+
+
+def _description(config: Config, classes: Sequence[str], figures: dict[str, Any]) -> dict[str, Any]:
+    """What config.json holds."""
+    return {
+        "library": "afa",
+        "format": FORMAT,
+        "afa_version": __version__,
+        "architecture": config.model.backbone,
+        "classes": list(classes),
+        "protocol": config.evaluation.protocol,
+        "config": config_to_dict(config),
+        "figures": figures,
+    }
+
+
+def _preprocessing(config: Config) -> dict[str, Any]:
+    """What preprocessor_config.json holds."""
+    side = config.evaluation.short_side
+    return {
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": IMAGE_MEAN,
+        "image_std": IMAGE_STD,
+        "do_resize": side > 0,
+        **({"size": {"shortest_edge": side}} if side else {}),
+    }
+
+
+def _to_json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"
 
 
 def _without_paths(config: Config) -> Config:

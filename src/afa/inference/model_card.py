@@ -1,6 +1,7 @@
-"""Writes the model card of a trained network: what it was trained on, what it scored, which license binds it.
+"""The model card of a trained network: what it was trained on, what it scored, which license binds it.
 
-Every figure is read from the run; what the run does not tell is left out or said to be unknown.
+Every figure is read from the run; what the run does not tell is left out or said to be unknown. The words are in
+model_card.md.j2.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from afa.config import SUPERVISION_NAMES, Config, ModelConfig, Supervision
+from huggingface_hub import ModelCard, ModelCardData
+
+from afa.config import SUPERVISION_NAMES, Config, ModelConfig
 from afa.errors import AfaError
 from afa.model.registry import BACKBONES
 from afa.runs.build import find_weights
@@ -24,27 +26,6 @@ _KINDS: Final = {
 }
 _SCORE_KEYS: Final = ("miou", "per_class", "protocol", "num_images")
 _TRAINING_KEYS: Final = ("steps", "seconds_train", "device", "precision", "num_parameters", "afa", "torch")
-
-_SUPERVISION: Final = {
-    "tags": "**Weak supervision**: it was trained with image-level tags. No pixel mask was read in training; where "
-    "there are masks, they only scored the result. Expect rougher outlines than full supervision gives, and "
-    "classes that always appear together mixed up.",
-    "masks": f"**{SUPERVISION_NAMES['masks'].capitalize()}**: unlike other models of afa, this one was trained on "
-    "pixel masks, for comparison.",
-}
-
-
-@dataclass(frozen=True)
-class WeightsLicense:
-    """License of the weights that a training started from.
-
-    Attributes:
-        metadata: Lines of the card's front matter.
-        text: The same for people, one paragraph.
-    """
-
-    metadata: dict[str, str] = field(default_factory=dict)
-    text: str = ""
 
 
 def is_hub_id(text: str) -> bool:
@@ -67,7 +48,7 @@ def read_figures(run: Path) -> dict[str, Any]:
     Raises:
         AfaError: One of the files is not a JSON object.
     """
-    report = _read_object(run / "report.json")
+    report, environment = _read_object(run / "report.json"), _read_object(run / "environment.json")
     evaluation: dict[str, Any] = {}
     for kind in _KINDS:
         scores = _read_object(run / "evaluation" / f"{kind}.json")
@@ -75,47 +56,10 @@ def read_figures(run: Path) -> dict[str, Any]:
             scores = report | {"per_class": (report.get("per_class") or {}).get("seg")}
         if scores.get("miou") is not None:
             evaluation[kind] = {key: scores.get(key) for key in _SCORE_KEYS}
-    environment = _read_object(run / "environment.json")
-    figures: dict[str, Any] = {
-        "evaluation": evaluation,
-        "training": {key: environment[key] for key in _TRAINING_KEYS if environment.get(key) is not None},
-    }
-    if not (run / "model.safetensors").is_file():
-        figures["unfinished"] = find_weights(run).parent.name
-    return figures
-
-
-def weights_license(model: ModelConfig) -> WeightsLicense:
-    """Say under which license the encoder's initial weights are published.
-
-    Args:
-        model: Settings; `weights` and `backbone` are looked at.
-    """
-    weights = model.weights
-    if not weights:
-        return WeightsLicense(
-            text="Training started from random weights, so no license of earlier weights applies. "
-            "Whoever publishes this model states its license here."
-        )
-    known = next((spec for spec in BACKBONES.values() if spec.weights == weights), None)
-    if known is None and re.fullmatch(r"(.*[/\\])?mit_b[0-5]\.pth", weights):
-        known = BACKBONES[Path(weights).stem]
-    base = {"base_model": weights} if is_hub_id(weights) else {}
-    if known is None:
-        return WeightsLicense(
-            base | {"license": "unknown"},
-            f"The encoder started from `{weights}`, whose license afa does not know: look it up where the weights "
-            "came from, and state it here before this model is passed on.",
-        )
-    text = f"The encoder started from `{weights}`, published under this license: {known.license}."
-    if known.license in ("Apache-2.0", "MIT"):
-        return WeightsLicense(base | {"license": known.license.lower()}, f"{text} It applies to what derives from it.")
-    name = re.sub(r"[^a-z0-9]+", "-", known.license.lower()).strip("-")
-    link = f"https://huggingface.co/{known.weights}"
-    return WeightsLicense(
-        base | {"license": "other", "license_name": name, "license_link": link},
-        f"{text} **Research and evaluation only**; this model may be bound by it: {link}",
-    )
+    training = {key: environment[key] for key in _TRAINING_KEYS if environment.get(key) is not None}
+    weights = find_weights(run)
+    unfinished = {} if weights.parent == run else {"unfinished": weights.parent.name}
+    return {"evaluation": evaluation, "training": training, **unfinished}
 
 
 def model_card(config: Config, classes: Sequence[str], figures: Mapping[str, Any], *, title: str) -> str:
@@ -130,46 +74,49 @@ def model_card(config: Config, classes: Sequence[str], figures: Mapping[str, Any
     Returns:
         Contents of README.md.
     """
-    license_ = weights_license(config.model)
-    sections = [
-        _front_matter(license_.metadata, config.train.supervision),
-        f"# {_inline(title)}",
-        "A semantic segmentation network made with afa, which trains transformers to segment images from nothing but "
-        "the tags of their training images ([Ru et al., CVPR 2022](https://arxiv.org/abs/2203.02664)).",
-        _SUPERVISION[config.train.supervision],
-        "## Use",
-        "```python\nfrom afa import Predictor\n\n"
-        'predictor = Predictor.from_pretrained("FOLDER_OR_HUB_ID")\n'
-        'prediction = predictor("photo.jpg")\n'
-        "label, scores = prediction.label, prediction.scores  # (H, W) uint8 classes, (K, H, W) float32\n```",
-        f"## Classes\n\n0 background, then {len(classes)}: "
-        + ", ".join(f"{index} {_inline(name)}" for index, name in enumerate(classes, start=1))
-        + ".",
-        _training(config, figures),
-        _scores(figures.get("evaluation") or {}),
-        f"## License\n\n{license_.text} The training images have licenses of their own. afa itself is under "
-        "Apache-2.0.",
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def _front_matter(license_metadata: Mapping[str, str], supervision: Supervision) -> str:
-    lines = ["---", "library_name: afa", "pipeline_tag: image-segmentation"]
-    # JSON's texts are YAML's.
-    lines += [f"{key}: {json.dumps(value)}" for key, value in license_metadata.items()]
     tags = ["afa", "semantic-segmentation", "image-segmentation"]
-    tags += ["weakly-supervised"] if supervision == "tags" else []
-    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
+    tags += ["weakly-supervised"] if config.train.supervision == "tags" else []
+    known, metadata = _weights_license(config.model)
+    data = ModelCardData(library_name="afa", pipeline_tag="image-segmentation", tags=tags, **metadata)
+    card = ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("model_card.md.j2")),
+        title=title,
+        config=config,
+        supervision=SUPERVISION_NAMES[config.train.supervision].capitalize(),
+        classes=classes,
+        training=_training(config, figures),
+        evaluation=figures.get("evaluation") or {},
+        kinds=_KINDS,
+        weights_license=known,
+        inline=_inline,
+        cell=lambda text: text.replace("|", "\\|"),
+    )
+    return str(card).strip() + "\n"
 
 
-def _training(config: Config, figures: Mapping[str, Any]) -> str:
-    training = figures.get("training") or {}
-    start = f"`{config.model.weights}`" if config.model.weights else "random weights"
-    rows = {
-        "data": f"folder `{_inline(config.data.root)}`, list `{_inline(config.data.train_list)}`"
-        if config.data.root
-        else "",
-        "encoder": f"`{config.model.backbone}`, started from {start}",
+def _weights_license(model: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """The license under which the encoder's initial weights are published, as it is called and as metadata has it."""
+    weights = model.weights
+    base: dict[str, Any] = {"base_model": weights} if is_hub_id(weights) else {}
+    known = next((spec for spec in BACKBONES.values() if weights and spec.weights == weights), None)
+    if known is None and re.fullmatch(r"(.*[/\\])?mit_b[0-5]\.pth", weights):
+        known = BACKBONES[Path(weights).stem]
+    if known is None:
+        return "", base | {"license": "unknown"} if weights else {}
+    if known.license in ("Apache-2.0", "MIT"):
+        return known.license, base | {"license": known.license.lower()}
+    name = re.sub(r"[^a-z0-9]+", "-", known.license.lower()).strip("-")
+    link = f"https://huggingface.co/{known.weights}"
+    return known.license, base | {"license": "other", "license_name": name, "license_link": link}
+
+
+def _training(config: Config, figures: Mapping[str, Any]) -> dict[str, str]:
+    """Rows of the table of the training; empty ones are left out."""
+    training, data, weights = figures.get("training") or {}, config.data, config.model.weights
+    return {
+        "data": f"folder `{_inline(data.root)}`, list `{_inline(data.train_list)}`" if data.root else "",
+        "encoder": f"`{config.model.backbone}`, started from {f'`{weights}`' if weights else 'random weights'}",
         "parameters": f"{training['num_parameters']:,}" if "num_parameters" in training else "",
         "schedule": f"{config.schedule.max_steps:,} steps of {config.schedule.batch_size} crops of "
         f"{config.augment.crop_size} pixels, preset `{config.preset}`, seed {config.train.seed}",
@@ -178,37 +125,11 @@ def _training(config: Config, figures: Mapping[str, Any]) -> str:
         "machine": ", ".join(str(training[name]) for name in ("device", "precision") if name in training),
         "software": ", ".join(f"{name} {training[name]}" for name in ("afa", "torch") if name in training),
     }
-    table = [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value]
-    return "\n".join(["## Training", "", "| | |", "|---|---|", *table, "", "All settings are in config.json."])
-
-
-def _scores(evaluation: Mapping[str, Any]) -> str:
-    if not evaluation:
-        return "## Scores\n\nThe run was not scored: there are no figures."
-    lines = ["## Scores", "", "mIoU in percent on the run's validation images.", ""]
-    lines += ["| what | mIoU | protocol | images |", "|---|---|---|---|"]
-    for kind, text in _KINDS.items():
-        if kind in evaluation:
-            scores = evaluation[kind]
-            lines.append(
-                f"| {text} | {scores['miou']:.2f} | {scores['protocol'] or '-'} | {scores['num_images'] or '-'} |"
-            )
-    per_class = (evaluation.get("seg") or {}).get("per_class")
-    if per_class:
-        lines += ["", "| class | IoU of the segmentation |", "|---|---|"]
-        lines += [
-            f"| {_cell(_inline(name))} | {'-' if iou is None else f'{iou:.2f}'} |" for name, iou in per_class.items()
-        ]
-    return "\n".join(lines)
 
 
 def _inline(text: str) -> str:
     """A name as text of one line that starts no markup of its own."""
     return re.sub(r"([\\`*_<>\[\]])", r"\\\1", " ".join(text.split()))
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _read_object(path: Path) -> dict[str, Any]:
