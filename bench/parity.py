@@ -27,10 +27,10 @@ from afa.losses.affinity import affinity_loss
 from afa.losses.segmentation import segmentation_loss
 from afa.pseudo.affinity import affinity_label, token_label
 from afa.pseudo.cam import fuse_scores
-from afa.pseudo.labels import cam_label, ignore_outside, merge_labels
+from afa.pseudo.labels import ignore_outside, merge_labels
 from afa.pseudo.pipeline import initial_label
 from afa.pseudo.refiner import Refiner
-from afa.pseudo.scores import present_classes, present_scores
+from afa.pseudo.scores import present_classes, present_scores, with_background
 from afa.pseudo.walk import propagate
 from afa.training.schedule import learning_rate
 from afa.types import IGNORE_INDEX
@@ -141,8 +141,10 @@ def _fused_cam(vectors: Vectors) -> Tensor:
 
 def _cam_label(vectors: Vectors) -> Tensor:
     cam, tags, config = vectors["refine_cam"], vectors["refine_tags"], PseudoConfig()
-    low = cam_label(cam, tags, background=config.background_low)
-    high = cam_label(cam, tags, background=config.background_high)
+    low, high = (
+        present_scores(with_background(cam, background), tags, softmax=False).argmax(1)
+        for background in (config.background_low, config.background_high)
+    )
     return ignore_outside(merge_labels(low, high), vectors["refine_box"])
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from afa.kernels import dispatch as kernels
-from afa.kernels import walk as walk_module
 from afa.kernels.dispatch import fused
-from afa.kernels.walk import spread, take_step, transition, window_mask
+from afa.kernels.walk import spread
 from interpreted import interpret
+from tensors import unchanged
 
 CASES = (
     # Rows and columns of tokens, score maps, radius, power, epsilon.
@@ -34,9 +37,7 @@ def draw(grid: tuple[int, int], channels: int) -> tuple[Tensor, Tensor]:
     return affinity, torch.rand(2, channels, *grid, generator=generator)
 
 
-def plain(affinity: Tensor, scores: Tensor, *, radius: int, power: float, epsilon: float) -> Tensor:
-    mask = window_mask(scores.shape[2], scores.shape[3], radius, affinity.device)
-    return take_step(transition(affinity, mask, power=power, epsilon=epsilon), scores)
+plain = inspect.unwrap(spread)
 
 
 def check(device: str) -> None:
@@ -44,34 +45,32 @@ def check(device: str) -> None:
     assert fused(torch.device(device))
     for grid, channels, radius, power, epsilon in CASES:
         affinity, scores = draw(grid, channels)
-        knobs = {"radius": radius, "power": power, "epsilon": epsilon}
-        expected = plain(affinity.double(), scores.double(), **knobs)  # type: ignore[arg-type]
-        found = spread(affinity.to(device), scores.to(device), **knobs)  # type: ignore[arg-type]
+        knobs: dict[str, Any] = {"radius": radius, "power": power, "epsilon": epsilon}
+        expected = plain(affinity.double(), scores.double(), **knobs)
+        found = spread(affinity.to(device), scores.to(device), **knobs)
         assert found.dtype == torch.float32
         torch.testing.assert_close(
             found.cpu().double(), expected, rtol=1e-5, atol=1e-7, msg=lambda text, case=(grid, knobs): f"{case}: {text}"
         )
         assert not found.flatten(2)[1, :, grid[0] * grid[1] // 2].any()
     affinity, scores = (values.to(device) for values in draw((3, 4), 3))
+    usual: dict[str, Any] = {"radius": 1, "power": 2.0, "epsilon": 0.1}
     # Any strides are read as they are meant, and nothing is written to.
     strided = affinity.transpose(1, 2), scores.transpose(2, 3).contiguous().transpose(2, 3)
-    before = [values.clone() for values in strided]
-    expected = plain(*strided, radius=1, power=2.0, epsilon=0.1)
-    torch.testing.assert_close(spread(*strided, radius=1, power=2.0, epsilon=0.1), expected)
-    assert all(torch.equal(values, copy) for values, copy in zip(strided, before, strict=True))
+    with unchanged(*strided):
+        torch.testing.assert_close(spread(*strided, **usual), plain(*strided, **usual))
     # Half precision: stored values are rounded, sums are not.
     low = affinity.bfloat16(), scores.bfloat16()
-    rounded = spread(*low, radius=1, power=2.0, epsilon=0.1)
+    rounded = spread(*low, **usual)
     assert rounded.dtype == torch.bfloat16
-    exact = plain(low[0].float(), low[1].float(), radius=1, power=2.0, epsilon=0.1)
-    torch.testing.assert_close(rounded.float(), exact, rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(rounded.float(), plain(low[0].float(), low[1].float(), **usual), rtol=1e-2, atol=1e-4)
     # The power of 0, and whatever a gradient is asked of, take the plain code.
-    expected = plain(affinity, scores, radius=1, power=0.0, epsilon=0.1)
-    assert torch.equal(spread(affinity, scores, radius=1, power=0.0, epsilon=0.1), expected)
-    spread(affinity.requires_grad_(), scores, radius=1, power=2.0, epsilon=0.1).sum().backward()
+    to_0 = usual | {"power": 0.0}
+    assert torch.equal(spread(affinity, scores, **to_0), plain(affinity, scores, **to_0))
+    spread(affinity.requires_grad_(), scores, **usual).sum().backward()
     assert affinity.grad is not None
     assert affinity.grad.isfinite().all()
-    assert spread(affinity.detach()[:0], scores[:0], radius=1, power=2.0, epsilon=0.1).shape == (0, 3, 3, 4)
+    assert spread(affinity.detach()[:0], scores[:0], **usual).shape == (0, 3, 3, 4)
 
 
 def test_interpreted_kernel_equals_the_plain_code() -> None:
@@ -85,8 +84,7 @@ def test_compiled_kernel_equals_the_plain_code() -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_without_triton_takes_the_plain_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Tensor] = []
     monkeypatch.setattr(kernels, "_HAS_TRITON", False)
-    monkeypatch.setattr(walk_module, "take_step", lambda *given: calls.append(take_step(*given)) or calls[-1])
-    affinity, scores = (values.to("cuda") for values in draw((3, 4), 3))
-    assert spread(affinity, scores, radius=1, power=2.0, epsilon=0.1) is calls[0]
+    given = tuple(values.to("cuda") for values in draw((3, 4), 3))
+    usual: dict[str, Any] = {"radius": 1, "power": 2.0, "epsilon": 0.1}
+    assert torch.equal(spread(*given, **usual), plain(*given, **usual))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import naive
-from afa.pseudo.labels import cam_label, ignore_outside, merge_labels, threshold_label
-from afa.pseudo.scores import best_slot
+from afa.pseudo.labels import ignore_outside, merge_labels, threshold_label
+from afa.pseudo.scores import best_slot, present_scores, with_background
 from afa.types import inside_box
 from tensors import TAGS, assert_images_agree, uniform
 
@@ -18,6 +18,10 @@ BOXES = torch.tensor([[0, 9, 0, 12], [2, 7, 3, 11]])
 
 def cams(seed: int = 0) -> Tensor:
     return uniform(2, 3, 9, 12, seed=seed)
+
+
+def cam_label(cam: Tensor, tags: Tensor, *, background: float) -> Tensor:
+    return present_scores(with_background(cam, background), tags, softmax=False).argmax(1)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import naive
 from afa.config import PseudoConfig
-from afa.kernels.walk import spread, take_step, transition, window_mask
+from afa.kernels.walk import spread, transition, window_mask
 from afa.pseudo.scores import with_background
 from afa.pseudo.walk import mean_attention_affinity, propagate
 from tensors import TAGS, assert_images_agree, symmetric_affinity, unchanged, uniform
@@ -72,7 +72,8 @@ def test_rows_of_the_transition_sum_to_their_share_of_degree_and_epsilon() -> No
 def test_spread_is_a_step_of_the_walk_within_the_radius(power: float) -> None:
     affinity, scores = symmetric_affinity(12), cams((3, 4))
     walk = transition(affinity, window_mask(3, 4, 1), power=power, epsilon=0.1)
-    assert torch.equal(spread(affinity, scores, radius=1, power=power, epsilon=0.1), take_step(walk, scores))
+    expected = (walk @ scores.flatten(2).mT).mT.reshape(scores.shape)
+    torch.testing.assert_close(spread(affinity, scores, radius=1, power=power, epsilon=0.1), expected)
 
 
 def test_softmax_sums_to_what_the_epsilon_leaves() -> None:

@@ -17,21 +17,18 @@ from afa.filtering.lattice import PermutohedralLattice
 from afa.kernels.dispatch import fused
 from afa.kernels.gaussian import sum_pairs
 
-FilterMethod = Literal["auto", "exact", "exact_half", "lattice"]
+FilterMethod = Literal["exact", "exact_half", "lattice"]
 """How to filter: `exact` in the values' precision; `exact_half`, for GPUs, with half-precision products; `lattice`, the
-approximation of `PermutohedralLattice`; `auto`, exact for few points and the lattice for many."""
-
-_EXACT_POINTS = {"cpu": 4096, "cuda": 32768}
+approximation of `PermutohedralLattice`."""
 
 
 def gaussian_filter(
     features: Tensor,
     values: Tensor,
     *,
-    method: FilterMethod = "auto",
-    normalize: bool = False,
+    method: FilterMethod,
+    inside: Tensor | None = None,
     reach: float | None = None,
-    count: Tensor | None = None,
 ) -> Tensor:
     """Sum values over all points, weighted by how near they are.
 
@@ -40,12 +37,11 @@ def gaussian_filter(
     Args:
         features: (B, N, F), divided by their bandwidths.
         values: (B, N, V), floating.
-        method: See `FilterMethod`. `auto` is exact up to 4,096 points on a CPU and 32,768 on a GPU.
-        normalize: Divide by the sum of the weights.
+        method: See `FilterMethod`.
+        inside: (B, N) bool, the points that take part. The values of the others count as 0, but their features must be
+            finite too; where the fused kernel serves they cost next to no time. None: all N.
         reach: Largest distance of a point from the mean of the batch's points, if that is known. The exact sum then
             takes the features to be finite, and does not synchronize the GPU to look at them.
-        count: (B,) integer: only the first `count` points of each image take part. The values of the others count as 0,
-            but their features must be finite too. They cost next to no time where the fused kernel serves. None: all N.
 
     Returns:
         (B, N, V): sum_j exp(-|f_i - f_j|^2 / 2) v_j, point i itself included; 0 for points that take no part.
@@ -54,57 +50,19 @@ def gaussian_filter(
         AfaError: The features are not finite, or too far apart for the lattice.
 
     >>> features = torch.tensor([[[0.0], [1.0], [9.0]]])
-    >>> gaussian_filter(features, torch.ones(1, 3, 1)).flatten()
+    >>> gaussian_filter(features, torch.ones(1, 3, 1), method="exact").flatten()
     tensor([1.6065, 1.6065, 1.0000])
     """
     assert features.shape[:2] == values.shape[:2], (features.shape, values.shape)
-    absent = None
-    if count is not None:
-        assert count.shape == features.shape[:1], (count.shape, features.shape)
-        absent = (torch.arange(features.shape[1], device=count.device) >= count[:, None])[..., None]  # (B, N, 1)
-    if normalize:
-        ones = values.new_ones(*values.shape[:2], 1)  # (B, N, 1)
-        sums = gaussian_filter(features, torch.cat([values, ones], 2), method=method, reach=reach, count=count)
-        weights = sums[..., -1:]
-        return sums[..., :-1] / (weights if absent is None else weights.masked_fill(absent, 1))
-    if absent is not None:
-        values = values.masked_fill(absent, 0)
-    if method == "auto":
-        method = "exact" if features.shape[1] <= _EXACT_POINTS.get(features.device.type, 4096) else "lattice"
+    outside = None if inside is None else ~inside[..., None]  # (B, N, 1)
+    if outside is not None:
+        values = values.masked_fill(outside, 0)
     if method == "lattice":
         filtered = PermutohedralLattice(features).filter(values)
     else:
         half = method == "exact_half"
-        filtered = _Exact.apply(values, features.detach(), half, reach, count)  # type: ignore[no-untyped-call]
-    return filtered if absent is None else filtered.masked_fill(absent, 0)
-
-
-def filter_inside(
-    features: Tensor, values: Tensor, inside: Tensor, *, method: FilterMethod, reach: float | None = None
-) -> Tensor:
-    """`gaussian_filter` of points of which only some count; where fused kernels run the others cost no time.
-
-    Shapes depend on no value, so the GPU is not synchronized.
-
-    Args:
-        features: (B, N, F) as `gaussian_filter`.
-        values: (B, N, V), 0 at the points that do not count.
-        inside: (B, N) bool, the points that count.
-        method: As `gaussian_filter`.
-        reach: As `gaussian_filter`.
-
-    Returns:
-        (B, N, V); what the points have that do not count means nothing.
-    """
-    if method != "exact_half" or not fused(features.device):
-        return gaussian_filter(features, values, method=method, reach=reach)
-    count = inside.sum(1)  # (B,)
-    # Where each point goes: those inside to the front, in their order.
-    place = torch.where(inside, inside.cumsum(1) - 1, count[:, None] + (~inside).cumsum(1) - 1)[..., None]  # (B, N, 1)
-    to_features, to_rows = place.expand_as(features), place.expand_as(values)
-    moved = torch.empty_like(features).scatter_(1, to_features, features)
-    rows = torch.empty_like(values).scatter_(1, to_rows, values)
-    return gaussian_filter(moved, rows, method=method, reach=reach, count=count).gather(1, to_rows)  # (B, N, V)
+        filtered = _Exact.apply(values, features.detach(), inside, half, reach)  # type: ignore[no-untyped-call]
+    return filtered if outside is None else filtered.masked_fill(outside, 0)
 
 
 class _Exact(torch.autograd.Function):
@@ -112,22 +70,33 @@ class _Exact(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, features: Tensor, half: bool, reach: float | None, count: Tensor | None
+        ctx: Any, values: Tensor, features: Tensor, inside: Tensor | None, half: bool, reach: float | None
     ) -> Tensor:
-        ctx.save_for_backward(features, count)
+        ctx.save_for_backward(features, inside)
         ctx.half, ctx.reach = half, reach
         with torch.autocast(values.device.type, enabled=False):
-            return _sum_features(features, values, half=half, reach=reach, count=count)
+            if inside is None or not half or not fused(values.device):
+                return _sum_pairs(features, values, half=half, reach=reach)
+            # The fused kernel reads the first `count` points alone, so the points inside move to the front, in their
+            # order. Shapes depend on no value: the GPU is not synchronized.
+            count = inside.sum(1)  # (B,)
+            place = torch.where(inside, inside.cumsum(1) - 1, count[:, None] + (~inside).cumsum(1) - 1)[..., None]
+            to_features, to_rows = place.expand_as(features), place.expand_as(values)  # (B, N, F), (B, N, V)
+            moved = torch.empty_like(features).scatter_(1, to_features, features)
+            rows = torch.empty_like(values).scatter_(1, to_rows, values)
+            return _sum_pairs(moved, rows, half=half, reach=reach, count=count).gather(1, to_rows)  # (B, N, V)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        features, count = ctx.saved_tensors
-        filtered = _Exact.apply(grads[0], features, ctx.half, ctx.reach, count)  # type: ignore[no-untyped-call]
+        features, inside = ctx.saved_tensors
+        filtered = _Exact.apply(grads[0], features, inside, ctx.half, ctx.reach)  # type: ignore[no-untyped-call]
         return filtered, None, None, None, None
 
 
-def _sum_features(features: Tensor, values: Tensor, *, half: bool, reach: float | None, count: Tensor | None) -> Tensor:
-    """(B, N, V) sums over all pairs."""
+def _sum_pairs(
+    features: Tensor, values: Tensor, *, half: bool, reach: float | None, count: Tensor | None = None
+) -> Tensor:
+    """(B, N, V) sums over all pairs; `count` as in `afa.kernels.gaussian.sum_pairs`."""
     precision = values.dtype if values.dtype == torch.float64 else torch.float32
     query, key = _query_and_key(features.to(precision), torch.float16 if half else precision, reach)
     largest = values.abs().amax().clamp(min=torch.finfo(precision).tiny).to(precision)

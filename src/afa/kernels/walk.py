@@ -55,20 +55,6 @@ def transition(affinity: Tensor, mask: Tensor, *, power: float, epsilon: float) 
     return (weights / degree).transpose(1, 2)
 
 
-def take_step(walk: Tensor, scores: Tensor) -> Tensor:
-    """Let each token take its scores from the tokens it walks to.
-
-    Args:
-        walk: (B, hw, hw) transition matrix.
-        scores: (B, P, h, w).
-
-    Returns:
-        (B, P, h, w).
-    """
-    rows = scores.flatten(2).transpose(1, 2)  # (B, P, h, w) -> (B, hw, P)
-    return torch.bmm(walk, rows).transpose(1, 2).reshape(scores.shape)  # (B, P, h, w)
-
-
 def _takes_pairs(affinity: Tensor, scores: Tensor, *, radius: int, power: float, epsilon: float) -> bool:
     """Whether the fused kernel serves: to the power of 0 the pairs beyond the radius count as well."""
     wants_gradient = torch.is_grad_enabled() and (affinity.requires_grad or scores.requires_grad)
@@ -89,7 +75,9 @@ def spread(affinity: Tensor, scores: Tensor, *, radius: int, power: float, epsil
         epsilon: Added to each degree.
 
     Returns:
-        (B, P, h, w) `take_step` along the `transition` of the affinity within the radius.
+        (B, P, h, w) what each token takes by the `transition` of the affinity within the radius.
     """
     mask = window_mask(scores.shape[2], scores.shape[3], radius, affinity.device)  # (hw, hw)
-    return take_step(transition(affinity, mask, power=power, epsilon=epsilon), scores)
+    rows = scores.flatten(2).transpose(1, 2)  # (B, P, h, w) -> (B, hw, P)
+    walked = torch.bmm(transition(affinity, mask, power=power, epsilon=epsilon), rows)  # (B, hw, P)
+    return walked.transpose(1, 2).reshape(scores.shape)  # (B, P, h, w)

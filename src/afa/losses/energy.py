@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from afa.filtering.crf import bilateral_features
-from afa.filtering.gaussian import FilterMethod, filter_inside
+from afa.filtering.gaussian import FilterMethod, gaussian_filter
 from afa.types import IGNORE_INDEX, inside_box
 
 
@@ -62,11 +62,11 @@ def energy_loss(
         unlabeled = label[:, *halved] == IGNORE_INDEX  # (B, H/2, W/2)
         gate = (inside.float() - probabilities.amax(1)).clamp_(min=0).masked_fill_(unlabeled, 1)  # (B, H/2, W/2)
         features = bilateral_features(255 * image[:, :, *halved], xy=xy_bandwidth / 2, rgb=rgb_bandwidth)  # (B, N, 5)
-        rows = (probabilities * inside[:, None]).flatten(2).transpose(1, 2)  # (B, N, K), N = H/2 * W/2
+        rows = probabilities.flatten(2).transpose(1, 2)  # (B, N, K), N = H/2 * W/2
         # Colors and positions are bounded, so the exact filter need not measure them, which would synchronize the GPU.
         reach = math.hypot(width / xy_bandwidth, height / xy_bandwidth, math.sqrt(3) * 255 / rgb_bandwidth)
-        gathered = filter_inside(features, rows, inside.flatten(1), method=method, reach=reach)  # (B, N, K)
-        pull = gathered.transpose(1, 2).contiguous().view_as(probabilities).mul_((gate * inside)[:, None])
+        gathered = gaussian_filter(features, rows, method=method, inside=inside.flatten(1), reach=reach)  # (B, N, K)
+        pull = gathered.transpose(1, 2).contiguous().view_as(probabilities).mul_(gate[:, None])  # (B, K, H/2, W/2)
     energy = (probabilities * pull).sum()
     # Twice the gradient at once the value.
     return (2 * energy - energy.detach()) * (-factor / len(image))

@@ -1,26 +1,11 @@
-"""From scores to hard labels: argmax, the two-threshold merge, the valid box (paper Eq. 4)."""
+"""Hard labels: the merge of two labels, the two thresholds, the valid box (paper Eq. 4)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from afa.pseudo.scores import present_scores, with_background
 from afa.types import IGNORE_INDEX, inside_box
-
-
-def cam_label(cam: Tensor, tags: Tensor, *, background: float) -> Tensor:
-    """Label each pixel by the highest of the background score and the tagged classes' CAMs.
-
-    Args:
-        cam: (B, C, H, W) in [0, 1].
-        tags: (B, C), above 0 where present.
-        background: Background score.
-
-    Returns:
-        (B, H, W) int64 in 0..C.
-    """
-    return present_scores(with_background(cam, background), tags, softmax=False).argmax(1)  # (B, K, H, W) -> (B, H, W)
 
 
 def merge_labels(label_low: Tensor, label_high: Tensor) -> Tensor:
