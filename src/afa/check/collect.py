@@ -115,7 +115,7 @@ def _measure(
         report["cache"] = asdict(cache)
         if cost is not None:
             rate = len(table.shown) / table.scan.seconds / (workers + 1) * max(1, workers)
-            report["training"] = _describe_cost(config, count, cost, cache, rate)
+            report["training"] = _describe_cost(count, cost, cache, rate)
             if device.type == "cpu" and 0 < cache.free < cost.memory:
                 message = f"training takes about {gibibytes(cost.memory)} of memory, and {gibibytes(cache.free)} are "
                 message += "free; lower schedule.batch_size or augment.crop_size"
@@ -123,22 +123,11 @@ def _measure(
     return report, problems
 
 
-def _describe_cost(
-    config: Config, num_images: int, cost: TrainingCost, cache: CacheCost, decoded_per_second: float
-) -> dict[str, Any]:
-    seen = cost.steps * config.schedule.batch_size
+def _describe_cost(num_images: int, cost: TrainingCost, cache: CacheCost, decoded_per_second: float) -> dict[str, Any]:
+    seen = cost.steps * cost.batch_size
     kept = min(1.0, cache.given / max(1, cache.needed))
     decoded = min(seen, num_images * kept) + seen * (1 - kept)
     decode_seconds = decoded / decoded_per_second
-    return {
-        "device": cost.device,
-        "steps": cost.steps,
-        "epochs": seen / num_images,
-        "phases": [asdict(phase) for phase in cost.phases],
-        # Images are decoded while the device computes.
-        "seconds": max(cost.seconds, decode_seconds),
-        "decode_seconds": decode_seconds,
-        "memory": cost.memory,
-        "batch_size": config.schedule.batch_size,
-        "measured_batch": cost.measured_batch,
-    }
+    # Images are decoded while the device computes.
+    times = {"seconds": max(cost.seconds, decode_seconds), "decode_seconds": decode_seconds}
+    return asdict(cost) | {"steps": cost.steps, "epochs": seen / num_images} | times

@@ -50,12 +50,14 @@ class TrainingCost:
         device: Where it was measured.
         phases: Its phases, those without steps left out.
         memory: About the most bytes that it takes, of the GPU's memory or of this process's; 0 where not known.
+        batch_size: Images in a step.
         measured_batch: Images in the steps that were timed; with fewer than the batch has, the rest is in proportion.
     """
 
     device: str
-    phases: tuple[PhaseCost, ...]
+    phases: list[PhaseCost]
     memory: int
+    batch_size: int
     measured_batch: int
 
     @property
@@ -160,7 +162,7 @@ def measure_cost(config: Config, tags: NDArray[np.bool_], *, device: torch.devic
         PhaseCost(phase(start, config.schedule, config.loss).name, steps, each)
         for (start, steps), each in zip(starts, seconds, strict=True)
     ]
-    return TrainingCost(_device_name(device), tuple(phases), memory, measured)
+    return TrainingCost(_device_name(device), phases, memory, batch_size, measured)
 
 
 def measure_cache(config: Config, sizes: NDArray[np.int32], num_images: int) -> CacheCost:
