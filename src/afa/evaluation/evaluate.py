@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -138,23 +138,15 @@ def evaluate(
         Scores over all images.
 
     Raises:
-        AfaError: Unknown protocol or labels; no images; class counts differ; an image or mask is broken; an
-            image has no tags and pseudo labels are scored.
+        AfaError: As `image_batches`; unknown labels; an image has no tags and pseudo labels are scored.
 
     Source:
         Paper Tables 2 and 3; docs/method.md, "Evaluation".
     """
     check_choice(labels, LABELS, what="labels")
-    check_choice(config.evaluation.protocol, PROTOCOLS, what="protocol")
-    if not len(images):
-        raise AfaError("there is no image to evaluate; give a list with at least one name")
-    check_classes(network, images)
-    started = time.monotonic()
-    device = next(network.parameters()).device
-    counts = _Counts(len(images.classes) + 1, device, boundary=boundary)
-    passes = image_batches(images, config, labels, device=device, processes=processes, progress=progress)
-    with evaluating(network), closing(passes):
-        for batch in passes:
+    counts = _Counts(images.classes, labels, next(network.parameters()).device, boundary=boundary)
+    with closing(image_batches(network, images, config, labels, processes=processes, progress=progress)) as batches:
+        for batch in batches:
             pixels = [sample.image for sample in batch]
             if labels == "seg":
                 maps = logit_maps(network, pixels, config)
@@ -167,15 +159,10 @@ def evaluate(
                 counts.add(sample, prediction)
     counts.sum_up(processes)
     return EvaluationResult(
-        miou=100 * counts.confusion.miou(),
-        per_class=_by_name(counts.confusion.per_class_iou(), images.classes),
+        **counts.scores(),
         protocol=config.evaluation.protocol,
         labels=labels,
         num_images=len(images),
-        seconds=time.monotonic() - started,
-        matrix=counts.confusion.matrix.numpy(),
-        extras=counts.extras(labels),
-        boundary_per_class=_by_name(counts.outlines.per_class_iou(), images.classes) if counts.outlines else {},
         refinement=_refinement(config.pseudo, labels, refine=refine),
         supervision=SUPERVISION_NAMES[config.train.supervision],
     )
@@ -184,7 +171,11 @@ def evaluate(
 class _Counts:
     """What is counted on the way. On a GPU nothing is read before the end: that would synchronize it."""
 
-    def __init__(self, num_classes: int, device: torch.device, *, boundary: bool) -> None:
+    def __init__(self, classes: tuple[str, ...], labels: str, device: torch.device, *, boundary: bool) -> None:
+        num_classes = 1 + len(classes)
+        self.started = time.monotonic()
+        self.classes = classes
+        self.labels = labels
         self.device = device if device.type == "cuda" else torch.device("cpu")
         self.confusion = ConfusionMatrix(num_classes, device=self.device)
         self.outlines = BoundaryConfusion(num_classes, device=self.device) if boundary else None
@@ -219,18 +210,25 @@ class _Counts:
         for each, matrix in zip(matrices, sums[2:], strict=True):
             each.matrix = matrix.view_as(each.matrix)
 
-    def extras(self, labels: str) -> dict[str, float | None]:
-        """Figures beside the mIoU, percent."""
-        result: dict[str, float | None] = {}
+    def scores(self) -> dict[str, Any]:
+        """What an `EvaluationResult` says of them."""
+        extras: dict[str, float | None] = {}
         hits, found, present = self.tags.tolist()
         decided, labeled = self.pixels.tolist()
-        if labels == "seg":
-            result["tag_f1"] = 100 * 2 * hits / (found + present) if found + present else None
-        elif labels in ("initial", "refined"):
-            result["coverage"] = 100 * decided / labeled if labeled else None
+        if self.labels == "seg":
+            extras["tag_f1"] = 100 * 2 * hits / (found + present) if found + present else None
+        elif self.labels in ("initial", "refined"):
+            extras["coverage"] = 100 * decided / labeled if labeled else None
         if self.outlines is not None:
-            result["boundary_iou"] = 100 * self.outlines.mean()
-        return result
+            extras["boundary_iou"] = 100 * self.outlines.mean()
+        return {
+            "miou": 100 * self.confusion.miou(),
+            "per_class": _by_name(self.confusion.per_class_iou(), self.classes),
+            "boundary_per_class": _by_name(self.outlines.per_class_iou(), self.classes) if self.outlines else {},
+            "matrix": self.confusion.matrix.numpy(),
+            "extras": extras,
+            "seconds": time.monotonic() - self.started,
+        }
 
 
 @dataclass(frozen=True)
@@ -256,69 +254,58 @@ class Sample:
 
 
 def image_batches(
-    images: TaggedImages,
-    config: Config,
-    labels: str,
-    *,
-    device: torch.device,
-    processes: Processes,
-    progress: bool,
+    network: AfaNetwork, images: TaggedImages, config: Config, labels: str, *, processes: Processes, progress: bool
 ) -> Generator[list[Sample], None, None]:
     """Read this process's share of a list ahead, and collect images that the network sees at the same sizes.
 
     Args:
+        network: Put in eval mode meanwhile.
         images: Images; with masks unless only their tags are scored.
         config: Its `evaluation` and `pseudo` sections.
         labels: What is scored: one of `LABELS`, or `tags`.
-        device: Where the network is.
         processes: Processes that share the work.
         progress: Show a progress bar on standard error (of the first process).
 
     Yields:
         Batches of one size.
+
+    Raises:
+        AfaError: Unknown protocol; no images; the network has other classes; an image or mask is broken.
     """
+    check_choice(config.evaluation.protocol, PROTOCOLS, what="protocol")
+    total, classes = len(images), len(images.classes)
+    if network.num_classes != classes:
+        raise AfaError(
+            f"the network has {network.num_classes} classes and the data set {classes}; "
+            "evaluate on data with the classes of the run"
+        )
+    if total < 1:
+        raise AfaError("there is no image to evaluate; give a list with at least one name")
     sizes = {"seg": group_sizes, "tags": view_sizes}.get(labels, pseudo_sizes)
+    device = next(network.parameters()).device
 
     def read(index: int) -> Sample:
-        image = images.image(index)
-        mask = images.mask(index) if isinstance(images, ScoredImages) and labels != "tags" else None
-        return Sample(
-            index,
-            host_tensor(image, device=device),
-            None if mask is None else host_tensor(mask, device=device),
-            sizes((image.shape[0], image.shape[1]), config),
-        )
+        image = host_tensor(images.image(index), device=device)
+        mask = None
+        if labels != "tags":
+            assert isinstance(images, ScoredImages)
+            mask = host_tensor(images.mask(index), device=device)
+        return Sample(index, image, mask, sizes((image.shape[0], image.shape[1]), config))
 
-    total = len(images)
     batch_size = resolve_batch_size(config.evaluation.batch_size, device)
-    readings = read_ahead(read, range(processes.rank, total, processes.count))
     shown = image_progress(f"evaluate {labels}", total=total, enabled=progress and processes.is_main)
-    with shown as advance, closing(readings):
-        samples = (reading.result() for _, reading in readings)
-        for batch in group_by_size(samples, sizes=lambda sample: sample.sizes, batch_size=batch_size):
-            yield batch
-            # The bar counts all processes' images at the pace of this one's.
-            advance(sum(min(processes.count, total - sample.index) for sample in batch))
-
-
-@contextmanager
-def evaluating(network: AfaNetwork) -> Iterator[None]:
-    """Put a network in eval mode, and back."""
+    readings = read_ahead(read, range(processes.rank, total, processes.count))
     training = network.training
     network.eval()
     try:
-        yield
+        with shown as advance, closing(readings):
+            samples = (reading.result() for _, reading in readings)
+            for batch in group_by_size(samples, sizes=lambda sample: sample.sizes, batch_size=batch_size):
+                yield batch
+                # The bar counts all processes' images at the pace of this one's.
+                advance(sum(min(processes.count, total - sample.index) for sample in batch))
     finally:
         network.train(training)
-
-
-def check_classes(network: AfaNetwork, images: TaggedImages) -> None:
-    """Raise an `AfaError` where a network has not as many classes as the images."""
-    if network.num_classes != len(images.classes):
-        raise AfaError(
-            f"the network has {network.num_classes} classes and the data set {len(images.classes)}; "
-            "evaluate on data with the classes of the run"
-        )
 
 
 def first_images(images: _Images, limit: int | None) -> _Images:

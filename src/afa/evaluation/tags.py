@@ -14,7 +14,7 @@ import torch
 
 from afa.config import Config
 from afa.data.voc import TaggedImages
-from afa.evaluation.evaluate import check_classes, evaluating, image_batches, rounded
+from afa.evaluation.evaluate import image_batches, rounded
 from afa.evaluation.protocols import CRF, PROTOCOLS, check_choice, logit_maps
 from afa.model.network import AfaNetwork
 from afa.runtime import ALONE, Processes
@@ -77,15 +77,13 @@ def evaluate_tags(
         AfaError: Unknown protocol; class counts differ; an image is broken.
     """
     check_choice(config.evaluation.protocol, PROTOCOLS, what="protocol")
-    check_classes(network, images)
     protocol: Any = config.evaluation.protocol.removesuffix(CRF)
     config = replace(config, evaluation=replace(config.evaluation, protocol=protocol))
     started = time.monotonic()
     device = next(network.parameters()).device
     counts = torch.zeros(3, network.num_classes, dtype=torch.int64, device=device)  # hits, found, true
-    passes = image_batches(images, config, "tags", device=device, processes=processes, progress=progress)
-    with evaluating(network), closing(passes):
-        for batch in passes:
+    with closing(image_batches(network, images, config, "tags", processes=processes, progress=progress)) as batches:
+        for batch in batches:
             maps = logit_maps(network, [sample.image for sample in batch], config)
             found = torch.stack([each.image for each in maps]) > 0  # (B, C)
             tags = torch.stack([torch.from_numpy(images.tags(sample.index)) for sample in batch])  # (B, C)

@@ -12,11 +12,11 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -175,28 +175,25 @@ class FeatureReader:
         return wanted
 
 
-class ScorePixels(Protocol):
-    """A CAM pass of the network, over pixels or what its frozen part made of them."""
-
-    def __call__(self, image: Tensor | FrozenTokens, affinity: bool) -> NetworkOutput:
-        """Score (B, 3, H, W) normalized images."""
+ScorePixels = Callable[[Tensor | FrozenTokens, bool], NetworkOutput]
+"""(pixels or what the frozen part of the network made of them, affinity wanted) -> a CAM pass."""
 
 
+@dataclass
 class CachedScore(ViewScore):
     """CAM passes of one batch that start from the cache.
 
-    Args:
+    Attributes:
         score: CAM pass of the network.
         reader: The cache.
         batch: With what the cache has of it.
         kind: Phase of the step.
     """
 
-    def __init__(self, score: ScorePixels, reader: FeatureReader, batch: Batch, kind: Phase) -> None:
-        self.score = score
-        self.reader = reader
-        self.batch = batch
-        self.kind = kind
+    score: ScorePixels
+    reader: FeatureReader
+    batch: Batch
+    kind: Phase
 
     def __call__(self, image: Tensor, affinity: bool) -> NetworkOutput:
         """Score pixels: (B, 3, H, W) normalized image."""
@@ -281,25 +278,20 @@ def feature_key(backbone: TokenBackbone, images: TaggedImages, config: Config) -
     }
 
 
+@dataclass
 class _Maker:
     """Runs the frozen blocks over all views of all images."""
 
-    def __init__(
-        self,
-        backbone: TokenBackbone,
-        images: TaggedImages,
-        config: Config,
-        processes: Processes,
-        cache: PixelCache | None,
-    ) -> None:
-        self.backbone = backbone
-        self.images = images
-        self.config = config
-        self.device = next(backbone.parameters()).device
-        self.processes = processes
-        self.cache = cache
+    backbone: TokenBackbone
+    images: TaggedImages
+    config: Config
+    processes: Processes
+    cache: PixelCache | None
+
+    def __post_init__(self) -> None:
+        self.device = next(self.backbone.parameters()).device
         self.batch_size = _BATCH_IMAGES.get(self.device.type, 8)
-        self.scales = sorted({1.0, *config.pseudo.scales})
+        self.scales = sorted({1.0, *self.config.pseudo.scales})
 
     def make(self, folder: Path, key: dict[str, Any], store: FeatureStore | None, *, progress: bool) -> FeatureStore:
         """Make a store, or what is missing of it, after saying how large it gets."""
@@ -326,16 +318,12 @@ class _Maker:
         return store
 
     def _fill(self, store: FeatureStore, key: dict[str, Any], *, progress: bool) -> None:
+        batch_size, done = self.batch_size, store.num_done
         views = whole_views(
-            self.images,
-            self.config,
-            batch_size=self.batch_size,
-            start=store.num_done,
-            processes=self.processes,
-            cache=self.cache,
+            self.images, self.config, batch_size=batch_size, start=done, processes=self.processes, cache=self.cache
         )
         began = committed = time.perf_counter()
-        done, pending = store.num_done, 0
+        pending = 0
         bar = image_progress("feature cache", total=store.num_rows, done=done, enabled=progress, lines=True)
         with bar as advance, interrupts() as asked_to_stop:
             for pixels in views:

@@ -90,8 +90,7 @@ def compute_losses(
                 plain_scores=output.class_scores if config.pseudo.reuse_training_pass else None,
                 num_slots=num_slots,
             )
-    cls = classification_loss(output.image_logits, batch.tags)
-    loss = cls
+    loss = cls = classification_loss(output.image_logits, batch.tags)
     seg = aff = reg = None
     target = labels.refined_label if phase.want_refined else labels.initial_label  # (B, H, W)
     if phase.segmentation:
@@ -107,8 +106,7 @@ def compute_losses(
             loss = loss + config.loss.energy_weight * reg
     if phase.affinity:
         follows = config.schedule.affinity_target == "segmentation"
-        source = target if follows else labels.initial_label
-        aff = _affinity_loss(output, source, config, processes)
+        aff = _affinity_loss(output, target if follows else labels.initial_label, config, processes)
         loss = loss + processes.count * config.loss.affinity_weight * aff
     seg, aff, reg = (None if part is None else part.detach() for part in (seg, aff, reg))
     return StepLosses(loss, cls.detach(), seg, aff, reg, labels)
