@@ -10,8 +10,9 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
@@ -140,12 +141,7 @@ class Task(Generic[_Image]):
 
 
 def write_masks(
-    task: Task[_Image],
-    out_dir: Path,
-    names: Sequence[str],
-    *,
-    resume: bool,
-    progress: bool,
+    task: Task[_Image], out_dir: Path, names: Sequence[str], *, resume: bool, progress: bool
 ) -> PredictSummary:
     """Read in threads, infer here in batches of one size, write in threads.
 
@@ -182,8 +178,8 @@ def write_masks(
         with (
             ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="afa-write") as writers,
             image_progress(task.title, total=len(missing), enabled=progress) as advance,
+            closing(_readable(task, missing, failed, advance)) as images,
         ):
-            images = _readable(task, missing, failed, advance)
             for group in group_by_size(images, sizes=lambda item: item[1].sizes, batch_size=task.batch_size):
                 for (name, image), made in zip(group, task.infer([image for _, image in group]), strict=True):
                     writing.append(writers.submit(task.write, out_dir, name, image.pixels, made))
@@ -199,7 +195,7 @@ def write_masks(
 
 def _readable(
     task: Task[_Image], names: Sequence[str], failed: list[str], advance: Advance
-) -> Iterator[tuple[str, _Image]]:
+) -> Generator[tuple[str, _Image], None, None]:
     """Names and images in their order; of those that cannot be read, the reason goes to `failed`."""
     for name, reading in read_ahead(task.read, names):
         try:
