@@ -27,6 +27,15 @@ def symmetric_affinity(tokens: int, seed: int = 0) -> Tensor:
     return torch.sigmoid(half + half.transpose(1, 2))
 
 
+def value_and_gradient(loss: Callable[..., Tensor], leaf: Tensor, *given: Any, **settings: Any) -> tuple[float, Tensor]:
+    """Value of `loss(leaf, *given, **settings)`, and its gradient by the leaf, which is finite."""
+    leaf = leaf.detach().clone().requires_grad_()
+    value = loss(leaf, *given, **settings)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    assert gradient.isfinite().all()
+    return value.item(), gradient
+
+
 @contextmanager
 def unchanged(*given: Tensor) -> Iterator[None]:
     """Assert that what is called inside changes none of its inputs."""

@@ -14,15 +14,15 @@ from torch import Tensor
 from afa.errors import AfaError
 from afa.filtering.gaussian import gaussian_filter
 from afa.filtering.lattice import PermutohedralLattice, _sorted_entries
-from tensors import unchanged
+from tensors import unchanged, uniform
 
 
-def points(count: int, dim: int, *, batch: int = 1, spread: float = 2.0, seed: int = 0) -> Tensor:
-    return spread * torch.randn(batch, count, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def points(count: int, dim: int, *, batch: int = 1, spread: float = 2.0) -> Tensor:
+    return spread * torch.randn(batch, count, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def values(count: int, channels: int, *, batch: int = 1) -> Tensor:
-    return torch.rand(batch, count, channels, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    return uniform(batch, count, channels, seed=9).double()
 
 
 def basis(dim: int) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ from afa.kernels import dispatch as kernels
 from afa.kernels.dispatch import fused
 from afa.losses.energy import energy_loss
 from interpreted import interpret
-from tensors import gaussian_pairs, worst
+from tensors import gaussian_pairs, value_and_gradient, worst
 
 POINTS = 150
 """Neither of the kernel's blocks divides it."""
@@ -101,18 +101,14 @@ def check_energy(device: str) -> None:
     label = torch.randint(5, (3, 24, 28), generator=generator)
     label[label == 4] = 255
     box = torch.tensor([[0, 24, 0, 28], [2, 19, 4, 25], [6, 6, 0, 28]])
-    found = []
-    for method in ("exact", "exact_half"):
-        leaf = logits.to(device, copy=True).requires_grad_()
-        inputs = (leaf, image.to(device), label.to(device), box.to(device))
-        loss = energy_loss(*inputs, xy_bandwidth=10.0, factor=0.01, method=method)  # type: ignore[arg-type]
-        loss.backward()  # type: ignore[no-untyped-call]
-        assert leaf.grad is not None
-        found.append((loss.detach(), leaf.grad))
-    for expected, half in zip(*found, strict=True):
-        assert (half - expected).norm() < TOLERANCES[device] * expected.norm()
-        assert expected.any()
-        assert not half[expected == 0].any()
+    given = (logits.to(device), image.to(device), label.to(device), box.to(device))
+    settings = {"xy_bandwidth": 10.0, "factor": 0.01}
+    loss, gradient = value_and_gradient(energy_loss, *given, method="exact", **settings)
+    half_loss, half = value_and_gradient(energy_loss, *given, method="exact_half", **settings)
+    assert abs(half_loss - loss) < TOLERANCES[device] * abs(loss)
+    assert (half - gradient).norm() < TOLERANCES[device] * gradient.norm()
+    assert gradient.any()
+    assert not half[gradient == 0].any()
 
 
 def test_interpreted_kernel_equals_all_pairs() -> None:

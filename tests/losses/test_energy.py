@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from afa.filtering.gaussian import FilterMethod
 from afa.losses.energy import energy_loss
-from tensors import unchanged
+from tensors import unchanged, value_and_gradient
 
 
 def inputs(batch: int = 2, classes: int = 3, height: int = 8, width: int = 10) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -24,7 +25,7 @@ def inputs(batch: int = 2, classes: int = 3, height: int = 8, width: int = 10) -
     return logits, image, label, box
 
 
-SETTINGS = {"xy_bandwidth": 6.0, "rgb_bandwidth": 15.0, "factor": 0.01}
+SETTINGS: dict[str, Any] = {"xy_bandwidth": 6.0, "rgb_bandwidth": 15.0, "factor": 0.01}
 
 
 def naive_energy(logits: Tensor, image: Tensor, label: Tensor, box: Tensor) -> tuple[float, Tensor]:
@@ -58,16 +59,13 @@ def naive_energy(logits: Tensor, image: Tensor, label: Tensor, box: Tensor) -> t
 
 def test_value_and_published_gradient_agree_with_naive() -> None:
     logits, image, label, box = inputs()
-    value, gradient = naive_energy(logits, image, label, box)
+    expected, by_halved = naive_energy(logits, image, label, box)
+    value, gradient = value_and_gradient(energy_loss, logits, image, label, box, method="exact", **SETTINGS)
+    assert value == pytest.approx(expected, rel=1e-4)
     logits.requires_grad_()
-    loss = energy_loss(logits, image, label, box, method="exact", **SETTINGS)  # type: ignore[arg-type]
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert loss.item() == pytest.approx(value, rel=1e-4)
-    chained = logits.detach().requires_grad_()
-    torch.nn.functional.avg_pool2d(chained.softmax(1), 2).backward(gradient)
-    torch.testing.assert_close(logits.grad, chained.grad, rtol=1e-3, atol=1e-7)
-    assert logits.grad is not None
-    assert logits.grad.abs().max() > 1e-4
+    torch.nn.functional.avg_pool2d(logits.softmax(1), 2).backward(by_halved)
+    torch.testing.assert_close(gradient, logits.grad, rtol=1e-3, atol=1e-7)
+    assert gradient.abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("method", ["exact", "lattice"])
@@ -77,18 +75,15 @@ def test_gradient_is_the_derivative_where_gates_are_equal(method: FilterMethod) 
     label.fill_(255)
     box = torch.tensor([[0, 8, 0, 10]] * 2)
     direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-    def energy(at: Tensor) -> Tensor:
-        return energy_loss(at, image, label, box, method=method, **SETTINGS)  # type: ignore[arg-type]
-
-    logits.requires_grad_()
-    energy(logits).backward()  # type: ignore[no-untyped-call]
-    assert logits.grad is not None
+    settings: dict[str, Any] = {"method": method, **SETTINGS}
     step = 1e-2
-    numeric = (energy(logits.detach() + step * direction) - energy(logits.detach() - step * direction)) / (2 * step)
-    analytic = float((logits.grad * direction).sum())
+    ahead, behind = (
+        energy_loss(logits + sign * step * direction, image, label, box, **settings).item() for sign in (1, -1)
+    )
+    _, gradient = value_and_gradient(energy_loss, logits, image, label, box, **settings)
     # The lattice is not quite symmetric where vertices lack neighbors.
-    assert analytic == pytest.approx(numeric.item(), rel=2e-3 if method == "exact" else 0.1)
+    tolerance = 2e-3 if method == "exact" else 0.1
+    assert float((gradient * direction).sum()) == pytest.approx((ahead - behind) / (2 * step), rel=tolerance)
 
 
 def test_logits_are_resized_to_the_image() -> None:
@@ -112,14 +107,11 @@ def test_outside_of_the_box_nothing_counts() -> None:
     other[inside] = logits[inside]
     changed = label.clone()
     changed[:, :2] = 255
-    other.requires_grad_()
-    loss = energy_loss(other, image, changed, box, method="exact")
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert loss.item() == pytest.approx(energy_loss(logits, image, label, box, method="exact").item(), rel=1e-6)
-    assert other.grad is not None
-    assert other.grad[inside].any()
-    other.grad[inside] = 0
-    assert not other.grad.any()
+    loss, gradient = value_and_gradient(energy_loss, other, image, changed, box, method="exact")
+    assert loss == pytest.approx(energy_loss(logits, image, label, box, method="exact").item(), rel=1e-6)
+    assert gradient[inside].any()
+    gradient[inside] = 0
+    assert not gradient.any()
 
 
 def test_agreement_of_like_pixels_costs_less() -> None:
@@ -137,12 +129,10 @@ def test_agreement_of_like_pixels_costs_less() -> None:
 def test_certain_and_labeled_pixels_cost_nothing() -> None:
     logits, image, label, box = inputs(batch=1)
     certain = 200 * torch.nn.functional.one_hot(logits.argmax(1), 3).permute(0, 3, 1, 2).float()
-    certain = certain[:, :, ::2, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3).requires_grad_()
-    loss = energy_loss(certain, image, label.clamp(max=2), box)
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert loss.item() == 0
-    assert certain.grad is not None
-    assert not certain.grad.any()
+    certain = certain[:, :, ::2, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    loss, gradient = value_and_gradient(energy_loss, certain, image, label.clamp(max=2), box)
+    assert loss == 0
+    assert not gradient.any()
 
 
 def test_halves_of_a_batch_average_to_the_whole() -> None:

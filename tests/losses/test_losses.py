@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ import naive
 from afa.losses.affinity import affinity_loss
 from afa.losses.classification import classification_loss
 from afa.losses.segmentation import segmentation_loss
-from tensors import unchanged
+from tensors import unchanged, value_and_gradient
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -34,25 +34,19 @@ def test_segmentation_loss_agrees_with_naive(shape: tuple[int, int, int, int]) -
 
 @pytest.mark.parametrize("present", [[0], [1, 2], [255], [0, 255], [1, 255]])
 def test_empty_set_of_pixels_contributes_exactly_zero(present: list[int]) -> None:
-    logits = random(2, 3, 4, 5).requires_grad_()
+    logits = random(2, 3, 4, 5)
     choice = torch.randint(len(present), (2, 4, 5), generator=torch.Generator().manual_seed(0))
     label = torch.tensor(present)[choice]
-    loss = segmentation_loss(logits, label)
-    expected = naive.segmentation_loss(logits.detach().numpy(), label.numpy())
-    assert loss.item() == pytest.approx(expected, abs=1e-5)
-    loss.backward()
-    assert logits.grad is not None
-    assert logits.grad.isfinite().all()
+    loss, _ = value_and_gradient(segmentation_loss, logits, label)
+    assert loss == pytest.approx(naive.segmentation_loss(logits.numpy(), label.numpy()), abs=1e-5)
 
 
 @pytest.mark.parametrize("form", ["balanced", "plain"])
-def test_segmentation_loss_of_ignored_labels_is_zero_with_zero_gradient(form: Literal["balanced", "plain"]) -> None:
-    logits = random(2, 3, 4, 5).requires_grad_()
-    loss = segmentation_loss(logits, torch.full((2, 4, 5), 255), form=form)
-    loss.backward()
-    assert loss.item() == 0
-    assert logits.grad is not None
-    assert not logits.grad.any()
+def test_segmentation_loss_of_ignored_labels_is_zero_with_zero_gradient(form: str) -> None:
+    ignored = torch.full((2, 4, 5), 255)
+    loss, gradient = value_and_gradient(segmentation_loss, random(2, 3, 4, 5), ignored, form=form)
+    assert loss == 0
+    assert not gradient.any()
 
 
 def test_plain_segmentation_loss_is_one_mean() -> None:
@@ -94,13 +88,10 @@ def test_paper_form_has_bare_counts_and_no_halves() -> None:
 
 @pytest.mark.parametrize("form", ["balanced", "paper"])
 @pytest.mark.parametrize("only", [0, 1, 255])
-def test_affinity_loss_stays_finite_without_pairs(only: int, form: Literal["balanced", "paper"]) -> None:
-    affinity = random(1, 4, 4).sigmoid().requires_grad_()
-    loss = affinity_loss(affinity, torch.full((1, 4, 4), only), form=form)
-    loss.backward()
-    assert affinity.grad is not None
-    assert affinity.grad.isfinite().all()
-    assert (loss.item() == 0) == (only == 255)
+def test_affinity_loss_stays_finite_without_pairs(only: int, form: str) -> None:
+    label = torch.full((1, 4, 4), only)
+    loss, _ = value_and_gradient(affinity_loss, random(1, 4, 4).sigmoid(), label, form=form)
+    assert (loss == 0) == (only == 255)
 
 
 def test_classification_loss_agrees_with_naive() -> None:
@@ -109,34 +100,27 @@ def test_classification_loss_agrees_with_naive() -> None:
     assert classification_loss(logits, tags).item() == pytest.approx(expected, abs=1e-6)
 
 
+def shares(loss: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    """Sum of the losses of both halves, whose counts are summed over both as an all-reduce would."""
+    halves = [[part[:2] for part in given], [part[2:] for part in given]]
+    counts: list[list[Tensor]] = [[], []]
+    for half, seen in zip(halves, counts, strict=True):
+        loss(*half, total=lambda count, seen=seen: seen.append(count) or count)
+    sums = [first + second for first, second in zip(*counts, strict=True)]
+
+    def share(half: list[Tensor]) -> Tensor:
+        order = iter(sums)
+        return loss(*half, total=lambda _: next(order))
+
+    return share(halves[0]) + share(halves[1])
+
+
 def test_shares_of_two_processes_add_up_to_the_whole_batch() -> None:
     logits, label = random(4, 3, 5, 5), labels(4, 5, 5, num_classes=3)
     label[:2][label[:2] > 0] = 255  # the first process has no foreground at all
     affinity, pairs = random(4, 6, 6).sigmoid(), pair_labels(4)
-    halves = (slice(0, 2), slice(2, 4))
-
-    def shares(loss: str) -> Tensor:
-        """Each half with counts that are summed over both, as an all-reduce would."""
-        seen: list[list[Tensor]] = []
-
-        def run(half: slice, total: object) -> Tensor:
-            if loss == "seg":
-                return segmentation_loss(logits[half], label[half], total=total)  # type: ignore[arg-type]
-            return affinity_loss(affinity[half], pairs[half], total=total)  # type: ignore[arg-type]
-
-        for half in halves:
-            counts: list[Tensor] = []
-            run(half, lambda count, counts=counts: counts.append(count) or count)
-            seen.append(counts)
-        sums = [torch.stack(counts).sum(0) for counts in zip(*seen, strict=True)]
-        result = torch.zeros(())
-        for half in halves:
-            order = iter(sums)
-            result = result + run(half, lambda count, order=order: next(order))
-        return result
-
-    torch.testing.assert_close(shares("seg"), segmentation_loss(logits, label))
-    torch.testing.assert_close(shares("aff"), affinity_loss(affinity, pairs))
+    torch.testing.assert_close(shares(segmentation_loss, logits, label), segmentation_loss(logits, label))
+    torch.testing.assert_close(shares(affinity_loss, affinity, pairs), affinity_loss(affinity, pairs))
 
 
 def test_losses_change_none_of_their_inputs() -> None:
