@@ -129,10 +129,10 @@ def _query_and_key(features: Tensor, dtype: torch.dtype, reach: float | None) ->
     multiple = (centered / step).round()
     main = multiple * step
     rest = (centered - main).to(dtype).to(features.dtype)
-    norm = multiple.square().sum(2, keepdim=True)  # of the multiples, a whole number
+    norm = multiple.square().sum(2, keepdim=True)  # (B, N, 1), a whole number
     upper = (norm / 2**11).round()
     lower = norm - upper * 2**11
-    small = (main * rest).sum(2, keepdim=True) + rest.square().sum(2, keepdim=True) / 2
+    small = (main * rest).sum(2, keepdim=True) + rest.square().sum(2, keepdim=True) / 2  # (B, N, 1)
     small_upper = small.to(dtype).to(features.dtype)
     ones = torch.ones_like(norm)
     coarse, fine = -(2**11) * step**2 / 2 * ones, -(step**2) / 2 * ones
@@ -140,4 +140,4 @@ def _query_and_key(features: Tensor, dtype: torch.dtype, reach: float | None) ->
     query = [main, coarse, fine, upper, lower, main, rest, rest, ones, ones, *minus]
     key = [main, upper, lower, coarse, fine, rest, main, rest, *minus, ones, ones]
     assert sum(part.shape[2] for part in query) == 4 * dim + 8
-    return torch.cat(query, 2).to(dtype), torch.cat(key, 2).to(dtype)
+    return torch.cat(query, 2).to(dtype), torch.cat(key, 2).to(dtype)  # (B, N, 4 F + 8) each

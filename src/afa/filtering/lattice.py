@@ -1,11 +1,11 @@
 """Gaussian filter over scattered points through the permutohedral lattice, in tensor operations on any device.
 
-Points are spread over the vertices of the lattice simplex that holds them (splat), the vertices are blurred along
-each lattice axis, and the points read back from the same vertices (slice): linear in the number of points, and an
-approximation of the sum over all pairs. The exact sum is in `afa.filtering.gaussian`.
+Each point adds its values to the vertices of the lattice simplex that holds it (splat). The vertices are blurred along
+each lattice axis. Each point then reads its values back from the same vertices (slice). This approximates the sum over
+all pairs, in a time linear in the number of points. The exact sum is in `afa.filtering.gaussian`.
 
-Splat, blur and slice are weighted sums of rows, so a lattice is no more than row indices and weights. Vertices are
-found by sorting integer keys: nothing loops over points.
+Splat, blur and slice are weighted sums of rows, so a lattice consists of row indices and weights. It finds its vertices
+by sorting integer keys, without a loop over points.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from afa.errors import AfaError
 
 
 class PermutohedralLattice:
-    """The part of the permutohedral lattice that the points of a batch touch. Built once, applied to any values.
+    """The part of the permutohedral lattice that the points of a batch touch. It is built once and filters any values.
 
-    Construction sorts B x N x (F + 1) keys. Kept are 20 bytes per point and vertex of its simplex, and 12 per lattice
-    vertex and axis: for 8 images of 256 x 256 pixels with 5 features some 60 MB and more.
+    Construction sorts B x N x (F + 1) keys. The lattice keeps 20 bytes per point and vertex of its simplex, and 12 per
+    lattice vertex and axis: at least 60 MB for 8 images of 256 x 256 pixels with 5 features.
 
     Args:
-        features: (B, N, F), divided by their bandwidths: the kernel is exp(-|f_i - f_j|^2 / 2). Images of a
-            batch do not meet.
+        features: (B, N, F), divided by their bandwidths: the kernel is exp(-|f_i - f_j|^2 / 2). The images of a batch
+            share no vertex.
 
     Attributes:
         size: Number of lattice vertices M, of the whole batch.
@@ -44,17 +44,17 @@ class PermutohedralLattice:
 
     def __init__(self, features: Tensor) -> None:
         batch, count, dim = features.shape
-        points = features.detach().flatten(0, 1).t()
+        points = features.detach().flatten(0, 1).t()  # (B, N, F) -> (F, BN)
         if points.dtype not in (torch.float32, torch.float64):
             points = points.float()
         corner, rank, weights = _enclosing_simplex(points)
         keys, strides, bound = _vertex_keys(corner, rank, batch)
         self.batch, self.count, self.dim = batch, count, dim
-        # (BN (F + 1),), of the vertices of each point's simplex. The factor, squared by splat and slice, makes the
-        # filter of a point on a vertex 1 at distance 0.
-        self._weights = weights.t().flatten().mul_(math.sqrt(1 / (1 + 0.5**dim)))
+        # Weights of the vertices of each point's simplex. Splat and slice both apply the factor; with it the filter of
+        # a point that lies on a vertex is 1 at distance 0.
+        self._weights = weights.t().flatten().mul_(math.sqrt(1 / (1 + 0.5**dim)))  # (F + 1, BN) -> (BN (F + 1),)
 
-        # An entry is a point's share in a vertex; in order, all entries of a vertex stand together.
+        # An entry is a point's share in a vertex; sorted, all entries of a vertex stand together.
         ordered, self._order = _sorted_entries(keys, bound)
         self._sorted_weights = self._weights.index_select(0, self._order)
         self._sources = torch.div(self._order, dim + 1, rounding_mode="floor")  # point of each entry
@@ -65,7 +65,7 @@ class PermutohedralLattice:
         vertex = torch.empty_like(self._order)
         vertex.scatter_(0, self._order.long(), is_first.cumsum(0, dtype=torch.int32).sub_(1))
         self._vertex = vertex  # (BN (F + 1),), rows of the vertices of each point's simplex
-        # One more row, without entries and therefore 0, stands for all vertices that no point touches.
+        # One more row, which has no entries and is 0, stands for all vertices that no point touches.
         self._starts = pad(starts.int(), (0, 1), value=len(ordered))  # (M + 1,), first entry of each row
         vertices = ordered.index_select(0, starts)
         self._neighbors = [_axis_neighbors(vertices, (dim + 1) * stride - sum(strides)) for stride in strides]
@@ -78,12 +78,12 @@ class PermutohedralLattice:
 
         Args:
             values: (B, N, V), computed in float64 if it is that, else in float32.
-            transpose: Apply the transposed filter, which blurs the axes in opposite order. The two differ only
+            transpose: Apply the transposed filter, which blurs the axes in opposite order. The two filters differ only
                 where vertices lack neighbors.
 
         Returns:
-            (B, N, V), about sum_j exp(-|f_i - f_j|^2 / 2) v_j up to a factor: sums come out low, at 0.5 to 0.7 of the
-            exact ones for the colors and positions of a photograph. What is normalized does not see the factor.
+            (B, N, V), about sum_j exp(-|f_i - f_j|^2 / 2) v_j up to a factor: for the colors and positions of a
+            photograph the sums are 0.5 to 0.7 of the exact ones. The factor cancels in normalized sums.
         """
         assert values.shape[:2] == (self.batch, self.count), (values.shape, self.batch, self.count)
         filtered: Tensor = _Filter.apply(values, self, transpose)  # type: ignore[no-untyped-call]
@@ -122,7 +122,7 @@ class PermutohedralLattice:
         return self._splat_by_addition(rows)
 
     def _splat_by_addition(self, rows: Tensor) -> Tensor:
-        """As `_splat`, for GPUs: one thread would sum up a vertex that holds most of an image, so all add at once."""
+        """As `_splat`, for GPUs, where `embedding_bag` would sum a vertex that holds most of an image in one thread."""
         table = rows.new_zeros(self.size + 1, rows.shape[1])
         weights = self._weights.to(rows.dtype)
         for k in range(self.dim + 1):
@@ -149,7 +149,7 @@ def _enclosing_simplex(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Find the simplex of the lattice around each point.
 
     The lattice lies in the hyperplane of F + 1 coordinates that sum to 0. The vertices of a simplex differ in their
-    remainder: the coordinates of vertex k are all k modulo F + 1.
+    remainder: all coordinates of vertex k are k modulo F + 1.
 
     Args:
         points: (F, P).
@@ -178,7 +178,7 @@ def _enclosing_simplex(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         is_lower = above[i] < above[i + 1 :]
         rank[i] += is_lower.sum(0, dtype=torch.int8)
         rank[i + 1 :] += is_lower.logical_not_()
-    # Rounding may have left the hyperplane; go back along the coordinates with the largest rounding errors.
+    # Rounding may leave the hyperplane; the coordinates with the largest rounding errors lead back to it.
     rank += corner.sum(0).to(torch.int8)
     wrap = (rank < 0).to(torch.int8) - (rank > dim).to(torch.int8)
     rank += size * wrap
@@ -196,9 +196,9 @@ def _enclosing_simplex(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _vertex_keys(corner: Tensor, rank: Tensor, batch: int) -> tuple[Tensor, list[int], int]:
     """Number the vertices of each point's simplex.
 
-    A key is a sum of strides times coordinates, so a step along an axis of the lattice changes it by a constant. Since
-    the coordinates of a vertex are equal modulo F + 1, one key in so many of a plain numbering would be in use;
-    strides that are multiples of F + 1, but for the last, leave out the others.
+    A key is a sum of strides times coordinates, so a step along an axis of the lattice changes it by a constant. The
+    coordinates of a vertex are equal modulo F + 1, so a plain numbering would use few of its keys. Strides that are
+    multiples of F + 1, apart from the last one, leave the unused keys out.
 
     Args:
         corner: (F + 1, P) of `_enclosing_simplex`.
@@ -206,8 +206,8 @@ def _vertex_keys(corner: Tensor, rank: Tensor, batch: int) -> tuple[Tensor, list
         batch: Number of images that the points belong to, in order.
 
     Returns:
-        Keys (F + 1, P) int64, equal for equal vertices of an image and for nothing else; the stride of each coordinate,
-        0 for the last, which follows from the others; and a bound that all keys lie below.
+        Keys (F + 1, P) int64, which are equal only for equal vertices of an image; the stride of each coordinate, 0 for
+        the last one, which follows from the others; and a bound above all keys.
     """
     size = len(corner)
     if not bool(corner.isfinite().all()):
@@ -227,7 +227,7 @@ def _vertex_keys(corner: Tensor, rank: Tensor, batch: int) -> tuple[Tensor, list
     stride = torch.tensor(strides, device=corner.device)
     by_rank = torch.empty_like(rank).scatter_(0, rank, stride[:, None].expand_as(rank))
     for k in range(1, size):
-        # All coordinates grow by 1, but one falls to the other end of the simplex.
+        # All coordinates grow by 1, except one that falls to the other end of the simplex.
         torch.sub(keys[k - 1], by_rank[size - k], alpha=size, out=keys[k])
         keys[k] += sum(strides)
     return keys, strides, bound
@@ -243,7 +243,7 @@ def _sorted_entries(keys: Tensor, bound: int) -> tuple[Tensor, Tensor]:
     bits = (size * count - 1).bit_length()
     entry = torch.arange(count, device=keys.device) * size + torch.arange(size, device=keys.device)[:, None]
     if keys.device.type == "cpu" and bound << bits <= 2**63:
-        # Several times faster than to sort keys together with their places.
+        # This is several times faster than sorting keys together with their places.
         packed = (keys << bits).bitwise_or_(entry).flatten()
         packed.numpy().sort()
         return packed >> bits, packed.bitwise_and_((1 << bits) - 1).int()
@@ -259,8 +259,8 @@ def _axis_neighbors(vertices: Tensor, step: int) -> Tensor:
         step: From a key to that of the next vertex along the axis.
 
     Returns:
-        (3 (M + 1),) int32: of each vertex itself, the next and the previous one. M stands for those that are not
-        there, and has only itself.
+        (3 (M + 1),) int32: for each vertex its own row, the next one's and the previous one's. Row M stands for
+        vertices that are not there; its neighbors are row M, too.
     """
     count = len(vertices)
     wanted = vertices + step
@@ -279,5 +279,5 @@ def _axis_neighbors(vertices: Tensor, step: int) -> Tensor:
 
 
 def _run_starts(count: int, length: int, device: torch.device) -> Tensor:
-    """(count,) int32, where each of as many runs of equal length begins."""
+    """(count,) int32, the beginnings of `count` runs of equal length."""
     return torch.arange(0, count * length, length, dtype=torch.int32, device=device)

@@ -69,8 +69,8 @@ def move_box(maps: Tensor, size: tuple[int, int], *, source: Tensor, target: Ten
     """
     weights = []
     for axis, (out_size, in_size) in enumerate(zip(size, maps.shape[2:], strict=True)):
-        (start, end), (first, last) = (box[:, 2 * axis : 2 * axis + 2].unbind(1) for box in (source, target))
+        (start, end), (first, last) = (box[:, 2 * axis : 2 * axis + 2].unbind(1) for box in (source, target))  # (B,)
         spans = {"out_start": first, "out_length": last - first, "in_start": start, "in_length": end - start}
-        weights.append(axis_weights(out_size, in_size, **spans, align_corners=align_corners))
+        weights.append(axis_weights(out_size, in_size, **spans, align_corners=align_corners))  # (B, out, in)
     rows, columns = weights  # (B, H, h), (B, W, w)
     return rows[:, None] @ maps.float() @ columns.transpose(1, 2)[:, None]  # (B, P, H, W)

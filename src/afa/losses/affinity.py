@@ -21,7 +21,7 @@ def affinity_loss(
     Args:
         affinity: (B, hw, hw) in (0, 1).
         affinity_label: (B, hw, hw) in {0, 1, 255}.
-        form: `balanced`, halves over count + 1 (reference); or `paper`, bare counts and no halves.
+        form: `balanced`, half of each sum over its count + 1 (published code); or `paper`, each sum over its count.
         total: Adds a count up over all processes; None with a single one.
 
     Returns:
@@ -30,7 +30,7 @@ def affinity_loss(
     Source:
         Paper Eq. 5 with its two sets exchanged: as printed it would reward wrong pairs.
     """
-    positive, negative = affinity_label == 1, affinity_label == 0
+    positive, negative = affinity_label == 1, affinity_label == 0  # (B, hw, hw) each
     positive_sum = ((1 - affinity) * positive).sum()
     negative_sum = (affinity * negative).sum()
     if form == "paper":

@@ -16,7 +16,7 @@ def count(mask: Tensor, total: TotalFunction | None, *, at_least: int = 1) -> Te
     Args:
         mask: Boolean tensor of this process.
         total: Adds the count up over all processes; None with a single one.
-        at_least: Smallest result: the sum over an empty set is 0, so it may be divided by 1.
+        at_least: Smallest result; the sum over an empty set is 0, so 1 may divide it.
 
     Returns:
         Scalar, int64.

@@ -24,7 +24,7 @@ def segmentation_loss(
         seg_logits: (B, K, H, W).
         label: (B, H, W) int64 in 0..C and 255.
         form: `balanced`, half the mean over background pixels plus half the mean over foreground pixels; or
-            `plain`, one mean over all labelled pixels.
+            `plain`, one mean over all labeled pixels.
         total: Adds a count up over all processes; None with a single one.
 
     Returns:
@@ -34,7 +34,7 @@ def segmentation_loss(
         The paper says `plain`; `balanced` is the form of the published code (docs/differences.md).
     """
     pixel_loss = F.cross_entropy(seg_logits, label, ignore_index=IGNORE_INDEX, reduction="none")  # (B, H, W)
-    background = label == 0
+    background = label == 0  # (B, H, W)
     foreground = (label != 0) & (label != IGNORE_INDEX)
     if form == "plain":
         return pixel_loss.sum() / count(background | foreground, total)

@@ -54,7 +54,7 @@ class _ImageViews(ViewScore):
     def view(self, scale: float, flips: Sequence[bool], affinity: bool) -> NetworkOutput:
         if scale != self.scaled[0]:
             self.scaled = (scale, scale_view(self.normalized, scale))
-        sides = [self.scaled[1].flip(-1) if flip else self.scaled[1] for flip in flips]
+        sides = [self.scaled[1].flip(-1) if flip else self.scaled[1] for flip in flips]  # (B, 3, H, W) each
         return self.score(sides[0] if len(sides) == 1 else torch.cat(sides), affinity)
 
 
@@ -71,7 +71,7 @@ def scale_view(image: Tensor, scale: float) -> Tensor:
     if scale == 1.0:
         return image
     size = (int(image.shape[2] * scale), int(image.shape[3] * scale))
-    return resize(image, size)
+    return resize(image, size)  # (B, 3, H * scale, W * scale)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class CamResult:
     Attributes:
         cam: (B, C, H, W) in [0, 1], each class and image scaled to its own range; the channels that were picked.
         grid: (h, w) tokens of the pass at the largest scale.
-        walk: Output of the unflipped pass at the largest scale, with affinity and attention, if asked for.
+        walk: Output of the unflipped pass at the largest scale, with affinity and attention, if it was asked for.
     """
 
     cam: Tensor
@@ -92,10 +92,11 @@ class CamResult:
 def fuse_scores(scores: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """Fuse raw class scores of several scales into one CAM.
 
-    Per scale: upsample, maximum over flip, ReLU; then sum over scales and scale each class to [0, 1].
+    The scores of each scale are enlarged; of an image and its mirror image the larger score counts, if it is positive.
+    The sum over the scales is scaled to [0, 1] for each class.
 
     Args:
-        scores: Per scale (2B, C, h, w) raw class scores: B of the plain images, then B of the flipped ones.
+        scores: Of each scale (2B, C, h, w) raw class scores: B of the plain images, then B of the flipped ones.
         size: (H, W) of the CAM.
 
     Returns:
@@ -109,7 +110,7 @@ def fuse_scores(scores: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         plain, flipped = score.chunk(2)  # (B, C, h, w) each
         mirrored = torch.cat([plain, flipped.flip(-1)])  # (2B, C, h, w)
         plain, flipped = resize(mirrored, size).chunk(2)  # (B, C, H, W) each
-        positive = torch.maximum(plain, flipped).relu()
+        positive = torch.maximum(plain, flipped).relu()  # (B, C, H, W)
         total = positive if total is None else total + positive
     assert total is not None
     return normalize_cam(total)
@@ -124,7 +125,7 @@ def normalize_cam(cam: Tensor) -> Tensor:
     Returns:
         (B, C, H, W): cam minus its spatial minimum, divided by the spatial maximum of that difference + 1e-5.
     """
-    shifted = cam - cam.amin((2, 3), keepdim=True)
+    shifted = cam - cam.amin((2, 3), keepdim=True)  # minus (B, C, 1, 1)
     return shifted / (shifted.amax((2, 3), keepdim=True) + 1e-5)
 
 
@@ -165,7 +166,7 @@ def multi_scale_cam(
             walk = views.view(scale, (False,), True)
             plain, flipped = walk.class_scores, views.view(scale, (True,), False).class_scores
         else:
-            plain, flipped = views.view(scale, (False, True), False).class_scores.chunk(2)
+            plain, flipped = views.view(scale, (False, True), False).class_scores.chunk(2)  # (B, C, h, w) each
         if scale == max(scales):
             grid = (plain.shape[2], plain.shape[3])
         scores.append(torch.cat([plain, flipped] if pick is None else [pick(plain), pick(flipped)]))  # (2B, P, h, w)

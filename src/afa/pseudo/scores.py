@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PresentClasses:
-    """The classes that compete in each image: the background, then its tags in rising order.
+    """The classes that compete in each image: the background, then the tagged classes in rising order.
 
     Attributes:
         index: (B, P) int64 class indices in 0..C; slot 0 is the background.
@@ -35,14 +35,14 @@ class PresentClasses:
         return PresentClasses(self.index[:, 1:] - 1, self.valid[:, 1:])
 
     def scatter(self, scores: Tensor, num_channels: int) -> Tensor:
-        """Put the slots' channels back: (B, P, H, W) -> (B, num_channels, H, W), 0 in all others."""
+        """Put the slots' channels back, with 0 in all other channels: (B, P, H, W) -> (B, num_channels, H, W)."""
         index = self.index[:, :, None, None].expand(-1, -1, *scores.shape[2:])  # (B, P, H, W)
         full = scores.new_zeros(len(scores), num_channels, *scores.shape[2:])  # (B, num_channels, H, W)
-        return full.scatter_add_(1, index, scores * self.valid[:, :, None, None])
+        return full.scatter_add_(1, index, scores * self.valid[:, :, None, None])  # (B, num_channels, H, W)
 
     def to_class(self, slot: Tensor) -> Tensor:
         """Turn slot numbers into class indices: (B, H, W) int64 -> (B, H, W) int64."""
-        return self.index.gather(1, slot.flatten(1)).view_as(slot)
+        return self.index.gather(1, slot.flatten(1)).view_as(slot)  # (B, HW) -> (B, H, W)
 
 
 def present_classes(tags: Tensor, *, num_slots: int | None = None) -> PresentClasses:
@@ -67,16 +67,16 @@ def present_classes(tags: Tensor, *, num_slots: int | None = None) -> PresentCla
 
 def with_background(cam: Tensor, background: float) -> Tensor:
     """Put a constant background score before the classes: (B, C, H, W) -> (B, K, H, W)."""
-    return torch.cat([torch.full_like(cam[:, :1], background), cam], 1)
+    return torch.cat([torch.full_like(cam[:, :1], background), cam], 1)  # (B, K, H, W)
 
 
 def best_slot(scores: Tensor) -> Tensor:
-    """Channel of the largest score, the first of equal ones: (B, P, H, W) -> (B, H, W) int64.
+    """Find the channel of the largest score, the first of equal ones: (B, P, H, W) -> (B, H, W) int64.
 
     For the few channels of present classes this is many times faster than `argmax` over a strided dimension.
     """
     best = scores[:, 0]  # (B, H, W)
-    slot = torch.zeros_like(best, dtype=torch.int64)
+    slot = torch.zeros_like(best, dtype=torch.int64)  # (B, H, W)
     for channel in range(1, scores.shape[1]):
         better = scores[:, channel] > best
         slot.masked_fill_(better, channel)
@@ -117,4 +117,4 @@ def present_scores(scores: Tensor, tags: Tensor, *, softmax: bool) -> Tensor:
 
 def valid_channels(tags: Tensor) -> Tensor:
     """Mark the background and the tagged classes: (B, C) -> (B, K) bool."""
-    return torch.cat([torch.ones_like(tags[:, :1], dtype=torch.bool), tags > 0], 1)
+    return torch.cat([torch.ones_like(tags[:, :1], dtype=torch.bool), tags > 0], 1)  # (B, K)
