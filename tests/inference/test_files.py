@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from afa.config import Config, DataConfig, EvaluationConfig, PseudoConfig
 from afa.data.images import read_mask
@@ -25,25 +25,8 @@ from afa.inference import files, masks, predictor
 from afa.inference.files import predict_files, pseudo_files
 from afa.inference.masks import STAMP, PredictSummary
 from afa.inference.predictor import Predictor
-from afa.types import IMAGE_MEAN, IMAGE_STD, NetworkOutput
+from colors import CLASSES, ColorNetwork
 from mistakes import refused
-
-CLASSES = ("cat", "dog", "horse")
-
-
-class ColorNetwork(nn.Module):
-    """Predicts for every pixel the class c of the image's red value, 60 * c."""
-
-    num_classes = 3
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.anchor = nn.Parameter(torch.zeros(1))
-
-    def forward(self, image: Tensor, *, segmentation: bool, affinity: bool) -> NetworkOutput:
-        red = (image[:, 0] * IMAGE_STD[0] + IMAGE_MEAN[0]) * 255 / 60
-        distance = -(red[:, None] - torch.arange(4.0).view(1, 4, 1, 1)).abs()
-        return NetworkOutput(distance[:, 1:].mean((2, 3)), distance[:, 1:], seg_logits=distance[:, :, ::4, ::4])
 
 
 def write_image(path: Path, color: int, *, size: tuple[int, int] = (40, 50)) -> Path:

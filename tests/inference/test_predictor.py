@@ -8,34 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
 
 from afa.config import Config, EvaluationConfig
 from afa.errors import AfaError
 from afa.evaluation.protocols import LogitMaps, logit_maps
 from afa.inference.predictor import Prediction, Predictor, image_array
 from afa.runs.build import load_run
-from afa.types import NetworkOutput
+from colors import CLASSES, ColorNetwork
 from mistakes import refused
 from tiny import write_untrained
-
-CLASSES = ("cat", "dog", "horse")
-
-
-class ScaledColors(nn.Module):
-    """Logits are the color channels, doubled, and a constant: class 3 wherever a pixel is dark."""
-
-    num_classes = 3
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.anchor = nn.Parameter(torch.zeros(1))
-        self.sizes: list[tuple[int, ...]] = []
-
-    def forward(self, image: Tensor, *, segmentation: bool, affinity: bool) -> NetworkOutput:
-        self.sizes.append(tuple(image.shape[2:]))
-        logits = torch.cat([2 * image, torch.zeros_like(image[:, :1])], 1)[:, :, ::4, ::4]
-        return NetworkOutput(logits[:, 1:].amax((2, 3)), logits[:, 1:], seg_logits=logits)
 
 
 def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -44,7 +25,7 @@ def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 def predictor(*, max_side: int = 1024, **evaluation: Any) -> Predictor:
     config = Config(evaluation=EvaluationConfig(**evaluation))
-    return Predictor(ScaledColors(), CLASSES, config=config, max_side=max_side)  # type: ignore[arg-type]
+    return Predictor(ColorNetwork(), CLASSES, config=config, max_side=max_side)  # type: ignore[arg-type]
 
 
 def test_prediction_has_the_size_of_the_image_and_its_scores_sum_to_one() -> None:
@@ -55,7 +36,7 @@ def test_prediction_has_the_size_of_the_image_and_its_scores_sum_to_one() -> Non
     assert prediction.scores.shape == (4, 41, 57)
     assert prediction.scores.dtype == np.float32
     assert prediction.classes == ("background", *CLASSES)
-    (maps,) = logit_maps(ScaledColors(), [image], Config())  # type: ignore[arg-type]
+    (maps,) = logit_maps(ColorNetwork(), [image], Config())  # type: ignore[arg-type]
     logits = maps.enlarge((41, 57))
     np.testing.assert_allclose(prediction.scores, torch.softmax(logits, 0).numpy(), atol=1e-6)
     np.testing.assert_array_equal(prediction.label, prediction.scores.argmax(0))
