@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, distributed, multiprocessing, nn
 
-from afa.config import Config, DataConfig, EvaluationConfig, PseudoConfig
+from afa.config import Config, DataConfig, EvaluationConfig, ModelConfig, PseudoConfig
 from afa.data.palette import write_index_png
 from afa.data.voc import ScoredImages, open_scored
 from afa.errors import AfaError
@@ -26,13 +26,15 @@ from afa.evaluation.evaluate import (
     group_by_size,
     resolve_batch_size,
 )
+from afa.model.network import AfaNetwork
+from afa.runs.build import build_network
 from afa.runtime import Processes, read_ahead
 from afa.types import IMAGE_MEAN, IMAGE_STD, NetworkOutput
 from mistakes import refused
 
 CLASSES = ("cat", "dog", "horse")
 # Per image: the class that its color says, its tags, and the classes of the four quarters of its mask.
-IMAGES: dict[str, tuple[int, str | None, tuple[int, int, int, int]]] = {
+IMAGES: dict[str, tuple[int, str, tuple[int, int, int, int]]] = {
     "a": (1, "cat", (1, 1, 0, 255)),
     "b": (2, "dog", (2, 0, 0, 0)),
     "c": (0, "cat dog", (0, 0, 0, 1)),
@@ -60,21 +62,30 @@ class ColorNetwork(nn.Module):
         return NetworkOutput(image_logits, distance[:, 1:], seg_logits=distance[:, :, ::4, ::4])
 
 
-def write_data(root: Path, *, tags: bool = True) -> ScoredImages:
+def write_voc(
+    root: Path, examples: dict[str, tuple[np.ndarray, np.ndarray, str]], *, tags: bool = True
+) -> ScoredImages:
+    """Images by name, each with its mask and tags."""
     for folder in ("JPEGImages", "SegmentationClassAug", "lists"):
         (root / folder).mkdir(parents=True)
-    lines = ["image,tags"]
-    for i, (name, (color, image_tags, quarters)) in enumerate(IMAGES.items()):
+    for name, (pixels, mask, _) in examples.items():
+        Image.fromarray(pixels).save(root / "JPEGImages" / f"{name}.png")
+        write_index_png(root / "SegmentationClassAug" / f"{name}.png", mask)
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    (root / "lists" / "val.txt").write_text("\n".join(examples))
+    if tags:
+        rows = [f"{name},{words}" for name, (_, _, words) in examples.items()]
+        (root / "lists" / "tags.csv").write_text("\n".join(["image,tags", *rows]))
+    return open_scored(DataConfig(root=str(root)))
+
+
+def write_data(root: Path, *, tags: bool = True) -> ScoredImages:
+    examples = {}
+    for i, (name, (color, words, quarters)) in enumerate(IMAGES.items()):
         height, width = 40 + 4 * i, 60 - 4 * i
         pixels = np.full((height, width, 3), 60 * color, dtype=np.uint8)
-        Image.fromarray(pixels).save(root / "JPEGImages" / f"{name}.png")
-        write_index_png(root / "SegmentationClassAug" / f"{name}.png", mask_of(height, width, quarters))
-        lines += [f"{name},{image_tags}"]
-    (root / "classes.txt").write_text("\n".join(CLASSES))
-    (root / "lists" / "val.txt").write_text("\n".join(IMAGES))
-    if tags:
-        (root / "lists" / "tags.csv").write_text("\n".join(lines))
-    return open_scored(DataConfig(root=str(root)))
+        examples[name] = (pixels, mask_of(height, width, quarters), words)
+    return write_voc(root, examples, tags=tags)
 
 
 def mask_of(height: int, width: int, quarters: tuple[int, int, int, int]) -> np.ndarray:
@@ -195,11 +206,7 @@ def test_uncertain_pixels_are_not_scored_but_reported(tmp_path: Path, monkeypatc
 
 
 def test_real_pseudo_labels_are_scored(tmp_path: Path) -> None:
-    from afa.config import ModelConfig
-    from afa.runs.build import build_network
-
-    torch.manual_seed(0)
-    network = build_network(ModelConfig(backbone="mit_tiny", weights="", decoder_width=8), 3)
+    network = tiny_network()
     images = write_data(tmp_path)
     result = evaluate(network, first_images(images, 2), Config(), labels="propagated", progress=False)
     assert result.matrix.sum() == expected_matrix(["a", "b"]).sum()
@@ -260,27 +267,24 @@ def test_read_ahead_keeps_order_and_delivers_errors_at_their_place() -> None:
 
 def write_sizes(root: Path, sizes: list[tuple[int, int]]) -> ScoredImages:
     """Random images and masks of the given sizes, each with one tag."""
-    rng = np.random.default_rng(0)
-    for folder in ("JPEGImages", "SegmentationClassAug", "lists"):
-        (root / folder).mkdir(parents=True)
-    for i, size in enumerate(sizes):
-        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(root / "JPEGImages" / f"{i}.png")
-        mask = rng.choice(np.array([0, 1, 2, 3, 255], dtype=np.uint8), size)
-        write_index_png(root / "SegmentationClassAug" / f"{i}.png", mask)
-    (root / "classes.txt").write_text("\n".join(CLASSES))
-    (root / "lists" / "val.txt").write_text("\n".join(str(i) for i in range(len(sizes))))
-    rows = [f"{i},{CLASSES[i % 3]}" for i in range(len(sizes))]
-    (root / "lists" / "tags.csv").write_text("\n".join(["image,tags", *rows]))
-    return open_scored(DataConfig(root=str(root)))
+    rng, values = np.random.default_rng(0), np.array([0, 1, 2, 3, 255], dtype=np.uint8)
+    return write_voc(
+        root,
+        {
+            str(i): (rng.integers(0, 256, (*size, 3), dtype=np.uint8), rng.choice(values, size), CLASSES[i % 3])
+            for i, size in enumerate(sizes)
+        },
+    )
+
+
+def tiny_network() -> AfaNetwork:
+    torch.manual_seed(0)
+    return build_network(ModelConfig(backbone="mit_tiny", weights="", decoder_width=8), 3)
 
 
 @pytest.mark.parametrize("labels", ["seg", "cam", "refined"])
 def test_batches_give_the_figures_of_single_images(tmp_path: Path, labels: str) -> None:
-    from afa.config import ModelConfig
-    from afa.runs.build import build_network
-
-    torch.manual_seed(0)
-    network = build_network(ModelConfig(backbone="mit_tiny", weights="", decoder_width=8), 3)
+    network = tiny_network()
     images = write_sizes(tmp_path, [(40, 50), (50, 40), (40, 50), (64, 33), (40, 50), (50, 40), (40, 50)])
     settings: dict[str, Any] = {"labels": labels, "progress": False}
     sizes: list[int] = []

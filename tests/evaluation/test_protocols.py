@@ -21,6 +21,7 @@ from afa.evaluation.protocols import (
 )
 from afa.filtering.crf import CrfSettings, dense_crf
 from afa.model.network import AfaNetwork
+from afa.runs.build import build_network
 from afa.types import NetworkOutput, normalize_image
 
 
@@ -196,8 +197,6 @@ def test_every_pseudo_label_of_a_real_network(kind: str, size: tuple[int, int]) 
 
 
 def real_network() -> AfaNetwork:
-    from afa.runs.build import build_network
-
     torch.manual_seed(0)
     return build_network(ModelConfig(backbone="mit_tiny", weights="", decoder_width=8), 3).eval()
 

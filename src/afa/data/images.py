@@ -16,22 +16,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from afa.errors import AfaError
 
-IMAGE_SUFFIXES: Final[frozenset[str]] = frozenset(
-    (
-        ".avif",
-        ".bmp",
-        ".gif",
-        ".jp2",
-        ".jpeg",
-        ".jpg",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".tif",
-        ".tiff",
-        ".webp",
-    )
+IMAGE_SUFFIXES: Final = frozenset(
+    ".avif .bmp .gif .jp2 .jpeg .jpg .pgm .png .pnm .ppm .tif .tiff .webp".split()  # noqa: SIM905
 )
 """Suffixes of the files that count as images, lower case, with the dot."""
 

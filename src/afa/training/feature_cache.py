@@ -158,11 +158,10 @@ class FeatureReader:
     def _wanted(self, kind: Phase) -> dict[int, int]:
         """Places of the parts that a phase needs, in order, and how many sides of each."""
         pseudo = self.config.pseudo
-        labels = kind.want_initial or kind.want_refined
         walks = kind.want_refined and pseudo.propagation != "none"
         wanted = {}
         for place, part in enumerate(self.parts):
-            in_cam = labels and part.scale in pseudo.scales
+            in_cam = kind.labels and part.scale in pseudo.scales
             in_walk = walks and part.scale == max(pseudo.scales)
             if part.name == "tokens":
                 sides = 2 if in_cam else int(part.scale == 1)
