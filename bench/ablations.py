@@ -2,14 +2,16 @@
 
     python bench/ablations.py [--out runs/ablations] [--seeds 3] [--steps 450] [--tables 1 2 3]
 
-As in the paper every row starts from one encoder that has learnt to classify other images: here `--pretraining-steps`
-on generated images of a single object each, from their tags, with the pooling of `_PRETRAINING`. A row is the `demo`
-preset from those weights, for `--steps`, its phases at the paper's shares of a run, with the keys by which the row's
-file in configs/ differs from the preset `paper`; each seed also makes another data set. Rows of the same configuration
-share their runs, and Tables 1 and 4 score the CAM of one. What is finished is kept: the same command goes on where it
-was stopped. Figures are mIoU in percent on the images for validation, mean and standard deviation over the seeds; they
-are not the paper's, whose images and encoder are others, so only orderings compare. Those are printed last, seed by
-seed: a row and the one that the paper puts below it see the same data.
+As in the paper, every row starts from one encoder that has learned to classify other images: here it takes
+`--pretraining-steps` on the tags of generated images with a single object each, with the pooling of `_PRETRAINING`. A
+row then trains the `demo` preset from those weights for `--steps`. Its phases have the paper's shares of a run, and it
+adds the keys by which the row's file in configs/ differs from the preset `paper`. Each seed makes a data set of its
+own. Rows of the same configuration share their runs, and Tables 1 and 4 score the CAM of one run. The script keeps
+finished runs, so the same command continues where it was stopped.
+
+Figures are mIoU in percent on the validation images, mean and standard deviation over the seeds. They do not compare
+with the paper's, which come from other images and another encoder; only orderings compare. The script prints the
+orderings last, seed by seed: a row and the row that the paper puts below it see the same data.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ CONFIGS: Final = Path(__file__).parents[1] / "configs"
 NUM_TRAIN, NUM_VAL, IMAGE_SIZE = 800, 200, 128
 NUM_PRETRAIN: Final = 2000
 _PRETRAINING: Final[dict[str, Any]] = {"model.pooling": "gmp"}
-"""What sets the pretraining apart from the demo preset. With gap the tags of single objects are not learnt in 800
+"""What sets the pretraining apart from the demo preset. With gap the tags of single objects are not learned in 800
 steps (docs/lab/2026-11.md)."""
 _PRETRAINING_SEED: Final = 1000
 _ENERGY: Final = 2.0
@@ -60,7 +62,7 @@ class Row:
         config: File in configs/ without `.toml`: what is trained.
         labels: What is scored.
         protocol: How the segmentation is scored.
-        refinement: What CAMs go through before they are scored.
+        refinement: The refinement of CAMs before they are scored.
     """
 
     table: int
@@ -115,7 +117,7 @@ ORDERINGS: Final = (
 
 
 def row_keys(name: str) -> dict[str, Any]:
-    """The keys of a file in configs/ that differ from the preset `paper`, those of its own preset included."""
+    """Keys in which a file in configs/, its own preset included, differs from the preset `paper`."""
     path = CONFIGS / f"{name}.toml"
     config, paper = load_config(path), load_config()
     changed = {
@@ -126,7 +128,7 @@ def row_keys(name: str) -> dict[str, Any]:
         if value != config_to_dict(paper)[section][key] and (section, key) != ("train", "label")
     }
     stated = tomllib.loads(path.read_text(encoding="utf-8"))
-    # Pooling is what Table 1 compares: gmp is the paper's default and not the demo's.
+    # Table 1 compares poolings: gmp is the paper's default and not the demo's.
     changed |= {f"model.{key}": value for key, value in stated.get("model", {}).items()}
     return {"loss.energy_weight": _ENERGY} | changed
 
@@ -150,7 +152,7 @@ def row_config(name: str, *, root: Path, weights: str, seed: int, steps: int) ->
 
 
 def run_name(config: Config) -> str:
-    """Folder of a run: equal for rows that train alike, in words that tell them apart."""
+    """Folder of a run; rows of the same configuration have the same folder."""
     plain = config_to_dict(load_config(preset="demo"))
     words = [
         f"{key}={value}"
@@ -163,7 +165,7 @@ def run_name(config: Config) -> str:
 
 
 def pretrained_encoder(out: Path, *, steps: int) -> Path:
-    """Teach an encoder the tags of single objects, unless that is done; returns its folder."""
+    """Teach an encoder the tags of single objects, unless it exists already; returns its folder."""
     encoder = out / f"pretraining{steps}" / "encoder"
     if (encoder / "config.json").is_file():
         return encoder
@@ -195,7 +197,7 @@ def pretrained_encoder(out: Path, *, steps: int) -> Path:
 
 
 def run_of(row: Row, *, out: Path, encoder: Path, seed: int, steps: int) -> Path:
-    """Train what a row needs, unless that is done; returns its folder."""
+    """Train the run of a row, unless it exists already; returns its folder."""
     root = out / "data" / f"seed{seed}"
     write_shapes(root, num_train=NUM_TRAIN, num_val=NUM_VAL, image_size=IMAGE_SIZE, seed=seed)
     config = row_config(row.config, root=root, weights=str(encoder), seed=seed, steps=steps)
@@ -237,7 +239,7 @@ def table_text(scores: dict[Row, list[float]]) -> str:
 
 
 def orderings_text(scores: dict[Row, list[float]]) -> str:
-    """For each ordering of the paper the difference of the two rows here, as a Markdown table."""
+    """The difference of the two rows for each ordering of the paper, as a Markdown table."""
     by_name = {(row.table, row.name): row for row in scores}
     lines = ["| table | ordering | paper | here, mean of seeds | seeds where it holds |", "|---|---|---|---|---|"]
     for table, better, worse in ORDERINGS:
@@ -268,7 +270,7 @@ def main(words: Sequence[str] | None = None) -> int:
     scores: dict[Row, list[float]] = {row: [] for row in rows}
     try:
         encoder = pretrained_encoder(arguments.out, steps=arguments.pretraining_steps)
-        # One seed of every row before the next: what is there whenever it is stopped compares.
+        # All rows of one seed come before the next seed, so that the finished rows compare whenever the script stops.
         for seed in range(arguments.seeds):
             for row in rows:
                 run = run_of(row, out=arguments.out, encoder=encoder, seed=seed, steps=arguments.steps)

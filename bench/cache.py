@@ -2,11 +2,12 @@
 
     python bench/cache.py [--backbone dinov2_small_reg --freeze 10 --crop 280] [--weights DIR] [--phase refined]
 
-A small data set of generated photographs, 500 x 375 pixels, is written, its feature cache made, and whole training
-steps are taken in turn on both sides, input included: reading, decoded images from memory, transfer, labels, losses,
-backward, optimizer. Both start from the same weights and see the same images, as a whole, plain or mirrored. The rows
-are the phases; the last line is the ratio of the medians of the last phase, such as `5.1x`; with `--phase all` that is
-the refined one. Rows of the cache come from the system's memory here: a set larger than it waits for the disk.
+The script writes a small data set of generated photographs (500 x 375 pixels), makes its feature cache, and takes whole
+training steps on both sides in turn, input included: reading, decoded images from memory, transfer, labels, losses,
+backward, optimizer. Both sides start from the same weights and see the same whole images, plain or mirrored. The rows
+are the phases. The last line is the ratio of the medians of the last phase, such as `5.1x`; with `--phase all` this is
+the refined phase. Here the rows of the cache come from the system's memory; a cache larger than that waits for the
+disk.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def bench_config(arguments: argparse.Namespace) -> Config:
     return load_config(
         None,
         {
-            # On a CPU a worker would take from the other side's step what it reads ahead for its own.
+            # On a CPU, a worker that reads ahead for one side would slow down the step of the other side.
             "data.workers": -1 if arguments.device.type == "cuda" else 0,
             "model.backbone": arguments.backbone,
             "model.weights": arguments.weights,

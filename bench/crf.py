@@ -3,15 +3,15 @@
     python bench/crf.py [--data VOC_DIR] [--images 8] [--threads 1]
     python bench/crf.py --device cuda [--data VOC_DIR] [--images 8]
 
-Both refine the same class probabilities of the same images, 500 x 375 pixels, 10 iterations, default settings:
-generated images, or with --data photographs from JPEGImages with the masks of SegmentationClassAug. Probabilities come
-from the masks, made coarse and noisy. They have 21 classes, and then as few as the image shows. The last line has
-the lowest agreement of labels, and the ratio of times with 21 classes, all of them kept; a line above tells the time
-with negligible classes left out, which is what users get. Times are medians over the images, the best of
-`--repeats` each, everything from probabilities to probabilities. pydensecrf2 uses one thread whatever --threads is.
+Both refine the same class probabilities of the same images (500 x 375 pixels, 10 iterations, default settings). The
+images are generated, or with --data photographs from JPEGImages with the masks of SegmentationClassAug. The
+probabilities are coarse, noisy versions of the masks, once with 21 classes and once with only the classes that the
+image shows. The last line has the lowest agreement of labels and the ratio of the times with all 21 classes. A line
+above it has the time without negligible classes, which is what users get. Times are medians over the images, the best
+of `--repeats` each, from probabilities to probabilities. pydensecrf2 always uses one thread, whatever --threads says.
 
-With --device cuda ours on the GPU stands against ours on the CPU, and pydensecrf2 is not needed: the last line has the
-agreement of their labels and the milliseconds of an image on the GPU, all 21 classes kept.
+With --device cuda the script compares afa on the GPU with afa on the CPU and does not need pydensecrf2. The last line
+has the agreement of their labels and the milliseconds for an image on the GPU, with all 21 classes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def read_image(root: Path, name: str) -> tuple[NDArray[np.uint8], NDArray[np.uin
 def coarse_probabilities(
     mask: NDArray[np.uint8], num_classes: int, *, seed: int, margin: float, noise: float
 ) -> Tensor:
-    """(1, K, H, W): what a network with tokens of 16 pixels might say."""
+    """(1, K, H, W) class probabilities as a network with tokens of 16 pixels might give them."""
     planes = one_hot(torch.from_numpy(mask.astype(np.int64)), num_classes).permute(2, 0, 1)[None].float()
     tokens = interpolate(planes, size=(HEIGHT // 16, WIDTH // 16), mode="area")
     logits = margin * tokens + noise * torch.randn(tokens.shape, generator=torch.Generator().manual_seed(seed))

@@ -2,16 +2,17 @@
 
     python bench/energy.py [--device cuda] [--data VOC_DIR] [--methods lattice exact_half] [--step mit_b1]
 
-A batch of crops (8 of 512 pixels, 21 classes): generated images, or with --data photographs of JPEGImages. Logits have
-the size of the image, as the cross-entropy of a training step has them already. On a CPU only the lattice is timed
-unless told otherwise: the exact filter takes about a minute there.
+The input is a batch of crops (8 of 512 pixels, 21 classes) of generated images, or with --data of photographs in
+JPEGImages. Logits have the size of the image, because the cross-entropy of a training step needs them at that size
+anyway. On a CPU the script times only the lattice by default; the exact filter takes about a minute there.
 
 An estimate, not a measurement, for the exact filter in half precision: 8 x (256 x 256)^2 = 3.4e10 pairs, each with an
-exponential and, at a head size of 32, 64 multiply-adds, are some 10 ms of an H100's exponentials (about 4e12 a second)
+exponential and, at a head size of 32, 64 multiply-adds, take some 10 ms of an H100's exponentials (about 4e12 a second)
 and as much again of its tensor cores. The backward pass filters nothing.
 
-With --step whole training steps of the refined phase with that encoder learn from the same images, the energy loss
-included, and the last line is its share of them: the time of the first method alone over that of a step.
+With --step the script also times whole training steps of the refined phase with that encoder on the same images, energy
+loss included. The last line is the share of the energy loss: the time of the first method alone over the time of a
+step.
 """
 
 from __future__ import annotations

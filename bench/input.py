@@ -3,10 +3,10 @@
     python bench/input.py [--data FOLDER] [--step-images-per-second 40] [--workers -1] [--device auto]
     python bench/input.py --rss
 
-Without a folder of images it generates JPEGs of 500x375 pixels. Batches are made as training makes them and thrown
-away. Rows: scaling and cropping by the worker threads, and by the device where there is a GPU (or with `--device
-cpu`). Columns: every image decoded each time, and all of them in the cache. The ratios printed last are those of the
-lowest row over the images that a step consumes per second.
+Without a folder of images, the script generates JPEGs of 500x375 pixels. It makes batches as training does and discards
+them. Rows: the worker threads scale and crop, or the device does so if there is a GPU (or with `--device cpu`).
+Columns: every image is decoded each time, or all images are in the cache. The ratios in the end divide the lowest row
+by the images that a step consumes per second.
 
 `--rss` instead watches the memory of 500 steps over a list of 20,000 images, and fails if it grows.
 """
@@ -40,7 +40,7 @@ RSS_LIMIT_MIB = 16.0
 
 
 def write_jpegs(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
-    """Write seeded pictures, smooth with some grain, whose files are about as large as photographs of that size."""
+    """Write seeded pictures, smooth with some grain; their files are about as large as photographs of that size."""
     rng = np.random.default_rng(0)
     paths = [folder / f"{index}.jpg" for index in range(count)]
     for path in paths:
@@ -91,13 +91,13 @@ def synchronize(device: torch.device | None) -> None:
 
 
 def resident_mib() -> float:
-    """Memory of this process that is in RAM, MiB (Linux)."""
+    """Resident memory of this process, MiB (Linux)."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def watch_memory(images: TaggedImages, arguments: argparse.Namespace) -> float:
-    """Print the memory on the way through the steps; returns its growth after the warm-up, MiB."""
+    """Print the memory during the steps; returns its growth after the warm-up, MiB."""
     cache = PixelCache(len(images), RSS_CACHE_BYTES)
     device = arguments.device is not None
     after_warm_up = 0.0

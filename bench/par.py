@@ -2,11 +2,11 @@
 
     python bench/par.py [--size 512] [--batch 4] [--repeats 3] [--threads 1]
 
-Both refine the same batch for both background scores: crops of `size` pixels, refined at half of that, of 20
-classes one to three tagged per image. Ours is what training calls: one kernel per image, all scores through
-it at once. The plain version is called once per image and background score, with the present classes only. The
-command checks that results are equal, times both in turn, and prints the ratio of the medians last. One thread
-unless told otherwise: with more, the figure depends on what else the machine is doing.
+Both refine the same batch for both background scores: crops of `size` pixels, refined at half of that size, with one to
+three of 20 classes tagged per image. Our side is what training calls: one kernel per image for all scores at once. The
+plain version is called once per image and background score, with the present classes only. The command checks that the
+results are equal, times both in turn, and prints the ratio of the medians last. It uses one thread by default; with
+more, the figure depends on what else the machine is doing.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main() -> None:
         f"{present.valid[:, 1:].sum(1).tolist()} tags, {len(BACKGROUNDS)} background scores, "
         f"{CONFIG.iterations} iterations, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    # The comparison is the warm-up of both.
+    # The comparison also warms up both sides.
     difference = (run_ours(image, scores) - run_published(image, present, scores)).abs().max().item()
     print(f"largest difference {difference:.1e}")
     if not difference <= 1e-4:

@@ -39,7 +39,7 @@ _CAM_PREFIX = "cam_raw_"
 
 
 class Vectors:
-    """Arrays of one `.npz` file by key; a key that is not there is an error that names it.
+    """Arrays of one `.npz` file by key; a missing key is an error that names it.
 
     Args:
         path: The file.
@@ -95,10 +95,10 @@ class Check:
 
     Attributes:
         key: Key of the recorded output.
-        what: What it is, in words.
+        what: Description of the output.
         tolerance: Largest error that passes: a difference or, for labels, a percentage of the elements.
         compute: Turns the recorded inputs into afa's output.
-        is_label: Count elements that differ instead of measuring how much they do.
+        is_label: Whether to count the elements that differ instead of measuring the difference.
     """
 
     key: str
@@ -169,7 +169,8 @@ def _refined_in_box(vectors: Vectors) -> Tensor:
 
 def _affinity_label(vectors: Vectors) -> Tensor:
     label, tokens = vectors["afflabel_label"], vectors["afflabel_out"].shape[1]
-    # The file holds no grid: it is the one of that many tokens whose proportions are closest to the label's.
+    # The file holds no grid. Of the grids with that many tokens, take the one whose proportions are closest to the
+    # label's.
     aspect = label.shape[1] / label.shape[2]
     grids = [(rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0]
     grid = min(grids, key=lambda grid: abs(math.log(grid[0] / grid[1] / aspect)))
@@ -285,7 +286,7 @@ def main(arguments: Sequence[str]) -> int:
     """Command line: the path of one file.
 
     Returns:
-        Exit status: as `run`; 2 after a one-line message where there was nothing to compare.
+        Exit status: as `run`; 2 after a one-line message if there was nothing to compare.
     """
     if len(arguments) != 1:
         print("usage: python bench/parity.py VECTORS.npz", file=sys.stderr)

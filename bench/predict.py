@@ -4,9 +4,9 @@
 
 The bare network is `network.segment` of a normalized tensor that is already on the device: logits at a quarter of the
 size. The predictor takes a uint8 array and returns the class map in memory: transfer, normalization, the same network,
-enlargement to full size, the best class of each pixel, and the way back. Weights are random, for they cost the same.
-The command checks that the class map is the argmax of the enlarged logits, times both in turn, and prints the ratio of
-the medians last. Scores, which are computed only when they are asked for, are timed as well.
+enlargement to full size, the best class of each pixel, and transfer back. Weights are random, which costs the same
+time. The command checks that the class map is the argmax of the enlarged logits, times both in turn, and prints the
+ratio of the medians last. It also times scores, which are computed only on demand.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with torch.inference_mode():
         normalized = normalize_image(image_tensor(image, device=device))
-        # The check is the warm-up of both.
+        # The check also warms up both sides.
         expected = interpolate(network.segment(normalized), size=size, mode="bilinear", align_corners=False)[0]
         same = (predictor(image).label == expected.argmax(0).cpu().numpy()).mean()
         print(f"{100 * same:.3f} % of the labels are equal")

@@ -1,8 +1,8 @@
-"""Pixel-adaptive refinement the way published code has it: the plain side of `bench/par.py`.
+"""Pixel-adaptive refinement, organized as in the published code: the plain side of `bench/par.py`.
 
-Neighbors come out of dilated 3x3 convolutions whose filters are one-hot, one convolution per dilation, for
-the image and again for the scores at every iteration. Every call computes its kernel anew. Equal in result
-to `afa.kernels.par.refine`, and slow; nothing but the benchmark should use it.
+Dilated 3x3 convolutions with one-hot filters pick the neighbors, one convolution per dilation, for the image and
+again for the scores at every iteration. Every call computes its kernel again. The result equals that of
+`afa.kernels.par.refine`. This version is slow; only the benchmark should use it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class PublishedRefinement(nn.Module):
         return color.mean(1, keepdim=True).softmax(2) + 0.01 * place.softmax(2)
 
     def neighbors(self, maps: Tensor) -> Tensor:
-        """(B, P, H, W) -> (B, P, n, H, W), the nearest border pixel where there is no neighbor."""
+        """(B, P, H, W) -> (B, P, n, H, W); beyond the border, the nearest border pixel stands for the neighbor."""
         batch, channels, height, width = maps.shape
         single = maps.reshape(batch * channels, 1, height, width)
         found = []

@@ -1,12 +1,12 @@
-"""A training step organized the way published code has it: the plain side of `bench/step.py`.
+"""A training step, organized as in the published code: the plain side of `bench/step.py`.
 
-The network always runs whole: every CAM pass goes through the decoder and the affinity head too, every block forms
-its attention matrix, and the six CAM passes (three scales, plain and flipped together) stand beside the training
-forward, whose scale-1 scores are not reused. Labels are made image by image and background score by background
-score, each with a refinement of its own, of the classes that `nonzero` finds. Losses are read with `.item()` at every
-step, AdamW is not fused. The mask of the radius is a Python loop, run once, outside the step.
+The whole network always runs: every CAM pass goes through the decoder and the affinity head, too, and every block forms
+its attention matrix. The six CAM passes (three scales, plain and flipped together) come on top of the training forward,
+whose scores at scale 1 are not reused. Labels are made image by image and background score by background score, each
+with its own refinement of the classes that `nonzero` finds. Losses are read with `.item()` at every step, and AdamW is
+not fused. A Python loop makes the mask of the radius once, outside the step.
 
-What a phase has no use for is left out here too, though nothing in the published organization asks for that.
+This version, too, leaves out what a phase does not use, although the published code computes it.
 
 CAM passes run in training mode, so they move the running statistics of the decoder's BatchNorm. No result of a step
 depends on those: the training forward normalizes by the statistics of its batch. With stochastic depth and dropout
@@ -66,7 +66,7 @@ AttentionInterface.register(ATTENTION_NAME, materialized_attention)
 
 
 class PublishedDecoder(nn.Module):
-    """SegFormer's decoder as its paper draws it: project, upsample and concatenate the levels, then fuse.
+    """SegFormer's decoder as in its paper: project, upsample and concatenate the levels, then fuse.
 
     Args:
         decoder: Decoder whose weights are copied.
@@ -101,7 +101,7 @@ class PublishedDecoder(nn.Module):
 
 
 class PublishedNetwork(nn.Module):
-    """The network with copies of another's weights, every part of which runs in every pass.
+    """The network with copies of another network's weights; every part runs in every pass.
 
     Args:
         network: Network whose weights are copied.
@@ -145,7 +145,7 @@ class PublishedNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class PublishedLosses:
-    """Total to differentiate, the losses of the phase by name, and the labels that were learnt from."""
+    """Total to differentiate, the losses of the phase by name, and the labels that the step learned from."""
 
     total: Tensor
     values: dict[str, Tensor]
@@ -360,7 +360,7 @@ def present_classes(tags: Tensor) -> Tensor:
 
 
 def merge(low: Tensor, high: Tensor) -> Tensor:
-    """The cautious label where it is foreground, background where both are, else 255."""
+    """The cautious label where it is foreground, background where both labels are background, else 255."""
     label = high.clone()
     label[high == 0] = IGNORE_INDEX
     label[(low + high) == 0] = 0

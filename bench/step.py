@@ -1,16 +1,16 @@
-"""Speed of a whole training step against one organized the way published code is.
+"""Speed of a whole training step against one that is organized as in the published code.
 
     python bench/step.py [--device cuda --crop 512 --batch 8 --precision bf16] [--phase refined] [--roofline]
 
-Both sides start from the same random weights and learn from the same batches: smooth random images of 375 x 500
-pixels, rescaled by 0.5 to 2 and cropped as in training (a crop larger than its image has an empty margin), each
-with one to three tags. Stochastic depth and dropout are off, so that nothing is random. Before anything is timed the
-pseudo labels and losses of every phase asked for are compared in fp32; if they differ the command ends with
-status 1. Then both take whole steps in turn: transfer, learning rate, labels, losses, backward, optimizer. The stages
-come from further steps, measured one at a time. The last line is the ratio of the medians of the last phase, such as
-`5.1x`; with `--phase all` that is the refined one.
+Both sides start from the same random weights and learn from the same batches: smooth random images of 375 x 500 pixels,
+rescaled by 0.5 to 2 and cropped as in training (a crop larger than its image has an empty margin), each with one to
+three tags. Stochastic depth and dropout are off, so that nothing is random. Before it times anything, the command
+compares the pseudo labels and losses of the chosen phases in fp32; if they differ, it ends with status 1. Then both
+sides take whole steps in turn: transfer, learning rate, labels, losses, backward, optimizer. The times of the stages
+come from further steps, measured one stage at a time. The last line is the ratio of the medians of the last phase, such
+as `5.1x`; with `--phase all` this is the refined phase.
 
-Ours computes in `--precision`, the published side in fp32. On a GPU both may use TF32 where that is fp32.
+Our side computes in `--precision`, the published side in fp32. On a GPU, fp32 on both sides may use TF32.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ LARGEST_LOSS_DIFFERENCE: Final = 1e-4
 
 
 class OurStep:
-    """A network and one training step, as `afa.training.loop` takes it.
+    """A network and one training step as in `afa.training.loop`.
 
     Args:
         network: Network to train.
@@ -92,7 +92,8 @@ class OurStep:
         self.config = config
         self.device = device
         self.engine = TrainingEngine(network.to(device).train(), config, device=device)
-        # A recorded step cannot be taken apart: stages and memory are those of a second one that is never recorded.
+        # A recorded step has no separate stages. A second step that is never recorded gives the times of stages and the
+        # memory.
         plain = dataclasses.replace(config, train=dataclasses.replace(config.train, cuda_graphs=False))
         self.plain = (
             TrainingEngine(copy.deepcopy(self.engine.network), plain, device=device)
@@ -140,7 +141,7 @@ class OurStep:
 
 
 class StageMeter:
-    """Adds up what each stage takes, without what the stages inside it take.
+    """Adds up what each stage takes, minus what the stages inside it take.
 
     Args:
         read: Reading of the meter, such as seconds or operations since some start.
@@ -200,7 +201,8 @@ def step_config(
             "model.drop_path": 0.0,
             "model.decoder_dropout": 0.0,
             "loss.energy_weight": 0.0,  # the published side has none
-            # The CAMs of an untrained network are faint after the walk. With these all kinds of label are in both.
+            # The CAMs of an untrained network are faint after the walk. With these scores both labels contain all kinds
+            # of pixels.
             "pseudo.background_low": 0.3,
             "pseudo.background_high": 0.4,
             "augment.crop_size": crop,
@@ -224,7 +226,7 @@ def make_batch(
     tags = torch.zeros(batch, num_classes)
     boxes = []
     for i in range(batch):
-        # Spread over the range of the augmentation within each batch, so that few batches stand for many.
+        # Spread the scales of each batch over the range of the augmentation, so that few batches represent many.
         scale = 0.5 + 1.5 * (i + float(torch.rand((), generator=generator))) / batch
         height, width = (min(crop, int(scale * side)) for side in photograph)
         top, left = draw(0, crop - height), draw(0, crop - width)
@@ -241,14 +243,14 @@ def find_difference(ours: OurStep, published: PublishedStep, batch: Batch, phase
     """Compare labels and losses of a batch.
 
     Returns:
-        What was found, and what of it is too large: empty if all is well.
+        What was found, and which differences are too large (empty if none is).
     """
     theirs = published.losses(batch, phase)
     losses = ours.losses(batch, phase)
     found, wrong = [], []
     for name in ("initial_label", "refined_label"):
         label, other = getattr(losses.labels, name), getattr(theirs, name)
-        # Ours makes a label only where something learns from it; the published side always makes the initial one.
+        # Our side makes a label only if something learns from it; the published side always makes the initial label.
         if label is None:
             continue
         share = float((label != other).float().mean())
@@ -321,7 +323,7 @@ def flops_of(step: OurStep | PublishedStep, batch: Batch, phase: Phase) -> dict[
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter, with the attention of a CPU that it lacks, and grouped convolutions backward put right."""
+    """PyTorch's counter, with attention on a CPU added and the backward pass of grouped convolutions corrected."""
     operators = torch.ops.aten
     return FlopCounterMode(
         display=False,
@@ -348,7 +350,7 @@ def _convolution_backward_flops(gradient: Any, image: Any, weight: Any, *rest: A
 
 
 def refinement_floor(config: Config, batch: Batch, phase: Phase) -> tuple[float, float]:
-    """Operations and bytes that the refinement of a batch cannot do without, in fp32.
+    """The fewest operations and bytes that the refinement of a batch needs, in fp32.
 
     One kernel of n neighbors per image, written once; each iteration reads it and the scores of both background
     scores, and writes the scores. Crops are taken as full.
@@ -374,7 +376,7 @@ def held_bytes(step: OurStep | PublishedStep) -> int:
 
 
 def peak_bytes(step: OurStep | PublishedStep, batch: Batch, phase: Phase, device: torch.device) -> int:
-    """Largest memory of a step on a GPU, without what the other side holds meanwhile."""
+    """Peak memory of a step on a GPU, without what the other side holds at the time."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before, own = torch.cuda.memory_allocated(device), held_bytes(step)
@@ -440,7 +442,7 @@ def print_phase(name: str, found: dict[str, Any], num_steps: int) -> None:
 def roofline(
     ours: OurStep, published: PublishedStep, batch: Batch, phase: Phase, stages: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
-    """Operations of each stage, and operations and bytes of the refinement, over the time that they took; prints."""
+    """Print the operations of each stage, and operations and bytes of the refinement, over the time that they took."""
     print(f"\nroofline, phase {phase.name}: GFLOP of matrix products and convolutions, and GFLOP/s")
     flops = {side: flops_of(step, batch, phase) for side, step in (("published", published), ("ours", ours))}
     for stage in ("training forward", "CAM passes", "labels and walk", "backward"):
@@ -459,7 +461,7 @@ def roofline(
 
 
 def compile_keys(config: Config) -> dict[str, Any]:
-    """What switches torch.compile on in the configuration: the one place that knows."""
+    """The key that switches torch.compile on; only this function names it."""
     if not hasattr(config.train, "compile"):
         raise AfaError("--compile: this version has no train.compile; leave the option out")
     return {"train.compile": True}

@@ -2,12 +2,12 @@
 
     python examples/own_data.py [FOLDER]
 
-Everything is written below FOLDER (default: runs/own_data). The images are generated here, and a few training steps on
-random weights only show the way: with photographs, leave out the settings of `afa.train` below and it chooses them.
+The script writes everything below FOLDER (default: runs/own_data). It generates its images, and trains random weights
+for a few steps only. With photographs, leave out the settings of `afa.train` below; it then chooses them.
 """
 
-# %% A folder of images and a file that says what is in each: all that afa needs. Yours may lie in other ways, too:
-# docs/data.md shows them all.
+# %% afa needs a folder of images and a file that says what is in each. docs/data.md shows the other layouts that it
+# reads.
 import csv
 import json
 import sys
@@ -30,7 +30,7 @@ with (photos / "tags.csv").open("w", newline="") as file:
         Image.fromarray(scene.image).save(photos / "images" / f"{number:03d}.jpg")
         table.writerow([f"{number:03d}.jpg", " ".join(scene.visible)])
 
-# %% Look it over first. `afa check FOLDER` prints the same as text and writes a page with `--out`.
+# %% Check the data first. `afa check FOLDER` prints the same as text and writes a page with `--out`.
 report = afa.check_data(photos, fast=True)
 print(report["layout"])
 for problem in report["problems"]:
@@ -47,7 +47,7 @@ settings = {
 }
 predictor = afa.train(photos, folder / "run", resume=True, **settings)
 
-# %% Without masks only the tags can be scored; with index PNGs in photos/masks it would be the mIoU.
+# %% Score the run. Without masks this is the F1 of the tags; with index PNGs in photos/masks it is the mIoU.
 scores = afa.evaluate(folder / "run", photos, **{"train.device": "cpu"})
 print(scores.to_json())
 
