@@ -30,7 +30,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def fused_by(module: str, *, when: Callable[..., bool]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+def fused_by(module: str, *, when: Callable[..., bool] | None = None) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Let a fused function stand in for the PyTorch reference below it, wherever kernels run.
 
     Compiled and exported programs always hold the reference. `inspect.unwrap` gives the reference alone.
@@ -39,6 +39,7 @@ def fused_by(module: str, *, when: Callable[..., bool]) -> Callable[[Callable[_P
         module: Module in `afa.kernels` that holds the fused function, under the name of the reference and with its
             signature. It is imported at the first use, as it needs Triton.
         when: Whether the fused function takes these arguments; called with all of them, on a device that has kernels.
+            None: it takes all.
 
     Returns:
         A decorator of functions whose first argument is a tensor.
@@ -49,7 +50,7 @@ def fused_by(module: str, *, when: Callable[..., bool]) -> Callable[[Callable[_P
         def choose(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             first = next(iter(args or kwargs.values()))
             assert isinstance(first, torch.Tensor), type(first)
-            if not torch.compiler.is_compiling() and fused(first.device) and when(*args, **kwargs):
+            if not torch.compiler.is_compiling() and fused(first.device) and (when is None or when(*args, **kwargs)):
                 kernel: Callable[_P, _R] = getattr(importlib.import_module(f"afa.kernels.{module}"), reference.__name__)
                 return kernel(*args, **kwargs)
             return reference(*args, **kwargs)

@@ -41,7 +41,7 @@ def position_weights(dilations: tuple[int, ...], bandwidth: float, device: torch
 
 
 @torch.no_grad()
-@fused_by("par_triton", when=lambda *_, **__: True)
+@fused_by("par_triton")
 def refinement_kernel(
     image: Tensor,
     *,
@@ -94,7 +94,7 @@ def refinement_kernel(
 
 
 @torch.no_grad()
-@fused_by("par_triton", when=lambda *_, **__: True)
+@fused_by("par_triton")
 def refine(
     scores: Tensor, kernel: Tensor, *, dilations: Sequence[int], iterations: int, extent: Tensor | None = None
 ) -> Tensor:
