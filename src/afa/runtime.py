@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,9 @@ READ_AHEAD: Final = 8
 """Items that are read before they are asked for."""
 
 _TOLD_SECONDS: Final = 10.0
+
+Advance = Callable[..., None]
+"""Takes how many were done since its last call; `image_progress` says the rest."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -256,19 +259,6 @@ def progress_bar(*, enabled: bool = True, extra: str = "") -> Progress:
     return Progress(*columns, console=console, disable=not enabled or not console.is_terminal)
 
 
-class Advance(Protocol):
-    """Takes what was done since the last call."""
-
-    def __call__(self, count: int, rate: float | None = None, words: str = "") -> None:
-        """Show progress.
-
-        Args:
-            count: How many were done.
-            rate: Images per second; None is the mean since the start.
-            words: Shown beside it.
-        """
-
-
 @contextlib.contextmanager
 def image_progress(
     description: str, *, total: int, done: int = 0, images: int = 1, enabled: bool = True, lines: bool = False
@@ -284,7 +274,8 @@ def image_progress(
         lines: Where there is no terminal for a bar, say a line every ten seconds.
 
     Yields:
-        Function that takes how many were done since its last call.
+        Function that takes how many were done since its last call; then, if they are known, images per second, else
+        their mean since the start, and words to show beside them.
     """
     first, began = done, time.monotonic()
     told = began

@@ -74,16 +74,6 @@ def test_shapes_must_agree() -> None:
         ConfusionMatrix(3).update(np.zeros((2, 3), dtype=int), np.zeros((3, 2), dtype=int))
 
 
-def test_merge_equals_one_matrix_over_everything() -> None:
-    whole, parts = ConfusionMatrix(5), [ConfusionMatrix(5), ConfusionMatrix(5)]
-    for seed in range(4):
-        label, prediction = random_maps(seed, num_classes=5, shape=(8, 8))
-        whole.update(label, prediction)
-        parts[seed % 2].update(label, prediction)
-    parts[0].merge(parts[1])
-    assert torch.equal(parts[0].matrix, whole.matrix)
-
-
 def test_counting_never_looks_at_the_values() -> None:
     """Tensors without values stand in for those of a GPU, which would have to be waited for."""
     confusion = ConfusionMatrix(3, device="meta")

@@ -17,12 +17,12 @@ from torch.nn.functional import cross_entropy, interpolate, multilabel_soft_marg
 from afa.config import AugmentConfig, DataConfig
 from afa.data.layout import find_layout
 from afa.data.loader import train_batches
-from afa.data.transforms import draw_crop
+from afa.data.transforms import draw_crop, resample_image
 from afa.errors import AfaError
 from afa.runtime import Processes
 from afa.training.log import read_metrics
 from afa.training.schedule import phase
-from afa.training.supervised import MaskedBatch, open_masked, resample_mask, supervised_losses, with_mask, with_masks
+from afa.training.supervised import MaskedBatch, open_masked, supervised_losses, with_mask, with_masks
 from afa.types import IGNORE_INDEX, Batch, NetworkOutput
 from tiny import assert_same_weights, tiny_config, train_tiny
 
@@ -77,7 +77,7 @@ def test_a_mask_is_resampled_to_the_nearest_pixel() -> None:
         mask = rng.integers(0, 21, (40, 57)).astype(np.uint8)
         plan = draw_crop((40, 57), augment, rng)
         canvas = np.full((64, 64), IGNORE_INDEX, dtype=np.uint8)
-        resample_mask(mask, plan, canvas)
+        resample_image(mask, plan, canvas, Image.Resampling.NEAREST)
         expected = np.full_like(canvas, IGNORE_INDEX)
         centers = [
             span.first + (np.arange(span.end - span.start) + 0.5) * (span.last - span.first) / (span.end - span.start)

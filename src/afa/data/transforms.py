@@ -111,22 +111,27 @@ def fit_whole(size: tuple[int, int], crop_size: int, *, flip: bool) -> CropPlan:
     return CropPlan(rows, columns, flip)
 
 
-def resample_image(image: NDArray[np.uint8], plan: CropPlan, canvas: NDArray[np.uint8]) -> None:
-    """Carry out a plan with Pillow: bilinear, with antialiasing when shrinking. Only the shown part is computed.
+def resample_image(
+    image: NDArray[np.uint8],
+    plan: CropPlan,
+    canvas: NDArray[np.uint8],
+    resampling: Image.Resampling = Image.Resampling.BILINEAR,
+) -> None:
+    """Carry out a plan with Pillow: with antialiasing when shrinking. Only the shown part is computed.
 
     Args:
-        image: (H, W, 3) uint8 RGB, of the plan's size.
+        image: (H, W, 3) uint8 RGB or (H, W) uint8 mask, of the plan's size.
         plan: The crop.
-        canvas: (3, S, S) uint8, written inside the plan's valid box.
+        canvas: (3, S, S) or (S, S) uint8, written inside the plan's valid box.
+        resampling: For masks nearest: each place takes the value of the pixel that holds its center.
     """
     rows, columns = plan.rows, plan.columns
-    part = Image.fromarray(image).resize(
-        (columns.end - columns.start, rows.end - rows.start),
-        Image.Resampling.BILINEAR,
-        box=(columns.first, rows.first, columns.last, rows.last),
-    )
-    pixels = np.asarray(part)[:, ::-1] if plan.flip else np.asarray(part)
-    canvas[:, rows.start : rows.end, columns.start : columns.end] = pixels.transpose(2, 0, 1)
+    size = (columns.end - columns.start, rows.end - rows.start)
+    box = (columns.first, rows.first, columns.last, rows.last)
+    pixels = np.asarray(Image.fromarray(image).resize(size, resampling, box=box))
+    pixels = pixels[:, ::-1] if plan.flip else pixels
+    place = canvas[..., rows.start : rows.end, columns.start : columns.end]
+    place[:] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
 
 
 def pack_plans(plans: Sequence[CropPlan]) -> Tensor:

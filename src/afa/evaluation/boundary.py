@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d, pad
 
-from afa.evaluation.confusion import ConfusionMatrix
+from afa.evaluation.confusion import ConfusionMatrix, mean_iou
 from afa.types import IGNORE_INDEX
 
 WIDTH: Final = 0.02
@@ -62,8 +62,7 @@ class BoundaryConfusion:
 
     def mean(self) -> float:
         """Mean boundary IoU in [0, 1] over the classes of the ground truth; NaN if there is none."""
-        present = [iou for iou in self.per_class_iou() if iou is not None]
-        return math.fsum(present) / len(present) if present else math.nan
+        return mean_iou(self.per_class_iou())
 
 
 def outline(label: Tensor, *, width: float = WIDTH) -> Tensor:

@@ -6,6 +6,7 @@ Counts pixels; which predictions are compared with which masks is up to the call
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -57,11 +58,6 @@ class ConfusionMatrix:
         counts = self.matrix.new_zeros(bins + 1).scatter_add_(0, pairs, torch.ones_like(pairs))
         self.matrix += counts[:-1].view_as(self.matrix)
 
-    def merge(self, other: ConfusionMatrix) -> None:
-        """Add the counts of another matrix over the same classes."""
-        assert other.num_classes == self.num_classes, (other.num_classes, self.num_classes)
-        self.matrix += other.matrix.to(self.matrix.device)
-
     def per_class_iou(self) -> list[float | None]:
         """Intersection over union of each class in [0, 1]; None where the ground truth has no such pixel."""
         matrix = self.matrix.cpu()
@@ -76,5 +72,10 @@ class ConfusionMatrix:
         Source:
             docs/method.md, "Evaluation": the mean leaves out classes absent from the ground truth.
         """
-        present = [iou for iou in self.per_class_iou() if iou is not None]
-        return math.fsum(present) / len(present) if present else math.nan
+        return mean_iou(self.per_class_iou())
+
+
+def mean_iou(ious: Sequence[float | None]) -> float:
+    """Mean over the classes that have one; NaN if there is none."""
+    present = [iou for iou in ious if iou is not None]
+    return math.fsum(present) / len(present) if present else math.nan

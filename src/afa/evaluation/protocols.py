@@ -232,14 +232,8 @@ def crf(probabilities: Tensor, pixels: Tensor, *, config: EvaluationConfig) -> T
     Returns:
         (B, K, H, W) float32 probabilities.
     """
-    settings = CrfSettings(
-        iterations=config.crf_iterations,
-        gaussian_weight=config.crf_gaussian_weight,
-        gaussian_xy=config.crf_gaussian_xy,
-        bilateral_weight=config.crf_bilateral_weight,
-        bilateral_xy=config.crf_bilateral_xy,
-        bilateral_rgb=config.crf_bilateral_rgb,
-    )
+    names = [each.name for each in dataclasses.fields(CrfSettings)]
+    settings = CrfSettings(**{name: getattr(config, f"crf_{name}") for name in names})
     return dense_crf(probabilities, pixels, settings)
 
 

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from afa.config import Config
 from afa.data.layout import Layout
 from afa.data.loader import step_indices, step_plan
-from afa.data.transforms import CropPlan
+from afa.data.transforms import resample_image
 from afa.data.voc import ScoredImages
 from afa.errors import AfaError
 from afa.kernels.resize import resize
@@ -100,31 +99,13 @@ def with_masks(
             mask = images.mask(index)
             size = (mask.shape[0], mask.shape[1])
             plan = step_plan(size, augment, step=step, row=first + row, seed=seed)
-            resample_mask(mask, plan, canvas[row])
+            resample_image(mask, plan, canvas[row], Image.Resampling.NEAREST)
         return torch.from_numpy(canvas)
 
     with closing(batches), closing(read_ahead(masks, range(start, schedule.max_steps))) as readings:
         for batch, (_, reading) in zip(batches, readings, strict=True):
             mask = reading.result()
             yield with_mask(batch, mask.pin_memory() if batch.image.is_cuda else mask)
-
-
-def resample_mask(mask: NDArray[np.uint8], plan: CropPlan, canvas: NDArray[np.uint8]) -> None:
-    """Carry out a plan on a mask: each place takes the value of the pixel that holds its center.
-
-    Args:
-        mask: (H, W) uint8, of the plan's size.
-        plan: The crop.
-        canvas: (S, S) uint8, written inside the plan's valid box.
-    """
-    rows, columns = plan.rows, plan.columns
-    part = Image.fromarray(mask).resize(
-        (columns.end - columns.start, rows.end - rows.start),
-        Image.Resampling.NEAREST,
-        box=(columns.first, rows.first, columns.last, rows.last),
-    )
-    values = np.asarray(part)
-    canvas[rows.start : rows.end, columns.start : columns.end] = values[:, ::-1] if plan.flip else values
 
 
 def supervised_losses(
