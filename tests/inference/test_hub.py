@@ -328,5 +328,5 @@ def test_push_that_fails(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_push_of_a_network_in_memory(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add_scores(run)
     hub = use(FakeHub(), monkeypatch)
-    push_to_hub(load_run(run, CPU), "me/pets", origin=run)
+    push_to_hub(load_run(run, CPU), "me/pets")
     assert b"| segmentation | 61.23 |" in hub.files["README.md"]

@@ -38,15 +38,15 @@ _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _MAX_CLASSES: Final = 254
 
 
-def save_pretrained(source: str | Path | LoadedRun, folder: str | Path, *, origin: Path | None = None) -> Path:
+def save_pretrained(source: str | Path | LoadedRun, folder: str | Path) -> Path:
     """Write a trained network as a folder that `load_pretrained` reads, model card included.
 
     Paths of this machine stay out of it: of the data set and of initial weights only the last part is kept.
 
     Args:
-        source: Run folder, folder written by this function, hub id, or a network in memory.
+        source: Run folder, folder written by this function, or hub id; or what was loaded of one. The figures of the
+            card are read there.
         folder: Folder to write; made if absent. What an earlier call wrote there is replaced.
-        origin: For a network in memory, the folder that it was loaded from: the card's figures are read there.
 
     Returns:
         `folder`.
@@ -56,10 +56,9 @@ def save_pretrained(source: str | Path | LoadedRun, folder: str | Path, *, origi
     """
     folder = Path(folder)
     if not isinstance(source, LoadedRun):
-        origin = find_pretrained(source)
-        source = load_pretrained(origin, torch.device("cpu"))
+        source = load_pretrained(source, torch.device("cpu"))
     _check_free(folder)
-    config, figures = _without_paths(source.config), _figures(origin)
+    config, figures = _without_paths(source.config), _figures(source.origin)
     texts = {
         _CARD: model_card(config, source.classes, figures, title=folder.resolve().name),
         _PREPROCESSOR: _to_json(_preprocessing(config)),
@@ -131,19 +130,16 @@ def load_pretrained(source: str | Path, device: torch.device) -> LoadedRun:
         raise AfaError(f"{folder}: holds {found}; afa reads {_WEIGHTS}: write it with save_pretrained")
     network = build_network(config.model, len(classes), pretrained=False)
     load_weights(network, folder / _WEIGHTS)
-    return LoadedRun(network.to(device).eval(), config, classes)
+    return LoadedRun(network.to(device).eval(), config, classes, folder)
 
 
-def push_to_hub(
-    source: str | Path | LoadedRun, repo_id: str, *, private: bool = False, origin: Path | None = None
-) -> str:
+def push_to_hub(source: str | Path | LoadedRun, repo_id: str, *, private: bool = False) -> str:
     """Publish a trained network on the Hugging Face hub, under the account that `hf auth login` or HF_TOKEN names.
 
     Args:
         source: As for `save_pretrained`.
         repo_id: OWNER/NAME of the model; made if absent.
         private: Only the owner can see it. An existing public model is then refused.
-        origin: As for `save_pretrained`.
 
     Returns:
         Address of the model.
@@ -154,7 +150,7 @@ def push_to_hub(
     if not is_hub_id(repo_id):
         raise AfaError(f"{repo_id!r} is no hub id; write OWNER/NAME")
     with tempfile.TemporaryDirectory() as place:
-        folder = save_pretrained(source, Path(place) / repo_id.rpartition("/")[2], origin=origin)
+        folder = save_pretrained(source, Path(place) / repo_id.rpartition("/")[2])
         try:
             api = huggingface_hub.HfApi()
             url = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -233,9 +229,8 @@ def _without_paths(config: Config) -> Config:
     )
 
 
-def _figures(origin: Path | None) -> dict[str, Any]:
-    if origin is None:
-        return {}
+def _figures(origin: Path) -> dict[str, Any]:
+    """Figures for the card, from the run or from the folder that was saved of it."""
     if (origin / "config.toml").is_file():
         return read_figures(origin)
     figures = _read_description(origin).get("figures")

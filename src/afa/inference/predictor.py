@@ -143,7 +143,7 @@ class Predictor:
         self.max_side = max_side
         self.device = next(network.parameters()).device
         self.batch_size = resolve_batch_size(self.config.evaluation.batch_size, self.device)
-        self._saved: tuple[LoadedRun, Path] | None = None
+        self._saved: LoadedRun | None = None
 
     @classmethod
     def from_run(
@@ -197,7 +197,7 @@ class Predictor:
             evaluation = replace(evaluation, protocol=cast(Any, protocol))
         config = replace(loaded.config, evaluation=evaluation, train=train)
         predictor = cls(loaded.network, loaded.classes, config=config)
-        predictor._saved = loaded, folder
+        predictor._saved = loaded
         return predictor
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -206,8 +206,7 @@ class Predictor:
         Raises:
             AfaError: The folder cannot be written, or the predictor was made from a bare network.
         """
-        loaded, origin = self._loaded()
-        return save_pretrained(loaded, folder, origin=origin)
+        return save_pretrained(self._loaded(), folder)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Publish the network on the Hugging Face hub; see `afa.inference.hub.push_to_hub`.
@@ -215,11 +214,9 @@ class Predictor:
         Raises:
             AfaError: The hub refuses, or the predictor was made from a bare network.
         """
-        loaded, origin = self._loaded()
-        return push_to_hub(loaded, repo_id, private=private, origin=origin)
+        return push_to_hub(self._loaded(), repo_id, private=private)
 
-    def _loaded(self) -> tuple[LoadedRun, Path]:
-        """The network as it was loaded, and from which folder."""
+    def _loaded(self) -> LoadedRun:
         if self._saved is None:
             raise AfaError("the predictor was made from a bare network; use from_run or from_pretrained to publish it")
         return self._saved

@@ -23,11 +23,13 @@ class LoadedRun:
         network: In evaluation mode, on the device asked for.
         config: Resolved configuration of the run.
         classes: Names of the C foreground classes.
+        origin: Folder that it was loaded from.
     """
 
     network: AfaNetwork
     config: Config
     classes: tuple[str, ...]
+    origin: Path
 
 
 def build_network(model: ModelConfig, num_classes: int, *, pretrained: bool = True) -> AfaNetwork:
@@ -74,7 +76,7 @@ def load_run(run: Path, device: torch.device) -> LoadedRun:
     config = load_config(run / "config.toml")
     network = build_network(config.model, len(classes), pretrained=False)
     load_weights(network, find_weights(run))
-    return LoadedRun(network.to(device).eval(), config, classes)
+    return LoadedRun(network.to(device).eval(), config, classes, run)
 
 
 def read_classes(run: Path) -> tuple[str, ...]:
