@@ -31,7 +31,8 @@ def test_train_takes_a_configuration_a_file_or_a_folder(
     once = {"schedule.max_steps": 1, "data.val_list": ""}
     predictor = afa.train(tiny_config(tiny_data), tmp_path / "one", progress=False, **{"train.example_images": 0})
     assert_same_weights(tmp_path / "one", tiny_run)
-    assert (predictor.origin, predictor.device.type) == (tmp_path / "one", "cpu")
+    assert predictor.loaded is not None
+    assert (predictor.loaded.origin, predictor.device.type) == (tmp_path / "one", "cpu")
     stored = afa.load_config(tmp_path / "one" / "config.toml")
     assert config_to_dict(stored) == config_to_dict(tiny_config(tiny_data, {"train.example_images": 0}))
     afa.train(tiny_run / "config.toml", tmp_path / "two", progress=False, **once)

@@ -143,7 +143,7 @@ class Predictor:
         self.max_side = max_side
         self.device = next(network.parameters()).device
         self.batch_size = resolve_batch_size(self.config.evaluation.batch_size, self.device)
-        self._saved: LoadedRun | None = None
+        self.loaded: LoadedRun | None = None
 
     @classmethod
     def from_run(
@@ -197,7 +197,7 @@ class Predictor:
             evaluation = replace(evaluation, protocol=cast(Any, protocol))
         config = replace(loaded.config, evaluation=evaluation, train=train)
         predictor = cls(loaded.network, loaded.classes, config=config)
-        predictor._saved = loaded
+        predictor.loaded = loaded
         return predictor
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -217,9 +217,9 @@ class Predictor:
         return push_to_hub(self._loaded(), repo_id, private=private)
 
     def _loaded(self) -> LoadedRun:
-        if self._saved is None:
+        if self.loaded is None:
             raise AfaError("the predictor was made from a bare network; use from_run or from_pretrained to publish it")
-        return self._saved
+        return self.loaded
 
     @overload
     def __call__(self, image: _Image, tags: Sequence[str] | None = None) -> Prediction:
