@@ -59,7 +59,7 @@ def step_seconds(backbone: str, image: Tensor, device: torch.device, repeats: in
         tags[i, torch.randperm(NUM_CLASSES - 1)[: 1 + i % 3]] = 1
     boxes = torch.tensor([[0, size, 0, size]] * len(image))
     batch = Batch((255 * image.cpu()).to(torch.uint8), tags, boxes, ("",) * len(image))
-    kind = phase(STEPS["refined"], config.schedule, config.loss)
+    kind = phase(STEPS["refined"], config)
     assert kind.want_refined
     for _ in range(WARMUPS if device.type == "cuda" else 1):
         step(batch, kind, STEPS["refined"])

@@ -510,7 +510,7 @@ def run(arguments: argparse.Namespace) -> None:
         f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     names = list(STEPS) if arguments.phase == "all" else [arguments.phase]
-    phases = {name: phase(STEPS[name], config.schedule, config.loss) for name in names}
+    phases = {name: phase(STEPS[name], config) for name in names}
     full = [0, arguments.crop, 0, arguments.crop]
     with_margin = (batch for batch in batches if any(box != full for box in batch.valid_box.tolist()))
     checked = next(with_margin, batches[0])

@@ -51,7 +51,7 @@ def make_batch(bench: ModuleType) -> Any:
 def test_both_sides_agree(bench: ModuleType, name: str) -> None:
     ours, published = make_sides(bench)
     batch = make_batch(bench)
-    one = phase(bench.STEPS[name], ours.config.schedule, ours.config.loss)
+    one = phase(bench.STEPS[name], ours.config)
     assert one.name == name
     found, wrong = bench.find_difference(ours, published, batch, one)
     assert not wrong
@@ -65,7 +65,7 @@ def test_both_sides_agree(bench: ModuleType, name: str) -> None:
 def test_both_sides_have_the_same_gradients(bench: ModuleType) -> None:
     ours, published = make_sides(bench)
     batch = make_batch(bench)
-    one = phase(bench.STEPS["refined"], ours.config.schedule, ours.config.loss)
+    one = phase(bench.STEPS["refined"], ours.config)
     ours.losses(batch, one).total.backward()
     published.losses(batch, one).total.backward()
     first = "stages.0.patch_embeddings.proj.weight"
@@ -156,12 +156,12 @@ def test_floor_of_the_refinement_counts_kernel_and_iterations(bench: ModuleType)
         backbone="mit_tiny", crop=64, batch=2, keys={"pseudo.iterations": 3, "pseudo.dilations": [1]}
     )
     batch = bench.make_batch(0, crop=64, batch=2, num_classes=1)
-    initial = phase(bench.STEPS["initial"], config.schedule, config.loss)
+    initial = phase(bench.STEPS["initial"], config)
     operations, moved = bench.refinement_floor(config, batch, initial)
     pixels, channels = 2 * 32 * 32, 2 * 2
     assert moved == 4 * pixels * (3 + 8 + 3 * (8 + 2 * channels))
     assert operations == pixels * (25 * 8 + 3 * 2 * 8 * channels)
-    refined = phase(bench.STEPS["refined"], config.schedule, config.loss)
+    refined = phase(bench.STEPS["refined"], config)
     assert bench.refinement_floor(config, batch, refined)[1] - moved == 4 * pixels * 3 * (8 + 2 * channels)
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 
 from afa.check import cost as cost_module
 from afa.check.cost import measure_cache, measure_cost, phase_steps
-from afa.config import Config
+from afa.config import Config, ScheduleConfig
 from afa.errors import AfaError
 from afa.training.schedule import phase
 from afa.types import Batch
@@ -23,11 +22,11 @@ TAGS = np.array([[1, 0, 0], [1, 1, 0]] * 10, dtype=bool)
 @pytest.mark.parametrize("steps", [(6, 2, 3), (6, 0, 0), (4, 4, 4), (3, 9, 9), (5, 2, 4)])
 def test_phases_are_those_of_the_schedule(steps: tuple[int, int, int]) -> None:
     max_steps, cls_steps, refined_steps = steps
-    config = Config()
-    schedule = replace(config.schedule, max_steps=max_steps, cls_steps=cls_steps, refined_steps=refined_steps)
-    names = [phase(step, schedule, config.loss).name for step in range(max_steps)]
-    found = phase_steps(replace(config, schedule=schedule))
-    assert [phase(start, schedule, config.loss).name for start, count in found for _ in range(count)] == names
+    schedule = ScheduleConfig(max_steps=max_steps, cls_steps=cls_steps, refined_steps=refined_steps)
+    config = Config(schedule=schedule)
+    names = [phase(step, config).name for step in range(max_steps)]
+    found = phase_steps(config)
+    assert [phase(start, config).name for start, count in found for _ in range(count)] == names
 
 
 def test_each_phase_is_timed_at_the_whole_batch_where_that_is_quick() -> None:

@@ -9,13 +9,12 @@ import pytest
 import torch
 from transformers import CLIPConfig, Dinov2WithRegistersConfig, SegformerConfig
 
-from afa.runs import auto as defaults
 from afa.config import Config, load_config
 from afa.data.layout import find_layout
-from afa.model.registry import backbone_of
-from afa.runs.auto import BACKBONE, choose_defaults
 from afa.errors import AfaError
-from afa.model.registry import BACKBONES
+from afa.model.registry import BACKBONES, backbone_of
+from afa.runs import auto as defaults
+from afa.runs.auto import BACKBONE, choose_defaults
 from afa.runtime import resolve_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from afa.runs.build import build_network, find_weights, load_run, load_weights, read_classes
 from afa.config import Config, ModelConfig, config_to_toml
 from afa.errors import AfaError
 from afa.model.network import AfaNetwork
+from afa.runs.build import build_network, find_weights, load_run, load_weights, read_classes
 from mistakes import refused
 
 CPU = torch.device("cpu")

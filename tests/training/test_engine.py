@@ -52,7 +52,7 @@ def test_losses_never_ask_for_a_value(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no such device
     network = make_network(settings).train().to("meta")
     batch = make_batch(0, settings.augment.crop_size).to(torch.device("meta"))
-    kind = phase(step, settings.schedule, settings.loss)
+    kind = phase(step, settings)
 
     def forward(image: Tensor, segmentation: bool, affinity: bool) -> NetworkOutput:
         output: NetworkOutput = network(image, segmentation=segmentation, affinity=affinity)
@@ -63,9 +63,7 @@ def test_losses_never_ask_for_a_value(tmp_path: Path, monkeypatch: pytest.Monkey
     losses.total.backward()
     assert gradients_are_finite(list(network.parameters())).device.type == "meta"
     with pytest.raises((RuntimeError, NotImplementedError)):
-        compute_losses(
-            forward, network.score, batch, config=settings, phase=phase(12, settings.schedule, settings.loss)
-        )
+        compute_losses(forward, network.score, batch, config=settings, phase=phase(12, settings))
 
 
 def run(settings: Config, device: str, *, record: bool) -> tuple[TrainingEngine, list[Tensor]]:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from afa.config import Config, LossConfig, ScheduleConfig, load_config
+from afa.config import Config, ScheduleConfig, TrainConfig, load_config
 from afa.training.schedule import Phase, learning_rate, learning_rate_factor, phase
 
 PAPER = Config()
@@ -12,7 +12,7 @@ COCO = load_config(preset="paper_coco")
 
 
 def at(step: int, config: Config = PAPER, **loss: float) -> Phase:
-    return phase(step, config.schedule, dataclasses.replace(config.loss, **loss))
+    return phase(step, dataclasses.replace(config, loss=dataclasses.replace(config.loss, **loss)))
 
 
 CLS = Phase("cls", segmentation=False, affinity=False, want_initial=False, want_refined=False)
@@ -59,13 +59,13 @@ def test_a_loss_without_weight_is_not_computed_nor_its_label() -> None:
 
 @pytest.mark.parametrize("step", [0, 3000, 19_999])
 def test_full_supervision_has_one_phase_and_no_label(step: int) -> None:
-    found = phase(step, PAPER.schedule, PAPER.loss, supervision="masks")
+    found = phase(step, Config(train=TrainConfig(supervision="masks")))
     assert found == Phase("masks", segmentation=True, affinity=False, want_initial=False, want_refined=False)
 
 
 def test_phases_may_be_skipped() -> None:
-    schedule = ScheduleConfig(cls_steps=0, refined_steps=0)
-    assert [phase(step, schedule, LossConfig()).name for step in (0, 1)] == ["initial", "refined"]
+    config = Config(schedule=ScheduleConfig(cls_steps=0, refined_steps=0))
+    assert [phase(step, config).name for step in (0, 1)] == ["initial", "refined"]
 
 
 @pytest.mark.parametrize(

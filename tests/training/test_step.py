@@ -64,7 +64,7 @@ class Recorder:
         return self.network.score(image, affinity)
 
     def losses(self, batch: Batch, config: Config, step: int, **settings: Any) -> StepLosses:
-        wanted = phase(step, config.schedule, config.loss)
+        wanted = phase(step, config)
         return compute_losses(self.forward, self.score, batch, config=config, phase=wanted, **settings)
 
 
@@ -99,7 +99,7 @@ def test_passes_share_the_casts_of_weights_and_lose_no_gradient(
 ) -> None:
     """With contexts of their own, as without `one_cast`, passes compute the same from more casts."""
     network, batch = recorder.network, make_batch(FULL, FULL)
-    kind = phase(REFINED_STEP, config_with().schedule, config_with().loss)
+    kind = phase(REFINED_STEP, config_with())
     weights = [module.weight for module in network.backbone.modules() if isinstance(module, torch.nn.Conv2d)]
 
     def forward(image: Tensor, segmentation: bool, affinity: bool) -> NetworkOutput:
@@ -161,7 +161,7 @@ class Scripted:
         return NetworkOutput(self.image_logits, scores, affinity=tokens)
 
     def losses(self, batch: Batch, config: Config, step: int) -> StepLosses:
-        wanted = phase(step, config.schedule, config.loss)
+        wanted = phase(step, config)
         return compute_losses(self.forward, self.score, batch, config=config, phase=wanted)
 
 
@@ -523,7 +523,7 @@ def test_shares_of_two_processes_add_up_to_the_whole_batch() -> None:
     batch = make_batch(FULL, (0, SIZE, 0, 32))
     expected = whole.losses(batch, config, INITIAL_STEP)
     expected.total.backward()  # type: ignore[no-untyped-call]
-    wanted = phase(INITIAL_STEP, config.schedule, config.loss)
+    wanted = phase(INITIAL_STEP, config)
 
     def parts(totals: list[Tensor] | None) -> tuple[list[StepLosses], list[Scripted], list[list[Tensor]]]:
         """Run both shares; `totals` holds the counts over both, None only records each share's own."""
@@ -578,5 +578,5 @@ def test_gradients_are_finite(value: float, finite: bool) -> None:
 def test_phase_of_the_paper_steps() -> None:
     """The steps used above are in the phases that their names say."""
     config = config_with()
-    found: list[Phase] = [phase(s, config.schedule, config.loss) for s in (CLS_STEP, INITIAL_STEP, REFINED_STEP)]
+    found: list[Phase] = [phase(s, config) for s in (CLS_STEP, INITIAL_STEP, REFINED_STEP)]
     assert [f.name for f in found] == ["cls", "initial", "refined"]

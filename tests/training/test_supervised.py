@@ -111,7 +111,7 @@ def test_losses_are_plain_cross_entropy_and_the_tags() -> None:
     tags = torch.tensor([[1.0, 0, 1], [0, 1, 0]])
     batch = Batch(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), tags, torch.tensor([[0, 32, 0, 32]] * 2), ("a", "b"))
     config = tiny_config(Path(), {"train.supervision": "masks"})
-    kind = phase(0, config.schedule, config.loss, supervision="masks")
+    kind = phase(0, config)
 
     def never(image: Tensor, affinity: bool) -> NetworkOutput:
         raise AssertionError

@@ -159,8 +159,7 @@ def measure_cost(config: Config, tags: NDArray[np.bool_], *, device: torch.devic
             f"and augment.crop_size {config.augment.crop_size}; lower one of them"
         ) from None
     phases = [
-        PhaseCost(phase(start, config.schedule, config.loss).name, steps, each)
-        for (start, steps), each in zip(starts, seconds, strict=True)
+        PhaseCost(phase(start, config).name, steps, each) for (start, steps), each in zip(starts, seconds, strict=True)
     ]
     return TrainingCost(_device_name(device), phases, memory, batch_size, measured)
 

@@ -5,9 +5,7 @@ What a user states wins over what is chosen here. The training itself is up to `
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
 import huggingface_hub
@@ -16,8 +14,8 @@ import torch
 from afa.config import Config, load_config
 from afa.data.layout import Layout
 from afa.errors import AfaError
-from afa.model.registry import BACKBONES, BackboneSpec, backbone_of
 from afa.model.mit import MitSize
+from afa.model.registry import BACKBONES, BackboneSpec, backbone_of
 from afa.runtime import resolve_precision
 
 BACKBONE: Final = "dinov2_small_reg"

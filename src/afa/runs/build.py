@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from afa.config import Config, ModelConfig, load_config
 from afa.errors import AfaError
-from afa.model.registry import build_backbone
 from afa.model.network import AfaNetwork
+from afa.model.registry import build_backbone
 
 
 @dataclass(frozen=True)

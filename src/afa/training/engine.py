@@ -113,7 +113,7 @@ class TrainingEngine:
             The losses, detached. With recorded steps they are overwritten by the next step.
         """
         config = self.config
-        kind = phase(step, config.schedule, config.loss, supervision=config.train.supervision)
+        kind = phase(step, config)
         num_slots = self._num_slots(batch.tags)
         seed_step(config.train.seed, step, self.processes.rank)
         set_learning_rate(self.optimizer, step, config.schedule)

@@ -96,7 +96,7 @@ class FeatureReader:
             needs it the other.
         """
         config = self.config
-        kind = phase(step, config.schedule, config.loss, supervision=config.train.supervision)
+        kind = phase(step, config)
         wanted = self._wanted(kind)
         arrays = [
             np.empty((len(indices), sides, *self.parts[place].shape[1:]), dtype=np.float16)

@@ -248,7 +248,7 @@ class _Loop:
         line: dict[str, Any] = {
             "kind": "train",
             "step": step,
-            "phase": phase(step - 1, config.schedule, config.loss, supervision=config.train.supervision).name,
+            "phase": phase(step - 1, config).name,
             **means,
             "learning_rate": learning_rate(step - 1, config.schedule),
             "images_per_second": self.rate,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from afa.config import LossConfig, ScheduleConfig, Supervision
+from afa.config import Config, ScheduleConfig
 
 PhaseName = Literal["cls", "initial", "refined", "masks"]
 
@@ -68,20 +68,19 @@ def learning_rate(step: int, schedule: ScheduleConfig) -> float:
     return schedule.learning_rate * learning_rate_factor(step, schedule)
 
 
-def phase(step: int, schedule: ScheduleConfig, loss: LossConfig, *, supervision: Supervision = "tags") -> Phase:
+def phase(step: int, config: Config) -> Phase:
     """Phase of a step.
 
     Args:
         step: Training step, 0-based.
-        schedule: Settings.
-        loss: Weights; a loss of weight 0 is never computed.
-        supervision: What the run learns from.
+        config: What the run learns from, when, and weights of the losses: one of weight 0 is never computed.
 
     Returns:
         `cls` before `cls_steps`, `initial` up to and including `refined_steps`, then `refined`. Under full supervision
         `masks` from the start.
     """
-    if supervision == "masks":
+    schedule, loss = config.schedule, config.loss
+    if config.train.supervision == "masks":
         return Phase("masks", True, False, False, False)
     if step < schedule.cls_steps:
         return Phase("cls", False, False, False, False)
