@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -95,6 +98,32 @@ def test_the_fused_function_serves_where_kernels_run_and_take_the_arguments(
     for found in (pair(tokens, 1), pair(tokens=tokens, amount=1)):
         assert found.unique().tolist() == [expected]
     assert inspect.unwrap(pair)(tokens, 1).unique().tolist() == [1]
+
+
+PAIRS = [
+    (path.stem, *pair)
+    for path in sorted(Path(kernels.__file__).parent.glob("*.py"))
+    for pair in re.findall(
+        r'^@fused_by\("(\w+)".*\n(?:@.*\n)*def (\w+)', path.read_text(encoding="utf-8"), re.MULTILINE
+    )
+]
+"""Module of the reference, module of the fused function, name of both."""
+
+
+@pytest.mark.parametrize(("module", "fused_module", "name"), PAIRS)
+def test_a_pair_has_one_signature(module: str, fused_module: str, name: str) -> None:
+    pytest.importorskip("triton")
+    functions = [getattr(importlib.import_module(f"afa.kernels.{each}"), name) for each in (module, fused_module)]
+    of_reference, of_fused = (
+        [(each.name, each.kind, each.default) for each in inspect.signature(function).parameters.values()]
+        for function in functions
+    )
+    assert of_reference == of_fused
+
+
+def test_every_triton_module_belongs_to_a_pair() -> None:
+    modules = {path.stem for path in Path(kernels.__file__).parent.glob("*_triton.py")}
+    assert {fused_module for _, fused_module, _ in PAIRS} == modules - {"probe_triton"}
 
 
 @pytest.mark.gpu
