@@ -137,6 +137,7 @@ def test_texture_fills_the_object(name):
 
 
 def test_occlusion_happens_and_is_limited():
+    assert all(list(scene.visible.values()) == [1.0] for scene in draw_many(10, style=FLAT))  # an object alone
     scenes = draw_many(100)
     visible = np.array([share for scene in scenes for share in scene.visible.values()])
     assert visible.max() == 1
@@ -145,10 +146,6 @@ def test_occlusion_happens_and_is_limited():
     for scene in scenes:
         counts = np.bincount(scene.mask.ravel())[1:]
         assert counts[counts > 0].min() >= DEFAULT_STYLE.min_visible_pixels
-
-
-def test_an_object_alone_is_wholly_visible():
-    assert all(list(scene.visible.values()) == [1.0] for scene in draw_many(10, style=FLAT))
 
 
 def test_distractors_are_drawn_as_background():
@@ -188,11 +185,6 @@ def test_folder_with_other_files_is_refused(tmp_path):
     with pytest.raises(AfaError, match="holds no generated data set"):
         write_shapes(tmp_path / "thesis.txt", num_train=1, num_val=1)
     assert read_all(tmp_path) == {"thesis.txt": b"precious"}
-
-
-def test_empty_folder_is_filled(tmp_path):
-    write_shapes(tmp_path, num_train=1, num_val=1, image_size=32)
-    assert (tmp_path / "JPEGImages" / "val_00000.jpg").is_file()
 
 
 def test_failure_leaves_nothing(tmp_path, monkeypatch):
@@ -247,7 +239,9 @@ def test_style_that_shows_no_object_is_refused():
 
 
 def test_progress_goes_to_stderr(tmp_path, capsys):
+    (tmp_path / "quiet").mkdir()  # an empty folder is filled
     write_shapes(tmp_path / "quiet", num_train=1, num_val=1, image_size=32)
+    assert (tmp_path / "quiet" / "JPEGImages" / "val_00000.jpg").is_file()
     assert capsys.readouterr() == ("", "")
     write_shapes(tmp_path / "loud", num_train=1, num_val=1, image_size=32, progress=True)
     out, err = capsys.readouterr()

@@ -150,12 +150,6 @@ def test_one_pass_per_image_and_the_mode_is_restored(tmp_path: Path) -> None:
     assert network.num_calls == len(IMAGES)
 
 
-def test_segmentation_needs_no_tags(tmp_path: Path) -> None:
-    result = run(write_data(tmp_path, tags=False))
-    assert result.num_images == 5
-    assert result.extras == {"tag_f1": None}
-
-
 def test_masks_without_labeled_pixels_give_null(tmp_path: Path) -> None:
     images = write_data(tmp_path)
     write_index_png(tmp_path / "SegmentationClassAug" / "a.png", np.full((40, 60), 255, dtype=np.uint8))
@@ -226,9 +220,12 @@ def test_wrong_settings(tmp_path: Path, settings: dict[str, Any], parts: list[st
         run(write_data(tmp_path), **settings)
 
 
-def test_cam_labels_without_tags(tmp_path: Path) -> None:
+def test_without_tags_only_the_segmentation_is_scored(tmp_path: Path) -> None:
+    images = write_data(tmp_path, tags=False)
+    result = run(images)
+    assert (result.num_images, result.extras) == (5, {"tag_f1": None})
     with refused("no entry for image 'a'"):
-        run(write_data(tmp_path, tags=False), labels="cam")
+        run(images, labels="cam")
 
 
 def test_other_classes(tmp_path: Path) -> None:
@@ -239,17 +236,13 @@ def test_other_classes(tmp_path: Path) -> None:
         evaluate(network, images, Config(), progress=False)  # type: ignore[arg-type]
 
 
-def test_no_mask_folder(tmp_path: Path) -> None:
-    write_data(tmp_path)
-    with refused(f"{tmp_path / 'nowhere'}: ", "data.mask_dir"):
-        open_scored(DataConfig(root=str(tmp_path), mask_dir="nowhere"))
-
-
-def test_broken_mask_is_one_line(tmp_path: Path) -> None:
+def test_broken_or_missing_masks_are_one_line(tmp_path: Path) -> None:
     images = write_data(tmp_path)
     (tmp_path / "SegmentationClassAug" / "c.png").write_bytes(b"not a png")
     with refused("c.png: not an image"):
         run(images)
+    with refused(f"{tmp_path / 'nowhere'}: ", "data.mask_dir"):
+        open_scored(DataConfig(root=str(tmp_path), mask_dir="nowhere"))
 
 
 def test_read_ahead_keeps_order_and_delivers_errors_at_their_place() -> None:

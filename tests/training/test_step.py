@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from afa.pseudo import pipeline, refiner
 from afa.runs.build import build_network
 from afa.runtime import Processes, autocast
 from afa.training import step as step_module
-from afa.training.schedule import Phase, phase
+from afa.training.schedule import phase
 from afa.training.step import StepLosses, compute_losses, gradients_are_finite
 from afa.types import IGNORE_INDEX, Batch, NetworkOutput
 
@@ -341,10 +341,10 @@ def test_without_weight_or_segmentation_no_energy_is_computed(
     assert recorder.losses(make_batch(FULL), config, step).reg is None
 
 
-def centered_scores(count: int = 1) -> Tensor:
+def centered_scores(count: int = 1, score: float = 4.0) -> Tensor:
     """(B, 3, 4, 4), symmetric: class 0 in the middle, nothing elsewhere."""
     scores = torch.full((count, 3, 4, 4), -1.0)
-    scores[:, 0, 1:3, 1:3] = 4.0
+    scores[:, 0, 1:3, 1:3] = score
     return scores
 
 
@@ -421,26 +421,22 @@ def test_affinity_follows_the_segmentation_before_refinement_too(monkeypatch: py
 # --- Crops that lost something ---
 
 
-def no_foreground(count: int) -> Tensor:
-    return torch.full((count, 3, 4, 4), -1.0)
-
-
 @pytest.mark.parametrize("step", [INITIAL_STEP, REFINED_STEP])
 @pytest.mark.parametrize(
-    ("scores", "boxes", "present"),
+    ("score", "boxes", "present"),
     [
-        (no_foreground, (FULL, FULL), {0}),
+        (-1.0, (FULL, FULL), {0}),
         # Inside a box in the middle of the object there is no background.
-        (centered_scores, ((28, 36, 28, 36), (28, 36, 28, 36)), {1, IGNORE_INDEX}),
-        (centered_scores, ((0, 1, 0, 1), (63, 64, 63, 64)), {0, IGNORE_INDEX}),
-        (centered_scores, ((32, 33, 32, 33), (32, 33, 32, 33)), {IGNORE_INDEX}),
+        (4.0, ((28, 36, 28, 36), (28, 36, 28, 36)), {1, IGNORE_INDEX}),
+        (4.0, ((0, 1, 0, 1), (63, 64, 63, 64)), {0, IGNORE_INDEX}),
+        (4.0, ((32, 33, 32, 33), (32, 33, 32, 33)), {IGNORE_INDEX}),
     ],
     ids=["no foreground", "no background", "one pixel of background", "one uncertain pixel"],
 )
 def test_missing_foreground_or_background_stays_finite(
-    step: int, scores: Callable[[int], Tensor], boxes: tuple[tuple[int, int, int, int], ...], present: set[int]
+    step: int, score: float, boxes: tuple[tuple[int, int, int, int], ...], present: set[int]
 ) -> None:
-    network = Scripted.of(scores(2))
+    network = Scripted.of(centered_scores(2, score))
     losses = network.losses(make_batch(*boxes), config_with(), step)
     label = losses.labels.initial_label
     assert label is not None
@@ -573,10 +569,3 @@ def test_gradients_are_finite(value: float, finite: bool) -> None:
     parameters[0].grad = torch.zeros(2)
     parameters[1].grad = torch.tensor([0.0, value])
     assert bool(gradients_are_finite(parameters)) is finite
-
-
-def test_phase_of_the_paper_steps() -> None:
-    """The steps used above are in the phases that their names say."""
-    config = config_with()
-    found: list[Phase] = [phase(s, config) for s in (CLS_STEP, INITIAL_STEP, REFINED_STEP)]
-    assert [f.name for f in found] == ["cls", "initial", "refined"]
