@@ -1,4 +1,4 @@
-"""What touches more than its own values: seed, device, precision, process group, threads, the user's terminal."""
+"""Everything with effects outside a function: seed, device, precision, processes, threads, the user's terminal."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 """Arithmetic of the network by its name in the configuration."""
 
 READ_AHEAD: Final = 8
-"""Items that are read before they are asked for."""
+"""Number of items that are read ahead."""
 
 _TOLD_SECONDS: Final = 10.0
 
@@ -73,13 +73,13 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def resolve_precision(device: torch.device, precision: str) -> str:
-    """Turn `auto` into `bf16` where the device has fast bf16, else `fp32`; other names stay."""
+    """Turn `auto` into `bf16` if the device has fast bf16, else into `fp32`; other names stay."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        # PyTorch has no public word for it; without this one the CPU counts as slow.
+        # PyTorch has no public function for it; without this private one, the CPU counts as slow.
         supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
         fast = device.type == "cpu" and supported is not None and bool(supported())
     return "bf16" if fast else "fp32"
@@ -147,7 +147,7 @@ class Processes:
         return bool(self.total(torch.tensor(int(flag), device=device))) if self.count > 1 else flag
 
     def wait(self) -> None:
-        """Wait until every process has come here."""
+        """Wait until every process has reached this call."""
         if self.count > 1:
             dist.barrier()
 
@@ -182,7 +182,7 @@ def process_group(device: torch.device) -> Iterator[Processes]:
 def interrupts() -> Iterator[Callable[[], bool]]:
     """Let a loop ask whether the user wants it to stop, so that Ctrl-C never cuts a step in half.
 
-    The second Ctrl-C interrupts at once. Outside the main thread, which alone gets signals, nothing changes.
+    The second Ctrl-C interrupts at once. Only the main thread gets signals; in other threads nothing changes.
 
     Yields:
         Function that says whether Ctrl-C was pressed.
@@ -298,7 +298,7 @@ def image_progress(
 
 
 def duration(seconds: float) -> str:
-    """A time for people.
+    """A time in words.
 
     >>> duration(12.3), duration(400)
     ('12 s', '7 min')

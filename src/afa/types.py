@@ -1,4 +1,4 @@
-"""What the parts of afa hand to each other. Imports nothing of afa.
+"""The values that the parts of afa pass to each other. Imports nothing of afa.
 
 Shape letters, fixed for the whole project: B batch, C foreground classes, K = C + 1 classes with the
 background at 0, H W pixels, h w tokens of the last encoder stage, hw = h * w, n attention maps.
@@ -26,7 +26,7 @@ IMAGE_STD: Final = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Batch:
-    """Training images and everything a weakly-supervised step may know of them.
+    """Training images and everything that a weakly-supervised step may know about them.
 
     There is no field for pixel masks: a training step cannot read what it is not given.
 
@@ -87,7 +87,7 @@ class RawAttention:
 
 @dataclass(frozen=True)
 class NetworkOutput:
-    """What the network says of a batch; the parts that were not asked for are None.
+    """Output of the network for a batch; parts that were not asked for are None.
 
     Attributes:
         image_logits: (B, C) class logits of the whole image.

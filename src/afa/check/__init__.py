@@ -1,1 +1,1 @@
-"""Looking a data set over before training: tags and counts, every image, and what training would cost here."""
+"""Checks a data set before training: tags and counts, every image, and what training would cost here."""

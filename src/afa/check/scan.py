@@ -194,7 +194,7 @@ def _try_mask(scan: Scan, index: int, read_mask: Callable[[int], object] | None)
 
 
 def _is_gray(pixels: NDArray[np.uint8]) -> bool:
-    for part in (pixels[::16, ::16], pixels):  # most images are told by a few pixels
+    for part in (pixels[::16, ::16], pixels):  # a few pixels are enough for most images
         if not ((part[..., 0] == part[..., 1]).all() and (part[..., 1] == part[..., 2]).all()):
             return False
     return True

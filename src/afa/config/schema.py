@@ -31,7 +31,7 @@ SUPERVISION_NAMES: Final[dict[Supervision, str]] = {
     "tags": "weakly supervised (image tags)",
     "masks": "fully supervised (masks)",
 }
-"""What everything that shows a run's results calls its supervision."""
+"""The words for a run's supervision wherever its results are shown."""
 LayoutName = Literal["auto", "voc", "table", "imagefolder", "hf", "coco", "labelstudio", "cvat"]
 
 
@@ -108,7 +108,7 @@ class ModelConfig:
     generated data: mit_tiny (0.7 M parameters), dinov2_tiny."""
     weights: str = "nvidia/mit-b1"
     """Initial encoder weights: a local folder, a hub id, an original SegFormer `mit_b*.pth`, or empty for
-    random ones. nvidia/mit-b* are under NVIDIA's non-commercial licence."""
+    random ones. nvidia/mit-b* are under NVIDIA's non-commercial license."""
     drop_path: float = _knob(0.1, low=0.0, high=0.9)
     """Stochastic depth of the last block; linear over depth."""
     pooling: Pooling = "gmp"
@@ -158,7 +158,7 @@ class PseudoConfig:
     refinement_stride: int = _knob(2, low=1, high=8)
     """Labels are refined at 1/stride of the image size."""
     dilations: tuple[int, ...] = _knob((1, 2, 4, 8, 12, 24), low=1, high=256)
-    """Dilations of the 8 neighbours, pixels."""
+    """Dilations of the 8 neighbors, pixels."""
     iterations: int = _knob(10, low=0, high=1000)
     """Refinement iterations (COCO: 15)."""
     rgb_bandwidth: float = _knob(0.3, low=1e-6, high=1e3)
@@ -172,7 +172,7 @@ class PseudoConfig:
     affinity_power: float = _knob(2.0, low=0.0, high=64.0)
     """alpha of Eq. 6."""
     walk_epsilon: float = _knob(0.1, low=0.0, high=1e3)
-    """Added to the degree that normalises the transition matrix; the paper has 0, the reference 0.1."""
+    """Added to the degree that normalizes the transition matrix; the paper has 0, the reference 0.1."""
     propagation: Propagation = "affinity"
     """What the random walk walks on: the learned affinity, the mean attention of the last blocks, or none: no
     walk (Table 3)."""
@@ -203,7 +203,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Optimiser and phases. Source: paper section 4.1. Steps are counted from 0."""
+    """Optimizer and phases. Source: paper section 4.1. Steps are counted from 0."""
 
     max_steps: int = _knob(20_000, low=1)
     """Training steps."""
@@ -338,7 +338,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "affinity_target": "segmentation",
         },
     },
-    # Zhang et al. 2020 on the same parts: the CRF decides which pixels of the CAM are reliable, no affinity is learnt.
+    # Zhang et al. 2020 on the same parts: the CRF decides which pixels of the CAM are reliable, no affinity is learned.
     "rrm": {
         "pseudo": {"refinement": "crf", "propagation": "none", "softmax_scores": False},
         "loss": {"affinity_weight": 0.0},
@@ -357,7 +357,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "attention_scaling": True,
         },
         # Crops have 6 x 6 tokens and are refined at 48 x 48 pixels: walk and neighbors must stay near. On so few
-        # tokens an epsilon in the degree lets the neighbors of a lonely token decide for it.
+        # tokens an epsilon in the degree lets the neighbors of an isolated token decide for it.
         "pseudo": {
             "background_low": 0.45,
             "affinity_radius": 1,

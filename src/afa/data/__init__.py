@@ -1,1 +1,1 @@
-"""Files to batches: images, tags and masks on disk become what training and evaluation take."""
+"""From files to batches: images, tags and masks on disk become the input of training and evaluation."""

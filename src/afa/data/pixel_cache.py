@@ -79,7 +79,7 @@ class PixelCache:
         place = self._block[start : start + pixels.nbytes].reshape(pixels.shape)
         place[:] = pixels
         place.flags.writeable = False
-        self._images[index] = place  # only now: other threads never see it half written
+        self._images[index] = place  # only now, so that other threads never see it half written
         return place
 
 

@@ -25,7 +25,7 @@ from afa.errors import AfaError
 MARKER_NAME: Final = "shapes.json"
 """File in the data set's folder that holds the parameters it was made with."""
 
-_FORMAT: Final = 1  # raise whenever the same parameters come to give other images
+_FORMAT: Final = 1  # raise it when the same parameters give other images
 _JPEG_QUALITY: Final = 95
 _LEAST: Final = {"num_train": 1, "num_val": 1, "image_size": 32, "seed": 0}
 

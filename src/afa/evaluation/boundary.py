@@ -24,9 +24,9 @@ _OUTSIDE: Final = 256.0  # no label: at the edge of the image regions end
 class BoundaryConfusion:
     """Pixels near the outlines of regions, counted by true and predicted class.
 
-    Of each class only a band along the inside of its regions' outlines counts, in the ground truth and in the
-    prediction. Where the ground truth is ignored, so is the prediction, and regions of both end there: what is right
-    wherever it is counted scores 1.
+    For each class, only a band along the inside of the outlines of its regions counts, in the ground truth and in the
+    prediction. Where the ground truth is ignored, the prediction is ignored, too, and regions of both end there. A
+    prediction that is right at all counted pixels therefore scores 1.
 
     Args:
         num_classes: K, background included.

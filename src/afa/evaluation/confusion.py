@@ -52,7 +52,7 @@ class ConfusionMatrix:
             for name, values in (("label", truth[counted]), ("prediction", predicted[counted])):
                 low, high = (int(value) for value in values.aminmax()) if len(values) else (0, 0)
                 assert 0 <= low <= high < self.num_classes, f"{name} outside 0..{self.num_classes - 1}: {low}..{high}"
-        # Static shapes and no look at the values: the ignored pixels go into a bin of their own.
+        # Shapes are static and no value is read: the ignored pixels go into a bin of their own.
         bins = self.matrix.numel()
         pairs = torch.where(counted, truth.long() * self.num_classes + predicted.long(), bins).flatten()
         counts = self.matrix.new_zeros(bins + 1).scatter_add_(0, pairs, torch.ones_like(pairs))

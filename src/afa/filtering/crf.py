@@ -1,7 +1,7 @@
 """Dense CRF: mean-field refinement of class probabilities by color and position.
 
-A Gaussian of position and one of position and color tie every pixel to every other one; two labels that differ cost the
-same whichever they are (Potts). Settings, normalization and labels are those of pydensecrf.
+A Gaussian of position and one of position and color connect every pixel with every other one. Any two different labels
+cost the same (Potts). Settings, normalization and labels are those of pydensecrf.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def gaussian_filter(
         inside: (B, N) bool, the points that take part. The values of the others count as 0, but their features must be
             finite too; where the fused kernel serves they cost next to no time. None: all N.
         reach: Largest distance of a point from the mean of the batch's points, if that is known. The exact sum then
-            takes the features to be finite, and does not synchronize the GPU to look at them.
+            assumes that the features are finite, and does not synchronize the GPU to check them.
 
     Returns:
         (B, N, V): sum_j exp(-|f_i - f_j|^2 / 2) v_j, point i itself included; 0 for points that take no part.

@@ -1,4 +1,4 @@
-"""What every format needs: masks one at a time, a place to write that is replaced at the end, pictures, counts."""
+"""What all formats share: masks one at a time, an output that appears at the end, images, counts."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def write_voc(job: Job) -> None:
             job.add_image(item, f"JPEGImages/{item.file_name}")
             job.write(f"SegmentationClass/{item.name}.png", index_png(label, job.palette))
             names.write(f"{item.name}\n")
-    # Readers by color refuse colors that have no line; ignored pixels become a class of theirs.
+    # Readers by color refuse colors without a line; ignored pixels become a class of their own.
     job.write("labelmap.txt", _labelmap(job) + (_labelmap_line(job, "ignored", IGNORE_INDEX) if has_ignored else ""))
     job.write("classes.txt", "".join(f"{name}\n" for name in job.classes))
 

@@ -77,7 +77,7 @@ def write_yolo(job: Job) -> None:
             f"{value - 1} {' '.join(f'{coordinate:.6f}' for coordinate in (polygon / size).ravel())}\n"
             for value, polygon in _polygons(job, label)
         ]
-        # As YOLO finds it: the last folder called images gives way to labels, and the suffix to txt.
+        # As YOLO finds it: labels replaces the last folder called images, and txt replaces the suffix.
         place = "/labels/".join(f"/images/{item.file_name}".rsplit("/images/", 1)).removeprefix("/")
         job.write(f"{place.rpartition('.')[0] or place}.txt", "".join(lines))
     names = [f"  {index}: {json.dumps(name, ensure_ascii=False)}" for index, name in enumerate(job.classes)]
@@ -183,7 +183,7 @@ def trace_rings(mask: NDArray[np.bool_]) -> list[NDArray[np.float64]]:
 
 
 def _other_ends(order: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For corners whose edges, in this order, end at each second one: the other end of each corner's edge."""
+    """The other end of each corner's edge, for corners in the order in which every second one ends an edge."""
     other = np.empty_like(order)
     other[order[0::2]] = order[1::2]
     other[order[1::2]] = order[0::2]

@@ -1,4 +1,4 @@
-"""Masks of many images: read ahead, made in batches of one size, written behind, and gone on with later.
+"""Masks of many images: reads ahead, infers in batches of one size, writes in the background, can be resumed.
 
 Every file appears whole or not at all, and OUT/predict.json says what made the masks, so that no call goes on with
 another's. Which images, and what makes their masks, is up to `afa.inference.files`.
@@ -37,7 +37,7 @@ STAMP: Final = "predict.json"
 """File beside the masks that says what made them: the weights and all settings."""
 
 _WRITE_BEHIND = 4
-"""Results that may wait to be written, beside those of the last batch."""
+"""Number of results that may wait to be written, beside those of the last batch."""
 
 _Image = TypeVar("_Image", bound=PreparedImage)
 
@@ -73,7 +73,7 @@ class PredictSummary:
 
 
 class Made:
-    """A mask on its way to the CPU; only who needs it waits for it.
+    """A mask on its way to the CPU; only the code that needs it waits for it.
 
     Args:
         label: (H, W) class indices.
@@ -136,7 +136,7 @@ class Task(Generic[_Image]):
             picture = Image.fromarray(lay_over(pixels, label))
             path = out_dir / "overlays" / f"{name}.jpg"
             write_whole(path, lambda file: picture.save(file, format="JPEG", quality=90))
-        # The mask comes last: where it is, everything else is.
+        # The mask comes last: if it exists, everything else exists.
         write_index_png(out_dir / "masks" / f"{name}.png", label)
 
 
@@ -145,7 +145,7 @@ def write_masks(
 ) -> PredictSummary:
     """Read in threads, infer here in batches of one size, write in threads.
 
-    What fails to be read is one image lost; what fails to be written ends the pass, after the writes on their way.
+    A failed read loses one image; a failed write ends the pass, after the writes that are under way.
 
     Args:
         task: How the masks are made.

@@ -56,7 +56,7 @@ _Run = Callable[[NDArray[Any]], NDArray[np.float32]]
 
 
 class DeployedNetwork(nn.Module):
-    """A network that takes pixels as they come from a file and answers at their size, single scale.
+    """A network that takes the pixels of an image file and returns logits at the same size, on a single scale.
 
     Args:
         network: Trained network; kept as it is, on its device.
@@ -86,7 +86,7 @@ class DeployedNetwork(nn.Module):
         """
         height, width = image.shape[2:]
         pixels = (image.float() - self.mean) / self.std
-        # Also where the size stays: a branch would fix an exported file to one of its sides.
+        # Also if the size stays the same: a branch would fix an exported file to one of its two cases.
         view = interpolate(
             pixels, size=self._view_size(height, width), mode="bilinear", align_corners=False, antialias=True
         )
@@ -111,7 +111,7 @@ class DeployedNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class ExportCheck:
-    """How far an exported file is from PyTorch.
+    """Difference between an exported file and PyTorch.
 
     Attributes:
         path: The file.
@@ -294,7 +294,7 @@ def _write_checked(
     images: Sequence[NDArray[np.uint8]],
     pixels: Pixels,
 ) -> ExportCheck:
-    """Make a file's content, compare it with PyTorch, and write it only then."""
+    """Make the content of a file, compare it with PyTorch, and only then write it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with torch.no_grad(), quiet("torch.onnx", "torch.export", "onnxscript", "onnx_ir"):

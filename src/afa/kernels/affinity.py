@@ -1,4 +1,4 @@
-"""The end of the affinity head: of mixed attention maps one symmetric affinity."""
+"""The end of the affinity head: turns mixed attention maps into one symmetric affinity."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def depthwise_gelu(tokens: Tensor, weight: Tensor, bias: Tensor | None, height: 
 
 
 def linear(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Of the gradient the bias' part, a sum over all tokens, is a kernel; see `afa.kernels.layers.linear`."""
+    """The gradient of the bias, a sum over all tokens, is a kernel; see `afa.kernels.layers.linear`."""
     kind = tokens.device.type
     if torch.is_autocast_enabled(kind):
         tokens = tokens.to(torch.get_autocast_dtype(kind))
@@ -130,7 +130,7 @@ def _convolve(
     activated: Tensor | None = None,
     flip: bool = False,
 ) -> None:
-    """Write the convolution and its GELU, or one of them; `flip` turns the weights by half a turn."""
+    """Write the convolution and its GELU, or one of them; `flip` rotates the weights by 180 degrees."""
     channels = tokens.shape[2]
     taps = weight.reshape(channels, 9)  # (C, 9)
     taps = (taps.flip(1) if flip else taps).t().contiguous()  # (9, C)
@@ -295,7 +295,7 @@ def _depthwise_weight_kernel(
     # Gradients of the rows above, at and below the row of the input; rows of other programs count as 0.
     last = tl.minimum(first + ROWS, height)
     above = zero
-    # Zeros too, but not the same value: of two that start as one and hand each other on, Triton 3.6 keeps one constant.
+    # Zeros, too, but a separate value: if two loop variables start as one value, Triton 3.6 takes one for a constant.
     here = _pixels(grad, last, column, last, width, channels, channel, known)
     for step in range(ROWS + 2):
         row = first - 1 + step

@@ -1,7 +1,7 @@
-"""Where computations run as fused Triton kernels (modules named `*_triton`); plain PyTorch serves everywhere else.
+"""Decides where fused Triton kernels (modules named `*_triton`) compute; plain PyTorch computes everywhere else.
 
 A computation is a pair: a reference in PyTorch, and a fused function of the same name and signature in a `*_triton`
-module. `fused_by` joins them; whoever calls the reference gets the faster one of the two.
+module. `fused_by` joins them: a call of the reference runs the faster one of the two.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def fused(device: torch.device) -> bool:
 
 @functools.cache
 def _builds_kernels(device: torch.device) -> bool:
-    """Whether Triton builds and starts a kernel; told once if not. It wants a C compiler and Python's headers."""
-    # Triton 3.9 warns where this is not said, and later versions no longer join products with sums by themselves.
+    """Whether Triton can build and start a kernel; if not, says so once. It needs a C compiler and Python's headers."""
+    # Triton 3.9 warns without this setting, and later versions no longer fuse products and sums by themselves.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     try:
         from afa.kernels.probe_triton import try_kernel

@@ -9,7 +9,7 @@ from torch.nn.functional import conv2d
 
 from afa.kernels.dispatch import FUSED_TYPES, fused_by
 
-_FEW_VALUES = 1 << 20  # as of one image, where the host takes longer to start a kernel of ours than it saves
+_FEW_VALUES = 1 << 20  # as in one image; for fewer, starting a fused kernel takes the host longer than it saves
 
 
 def under_autocast(kind: str) -> bool:
@@ -25,15 +25,15 @@ def eager_cpu(tokens: Tensor) -> bool:
 def as_image(tokens: Tensor, height: int, width: int) -> Tensor:
     """View (B, H * W, C) tokens as a (B, C, H, W) image that is channels-last, for a single image too.
 
-    Seen the other way round, (B, C, N) split into (B, C, H, W), the strides of a single image read as those of a
-    contiguous one, and PyTorch copies it.
+    The other way round, (B, C, N) split into (B, C, H, W), a single image has the strides of a contiguous image, and
+    PyTorch copies it.
     """
     image: Tensor = tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # type: ignore[no-untyped-call]
     return image
 
 
 def sparing_gelu(values: Tensor) -> Tensor:
-    """GELU of any shape. It overwrites its input where no gradient is wanted: fresh memory costs more than it does."""
+    """GELU of any shape. Without gradient it overwrites its input, because fresh memory costs more than GELU itself."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.gelu(values)
     overwritten: Tensor = torch.ops.aten.gelu_(values)
@@ -54,7 +54,7 @@ def layer_norm(tokens: Tensor, weight: Tensor, bias: Tensor | None, eps: float, 
         weight: (C,) or more dimensions.
         bias: As the weight, or None.
         eps: Added to the variance.
-        dtype: Of the result. Without fusion autocast decides instead, but for bfloat16 without gradient.
+        dtype: Of the result. Without fusion, autocast decides instead, except for bfloat16 without gradient.
 
     Returns:
         As the tokens.
@@ -93,8 +93,8 @@ def _takes_linear(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Map tokens as `torch.nn.functional.linear` does; on a CPU in float32 by a 1x1 convolution.
 
-    oneDNN's convolution adds the bias as it goes and keeps its speed where there are few channels; the matrix product
-    that PyTorch takes for a linear layer writes the bias into the result first. On a GPU the gradient of the bias has a
+    oneDNN's convolution adds the bias on the way and stays fast with few channels; the matrix product that PyTorch
+    uses for a linear layer writes the bias into the result first. On a GPU the gradient of the bias has a
     kernel of its own.
 
     Args:

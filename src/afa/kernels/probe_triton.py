@@ -1,4 +1,4 @@
-"""The smallest kernel: whether it can be built and started tells whether the others can."""
+"""The smallest kernel: if it can be built and started, so can the others."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Bilinear resizing of maps, corners not aligned, as `torch.nn.functional.interpolate` has it; on a GPU fused kernels.
+"""Bilinear resizing of maps, corners not aligned, as in `torch.nn.functional.interpolate`; fused kernels on a GPU.
 
-There PyTorch's gradient adds up one value at a time, in no fixed order, and its forward pass reaches a fraction of the
-memory's speed.
+On a GPU, PyTorch's gradient adds up one value at a time, in no fixed order, and its forward pass reaches only a
+fraction of the memory's speed.
 """
 
 from __future__ import annotations

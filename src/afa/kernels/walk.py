@@ -50,7 +50,7 @@ def transition(affinity: Tensor, mask: Tensor, *, power: float, epsilon: float) 
         affinity that is the same walk.
     """
     weights = (affinity * mask).pow(power)
-    # Without epsilon the degree of a token that is like no other may be 0; such a token takes nothing.
+    # Without epsilon, the degree of a token without affinity to any other may be 0; such a token takes nothing.
     degree = (weights.sum(1, keepdim=True) + epsilon).clamp(min=torch.finfo(weights.dtype).tiny)  # (B, 1, hw)
     return (weights / degree).transpose(1, 2)
 
@@ -65,7 +65,7 @@ def _takes_pairs(affinity: Tensor, scores: Tensor, *, radius: int, power: float,
 def spread(affinity: Tensor, scores: Tensor, *, radius: int, power: float, epsilon: float) -> Tensor:
     """Spread scores over the affinity: one step of the walk.
 
-    The fused kernel reads only the pairs within the radius, and rounds its sums otherwise than the reference.
+    The fused kernel reads only the pairs within the radius, and rounds its sums differently from the reference.
 
     Args:
         affinity: (B, hw, hw) non-negative, of the dtype of the scores.

@@ -49,7 +49,7 @@ def _step_kernel(
     affinity += batch * area * area + y * width
     scores += batch * channels * area
     out += batch * channels * area
-    # Sums are kept apart by the column they came through and added up at the end: threads need not meet before.
+    # Sums stay separate by column and are added up at the end, so that threads need not synchronize before.
     summed = tl.zeros([CHANNELS, COLUMNS, TOKENS], dtype=tl.float32)
     degree = tl.zeros([COLUMNS, TOKENS], dtype=tl.float32)
     left = tl.maximum(first - radius, 0)
@@ -68,7 +68,7 @@ def _step_kernel(
             known = (channel < channels)[:, None] & inside[None, :]
             score = tl.load(scores + channel[:, None] * area + source[None, :], mask=known, other=0).to(tl.float32)
             summed += score[:, :, None] * weight[None, :, :]
-    # A token that is like none takes nothing.
+    # A token without affinity to any other takes nothing.
     total = tl.maximum(tl.sum(degree, 0) + epsilon, _SMALLEST)
     taken = tl.sum(summed, 1) / total[None, :]
     written = (channel < channels)[:, None] & (x < width)[None, :]

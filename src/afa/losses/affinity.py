@@ -16,7 +16,7 @@ def affinity_loss(
     form: Literal["balanced", "paper"] = "balanced",
     total: TotalFunction | None = None,
 ) -> Tensor:
-    """Pull the affinity of like pairs to 1 and of unlike pairs to 0.
+    """Pull the affinity of pairs of the same class to 1 and of other pairs to 0.
 
     Args:
         affinity: (B, hw, hw) in (0, 1).

@@ -30,9 +30,9 @@ def energy_loss(
     and position; S is 0 outside the valid box. The gate is 1 at pixels without label; at others it is 1 - max_c S_ic
     inside the valid box and 0 outside.
 
-    The gradient is the published one, -2 factor / B * gate_i (K S)_i. It takes gates for constants, and the half of the
-    derivative that comes through K S for equal to the half that comes through S. They are equal where gates are equal;
-    elsewhere the gate of the pixel itself counts and those of its neighbors do not.
+    The gradient is the published one, -2 factor / B * gate_i (K S)_i. It treats gates as constants, and takes the half
+    of the derivative through K S as equal to the half through S. The halves are equal where gates are equal; elsewhere
+    the gate of the pixel itself counts and the gates of its neighbors do not.
 
     Args:
         seg_logits: (B, K, h, w), resized to the image first (bilinear) where its size differs.

@@ -1,4 +1,4 @@
-"""One fused attention function for every encoder, which can give away the queries and keys of chosen modules.
+"""One fused attention function for every encoder, which can record the queries and keys of chosen modules.
 
 It is registered with transformers' attention interface as `afa`. Not every encoder hands keywords down to its attention
 function, so a `Recorder` is known to the modules themselves.
@@ -22,7 +22,7 @@ _RECORDER: Final = "afa_recorder"
 
 
 class Recorder:
-    """Where the attention modules of one encoder leave their queries and keys while somebody listens.
+    """Collects the queries and keys of the attention modules of one encoder while somebody listens.
 
     Args:
         modules: Attention modules that are recorded, in the order in which they run.
@@ -48,7 +48,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def stop_after_next(self) -> Iterator[None]:
-        """End what runs inside once the next queries and keys are known, where nothing else of it is wanted."""
+        """Stop the code inside as soon as the next queries and keys are known, if nothing else of it is needed."""
         self._suffices = True
         try:
             with contextlib.suppress(_Enough):
@@ -57,7 +57,7 @@ class Recorder:
             self._suffices = False
 
     def take(self, query: Tensor, key: Tensor) -> None:
-        """Take the queries and keys, (B, heads, N, d), of a module that runs."""
+        """Take the queries and keys, (B, heads, N, d), of a running module."""
         if self._taken is None:
             return
         first = self.num_prefix_tokens
@@ -81,7 +81,7 @@ def attention_forward(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention that gives what its logits are made of to the module's recorder, if it has one.
+    """Scaled dot-product attention that gives queries and keys to the recorder of the module, if it has one.
 
     Args:
         module: Attention module that calls.

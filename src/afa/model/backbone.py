@@ -2,7 +2,7 @@
 
 Nothing outside this package knows which encoder it talks to: a backbone publishes its channels, strides and
 number of attention maps, and returns a feature pyramid plus the raw attention of its last blocks.
-Its first blocks may be frozen: they neither learn nor change between training and evaluation.
+Its first blocks may be frozen: they do not learn, and behave in training as in evaluation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from afa.types import RawAttention
 
 @dataclass(frozen=True)
 class BackboneOutput:
-    """What an encoder says of a batch.
+    """Output of an encoder for a batch.
 
     Attributes:
         features: One (B, channels[i], H / strides[i], W / strides[i]) map a level, sizes rounded up.
@@ -39,7 +39,7 @@ class BackboneOutput:
 
 @dataclass(frozen=True)
 class FrozenTokens:
-    """What the frozen part of an encoder hands to the rest; all that a feature cache has to keep of an image.
+    """What the frozen part of an encoder passes to the rest; a feature cache has to keep only this of an image.
 
     Attributes:
         tokens: (B, p + hw, D) tokens after the last frozen block, the p class and register tokens first.

@@ -23,9 +23,9 @@ class MlpDecoder(nn.Module):
 
     SegFormer projects each level, upsamples, concatenates and fuses by a 1x1 convolution. A 1x1 convolution of a
     concatenation is the sum of one convolution per part; it commutes with bilinear upsampling; and nothing stands
-    between projection and fusion. So the two layers of a level are one whose weight is the product of theirs, every
-    level goes through it at its own resolution, levels of one resolution are added there, and only the sum happens at
-    stride 4: the same function for a fraction of the work.
+    between projection and fusion. So this decoder has one layer a level, whose weight is the product of the two. It
+    applies the layer at the level's own resolution, adds levels of one resolution there, and makes only the final
+    sum at stride 4: the same function for a fraction of the work.
 
     Args:
         channels: Channels of each feature level, finest first.
@@ -80,8 +80,8 @@ class MlpDecoder(nn.Module):
                 weights.append((fuse @ projection.weight[:, :, 0, 0])[:, :, None, None])
                 biases.append(fuse @ projection.bias)
             bias = torch.stack(biases).sum(0)  # (width,)
-        # Batch normalization takes the bias away again. Its gradient is 0; computed, it is rounding, of which AdamW
-        # makes whole steps.
+        # Batch normalization subtracts the bias again, so its gradient is 0. A computed gradient would be rounding
+        # error, which AdamW turns into whole steps.
         return weights, bias.detach() + 0 * bias if self.norm.training else bias
 
 

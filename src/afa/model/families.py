@@ -29,10 +29,10 @@ from afa.types import IMAGE_MEAN, IMAGE_STD
 
 @dataclass(frozen=True)
 class TokenFamily:
-    """What the encoders of one family share, and where their parts are called what.
+    """What the encoders of one family share, and the names of their parts.
 
     Attributes:
-        title: Name for people.
+        title: Display name.
         model: Class of the encoder in transformers.
         config: Class of its configuration.
         patch: Path of the patch embedding, a convolution.

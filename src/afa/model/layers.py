@@ -1,4 +1,4 @@
-"""Layers of transformers' encoders under other arithmetic: the same weights and results, laid out for speed.
+"""Faster versions of layers of transformers' encoders, with the same weights and results.
 
 `speed_up` gives the layers of an encoder the classes below. Names, parameters and results stay those of transformers,
 up to rounding; what changes is how a layer asks for its result, mostly by a function of `afa.kernels.layers`.
@@ -30,7 +30,7 @@ class LowLayerNorm(nn.LayerNorm):
     """
 
     inner = False
-    """Whether everything behind it casts what it reads: then it may write bfloat16 with gradient, too."""
+    """Whether all later layers cast their input; then this one may write bfloat16 with gradient, too."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize tokens of any shape over their last dimensions."""
@@ -44,7 +44,7 @@ class LowLayerNorm(nn.LayerNorm):
 
 
 class InnerLayerNorm(LowLayerNorm):
-    """A `LowLayerNorm` inside a block of MiT: linear layers and convolutions are all that read it."""
+    """A `LowLayerNorm` inside a block of MiT, where only linear layers and convolutions read its output."""
 
     inner = True
 
@@ -60,8 +60,8 @@ class PointwiseLinear(nn.Linear):
 class StemConv(nn.Conv2d):
     """MiT's first convolution, 7x7 at stride 4 over RGB, on a GPU as one of 2x2 over squares of 4x4 pixels.
 
-    The same weights with a row and a column of zeros before them. Three input channels suit no GPU's matrix units, 48
-    do, and the result is channels-last, as all that follows wants it.
+    The weights are the same, with a row and a column of zeros before them. The matrix units of a GPU cannot use three
+    input channels well, but 48. The result is channels-last, as the following layers need it.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class StemConv(nn.Conv2d):
 
 
 class SparingGelu(GELUActivation):
-    """GELU that overwrites its input where no gradient is wanted."""
+    """GELU that overwrites its input when no gradient is needed."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply to any shape."""
@@ -91,8 +91,8 @@ class SparingGelu(GELUActivation):
 class MixMlp(SegformerMixMLP):
     """MiT's Mix-FFN, which on a CPU and without gradient takes few images at a time; on a GPU with fused kernels.
 
-    Between its layers stand four times the channels of its input. In pieces of `_PIECE_BYTES` they lie in memory that
-    was just given back; as a whole, in fresh memory that the system has to clear first.
+    Between its layers there are four times as many channels as in its input. In pieces of `_PIECE_BYTES` they use
+    memory that was just freed; as a whole they would need fresh memory, which the system has to clear first.
     """
 
     def forward(self, hidden_states: Tensor, height: int, width: int) -> Tensor:

@@ -62,7 +62,7 @@ class MixTransformer(Backbone):
     Args:
         size: Name in `MIT_SIZES`.
         weights: Local folder or hub id in transformers' layout, an original `mit_b*.pth` file, or empty for
-            random weights. The hub's nvidia/mit-b0..b5 are under NVIDIA's non-commercial licence.
+            random weights. The hub's nvidia/mit-b0..b5 are under NVIDIA's non-commercial license.
         drop_path: Stochastic depth of the last block; linear over depth.
         attention_blocks: Number of last-stage blocks, counted from the end, whose Q K^T is returned.
         freeze_blocks: Number of blocks, counted over all stages from the first, that are frozen; with them the

@@ -26,11 +26,11 @@ _LOADED: Final = ("mit_b0", "dinov2_small_reg")
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """What is known of an encoder before it is built.
+    """What is known about an encoder before it is built.
 
     Attributes:
         kind: `mit`, or a key of `TOKEN_FAMILIES`.
-        title: Family of encoders, for people.
+        title: Display name of the family of encoders.
         size: Widths, depths and heads; for plain transformers patch size and native image size too.
         license: License of its published weights, as their publishers state it; empty where there are none.
         loaded: Whether trained weights of this architecture have been loaded and compared by a test.

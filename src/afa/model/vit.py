@@ -39,7 +39,7 @@ class TokenBackbone(Backbone):
 
     Images whose sides are no multiples of the patch are resized up to the next ones: the token grid then spans
     exactly the image, mirrored images give mirrored grids, and maps interpolated back to pixels lie where they
-    belong; padding would do none of these.
+    belong. Padding would achieve none of these.
 
     Args:
         size: Name in `TOKEN_SIZES`.

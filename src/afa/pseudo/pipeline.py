@@ -1,6 +1,6 @@
 """From an image and its tags to pseudo labels: CAM, labels, walk and refinement in the method's order.
 
-Nothing here has a gradient. What several labels of a step need is computed once: one refinement kernel per image serves
+Nothing here has a gradient. What several labels need is computed once: one refinement kernel per image serves
 both thresholds, all classes and, where the valid box is the whole canvas, both labels. The scores of the two thresholds
 go through walk and refinement side by side. Only the classes of the tags take part.
 """

@@ -1,4 +1,4 @@
-"""What CAMs walk over, and the walk itself with its background score (paper Eq. 7)."""
+"""The affinity that CAMs walk along, and the walk itself with its background score (paper Eq. 7)."""
 
 from __future__ import annotations
 

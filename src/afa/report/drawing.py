@@ -108,7 +108,7 @@ def blend_label(image: Pixels, label: Tensor) -> Pixels:
     """
     resized = interpolate(label[None, None].float(), size=image.shape[:2], mode="nearest-exact")[0, 0]
     label_map: Pixels = resized.to(torch.uint8).cpu().numpy()
-    # One of VOC's colors is a plain gray, and others are nearly black: all stand out from a dim gray.
+    # One of VOC's colors is a plain gray, and others are nearly black; on a dim gray all of them are visible.
     gray = _gray(image)
     gray[label_map == 0] //= 2
     return overlay(gray, label_map, alpha=0.65)

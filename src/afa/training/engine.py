@@ -26,10 +26,10 @@ from afa.training.step import ForwardFunction, LossFunction, StepLosses, compute
 from afa.types import Batch, NetworkOutput
 
 MAX_SKIPPED_STEPS = 50
-"""Steps in a row whose gradients are not finite before a run gives up."""
+"""A run gives up after this many steps in a row with gradients that are not finite."""
 
 _EAGER_STEPS = 2
-"""Steps of each kind that run as they are before one is recorded: they create optimizer state and fill caches."""
+"""Steps of each kind that run before one is recorded: they create optimizer state and fill caches."""
 
 
 @dataclass
@@ -95,7 +95,7 @@ class TrainingEngine:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`, of any device."""
+        """Continue from a `state_dict` of any device."""
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["capturable"] = self.device.type == "cuda"
@@ -119,7 +119,7 @@ class TrainingEngine:
         set_learning_rate(self.optimizer, step, config.schedule)
         if self._stream is None:
             return self._step(batch.to(self.device, non_blocking=True), kind, num_slots)
-        # Gradients are summed up on the stream where a weight was first used: every step takes the recorder's.
+        # Gradients are summed up on the stream that first used a weight, so every step uses the recorder's stream.
         outer = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(outer)
         with torch.cuda.stream(self._stream):
@@ -128,7 +128,7 @@ class TrainingEngine:
         return losses
 
     def check(self, step: int) -> None:
-        """Give up on a run whose gradients stay not finite. Waits for the device.
+        """Give up on a run whose gradients are not finite for many steps. Waits for the device.
 
         Args:
             step: Number of the last step.
@@ -172,7 +172,7 @@ class TrainingEngine:
         kept = replace(batch.map(torch.clone), names=())
         graph = torch.cuda.CUDAGraph()
         self.optimizer.zero_grad(set_to_none=True)
-        # Threads that prepare batches go on using the device meanwhile.
+        # Threads that prepare batches use the device at the same time.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             losses = self._step(kept, kind, num_slots)
         self._pool = graph.pool()
@@ -199,7 +199,7 @@ class TrainingEngine:
             torch.nn.utils.clip_grad_norm_(self.parameters, schedule.grad_clip)
         finite = gradients_are_finite(self.parameters)
         if self.scaler.is_enabled():
-            # fp16's scaler skips an overflowing step itself and lowers its scale; in other precisions skipping is ours.
+            # fp16's scaler skips an overflowing step itself and lowers its scale; in other precisions we skip it.
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:

@@ -46,7 +46,7 @@ class FeatureStore:
 
     @classmethod
     def open(cls, folder: Path) -> FeatureStore | None:
-        """Open what is in a folder, as far as it was made; None if there is nothing that counts."""
+        """Open the finished part of a store in a folder; None if there is none."""
         try:
             index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
             num_done, row_size = int(index["num_done"]), int(index["row_size"])
@@ -107,7 +107,7 @@ class FeatureStore:
         assert rows.shape[1] == self.row_size, rows.shape
         path = self.folder / _ROWS
         try:
-            # Not through a memory map, which ends the process when the disk is full.
+            # Not through a memory map, which kills the process when the disk is full.
             with path.open("r+b" if path.exists() else "wb") as file:
                 file.seek(self._num_written * self.row_size * 2)
                 file.write(np.ascontiguousarray(rows).data)
@@ -169,7 +169,7 @@ def remove_store(folder: Path) -> None:
 
 
 def format_gib(num_bytes: int) -> str:
-    """A size for people.
+    """A size in words.
 
     >>> format_gib(3 * 2**29)
     '1.5 GiB'

@@ -35,7 +35,7 @@ class StepLosses:
         seg: Scalar, detached: this process's share, or None when the phase has no such loss.
         aff: Likewise.
         reg: Scalar, detached: mean over this process's images, or None when the step has no energy loss.
-        labels: Pseudo labels that were learnt from.
+        labels: Pseudo labels that the step learned from.
     """
 
     total: Tensor
@@ -77,7 +77,7 @@ def compute_losses(
     image = batch.image.float() / 255  # (B, 3, H, W)
     labels = TrainingLabels(None, None)
     with one_cast(image.device):
-        # The training pass is first: the copies of weights that autocast makes for it carry gradients, and serve all.
+        # The training pass comes first: autocast's copies of the weights then carry gradients, and all passes use them.
         output = forward(normalize_image(image), phase.segmentation, phase.affinity)
         if phase.labels:
             labels = training_labels(
