@@ -51,15 +51,17 @@ class LogitMaps:
     maps: tuple[Tensor, ...]
     image: Tensor
 
-    def allow(self, classes: np.ndarray) -> LogitMaps:
+    def allow(self, classes: np.ndarray | None) -> LogitMaps:
         """Rule classes out.
 
         Args:
-            classes: (K,) bool, False for those that no pixel may become.
+            classes: (K,) bool, False for those that no pixel may become; None allows all.
 
         Returns:
             Maps in which those are never the largest and have a softmax of 0.
         """
+        if classes is None:
+            return self
         # Not minus infinity: interpolation multiplies it by 0.
         bias = torch.from_numpy(np.where(classes, 0, -1e30).astype(np.float32))
         bias = bias.to(self.image.device, non_blocking=True)[:, None, None]
@@ -173,12 +175,12 @@ def logit_maps(
     image_logits = functools.reduce(torch.maximum, [image for _, image in passes])  # (B, C)
     maps = [LogitMaps(tuple(scale[i] for scale, _ in passes), image_logits[i]) for i in range(len(images))]
     allowed = allowed or [None] * len(maps)
-    maps = [_restrict(each, classes) for each, classes in zip(maps, allowed, strict=True)]
+    maps = [each.allow(classes) for each, classes in zip(maps, allowed, strict=True)]
     if not protocol.endswith(CRF):
         return maps
     # Again afterwards: the CRF gives the least probability to every class.
     refined = _through_crf(maps, images, config=config.evaluation)
-    return [_restrict(each, classes) for each, classes in zip(refined, allowed, strict=True)]
+    return [each.allow(classes) for each, classes in zip(refined, allowed, strict=True)]
 
 
 def _view_logits(
@@ -197,10 +199,6 @@ def _view_logits(
         segmentation = (plain + flipped.flip(-1)) / 2
         image_logits = image_logits.unflatten(0, (2, -1)).mean(0)  # (2 B, C) -> (2, B, C) -> (B, C)
     return segmentation, image_logits
-
-
-def _restrict(maps: LogitMaps, classes: np.ndarray | None) -> LogitMaps:
-    return maps if classes is None else maps.allow(classes)
 
 
 def _through_crf(
