@@ -1,6 +1,6 @@
 """Every image read once, in threads: whether it can be read, its size, and what finds duplicates.
 
-What is kept of an image is some 220 bytes in arrays, so that memory does not depend on what the images hold.
+It keeps some 220 bytes of each image in arrays, so that memory does not depend on the contents of the images.
 """
 
 from __future__ import annotations

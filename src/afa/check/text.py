@@ -37,7 +37,7 @@ def render_text(report: dict[str, Any]) -> str:
 
 
 def describe_figures(report: dict[str, Any]) -> dict[str, str]:
-    """What was read and what training would cost in words, by what it is.
+    """What was read and what training would cost, in words, by name.
 
     Args:
         report: What `check_data` gives.

@@ -1,6 +1,6 @@
 """The confusion matrix and the intersection over union that it gives.
 
-Counts pixels; which predictions are compared with which masks is up to the caller.
+Counts pixels; the caller decides which predictions are compared with which masks.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How images of one size become segmentation logits or pseudo labels at their native sizes.
 
-Knows scales, flips and sizes; neither ground truth nor files.
+Knows scales, flips and sizes, but neither ground truth nor files.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ PSEUDO_LABELS: Final = ("cam", "propagated", "initial", "refined")
 _LEAST_PROBABILITY: Final = 1e-20  # has a logarithm, and is not seen
 
 MIN_SIDE: Final = 32
-"""Shortest side that the network is given, pixels; with less, the first stage of MiT has no keys left."""
+"""Shortest side of the network's input, pixels; with less, the first stage of MiT has no keys left."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LogitMaps:
-    """What the network says of one image, as small as it says it; enlarging is what takes memory.
+    """Output of the network for one image at its original, small size; enlarged maps would take much memory.
 
     Attributes:
         maps: One (K, h, w) float32 map of logits for each scale.
@@ -80,21 +80,21 @@ class LogitMaps:
     @torch.inference_mode()
     def label(self, size: tuple[int, int]) -> Tensor:
         """The class of the largest logit at a size, (height, width): (H, W) uint8."""
-        # Over a strided dimension a CPU finds the maximum with its index several times faster than the index alone.
+        # On a CPU, the maximum with its index over a strided dimension is several times faster than the index alone.
         return self.enlarge(size).max(0).indices.to(torch.uint8)
 
     @torch.inference_mode()
     def scores(self, size: tuple[int, int]) -> Tensor:
         """Softmax over the classes at a size, (height, width): (K, H, W) float32."""
         logits = self.enlarge(size)
-        # In place: the maps of a large photograph are there once, not twice.
+        # In place, so that the maps of a large photograph exist only once.
         logits.sub_(logits.amax(0)).exp_()
         return logits.div_(logits.sum(0))
 
 
 def host_tensor(array: np.ndarray, *, device: torch.device) -> Tensor:
     """Turn an array of any shape into a tensor that is ready to go to `device`, page-locked if that is a GPU."""
-    # torch takes neither negative strides nor arrays that must not be written to, such as Pillow's.
+    # torch accepts neither negative strides nor read-only arrays, such as Pillow's.
     tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
@@ -178,7 +178,7 @@ def logit_maps(
     maps = [each.allow(classes) for each, classes in zip(maps, allowed, strict=True)]
     if not protocol.endswith(CRF):
         return maps
-    # Again afterwards: the CRF gives the least probability to every class.
+    # Repeated after the CRF, which gives every class at least a small probability.
     refined = _through_crf(maps, images, config=config.evaluation)
     return [each.allow(classes) for each, classes in zip(refined, allowed, strict=True)]
 

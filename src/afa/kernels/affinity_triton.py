@@ -1,6 +1,6 @@
 """The end of the affinity head, sigmoid(M + M^T + bias), as one fused GPU kernel.
 
-Importable only where Triton is. The reference is in `afa.kernels.affinity`. Each pair of tiles that mirror each other
+Importing it needs Triton. The reference is in `afa.kernels.affinity`. Each pair of tiles that mirror each other
 is read once and written once.
 """
 

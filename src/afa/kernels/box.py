@@ -32,7 +32,7 @@ def axis_weights(
         out_length: (B,) int64 positions written, at least 1.
         in_start: (B,) int64 first position that is read.
         in_length: (B,) int64 positions read, at least 1.
-        align_corners: As `torch.nn.functional.interpolate` has it.
+        align_corners: As in `torch.nn.functional.interpolate`.
 
     Returns:
         (B, out_size, in_size) float32, 0 in the rows outside the written span.
@@ -62,7 +62,7 @@ def move_box(maps: Tensor, size: tuple[int, int], *, source: Tensor, target: Ten
         size: (H, W) of the canvas.
         source: (B, 4) int64 (top, bottom, left, right) of the box in `maps`, half open, not empty.
         target: (B, 4) int64 of the box in the result, likewise.
-        align_corners: As `torch.nn.functional.interpolate` has it.
+        align_corners: As in `torch.nn.functional.interpolate`.
 
     Returns:
         (B, P, H, W) float32, 0 outside the box.

@@ -1,6 +1,6 @@
 """Moving a box of each image to another canvas as one fused GPU kernel.
 
-Importable only where Triton is. The reference is in `afa.kernels.box`.
+Importing it needs Triton. The reference is in `afa.kernels.box`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """MiT's depthwise convolution with GELU, and the gradient of a bias, as fused GPU kernels over tokens.
 
-Importable only where Triton is. The references are in `afa.kernels.layers`. The kernels are bound by memory: PyTorch
+Importing it needs Triton. The references are in `afa.kernels.layers`. The kernels are bound by memory: PyTorch
 runs the convolution and GELU as two passes over MiT's widest maps. Sums are taken in float32 whatever the tokens are
 stored in.
 """

@@ -17,7 +17,7 @@ _WIDEST_KEY = 64  # of `gaussian_triton`
 
 
 def _takes_rows(query: Tensor, *_: object, **__: object) -> bool:
-    """Whether the fused kernel serves; Triton has no tensor cores for GPUs before Ampere, where it is slow."""
+    """Whether the fused kernel is used; on GPUs before Ampere, Triton cannot use tensor cores and is slow."""
     if query.dtype != torch.float16 or query.shape[2] > _WIDEST_KEY:
         return False
     return query.device.type != "cuda" or torch.cuda.get_device_capability(query.device) >= (8, 0)

@@ -1,6 +1,6 @@
 """The exact Gaussian filter as one fused GPU kernel: sums over all pairs of points, none of which is stored.
 
-Importable only where Triton is. The reference, `afa.kernels.gaussian`, is fused attention. Attention normalizes, so it
+Importing it needs Triton. The reference, `afa.kernels.gaussian`, is fused attention. Attention normalizes, so it
 keeps a running maximum. The exponents of the Gaussian filter exceed 0 by rounding alone, so this kernel takes the sum
 as it stands, and a pair costs little more than its exponential.
 """

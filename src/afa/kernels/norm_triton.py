@@ -1,4 +1,4 @@
-"""Layer norm as a fused GPU kernel; importable only where Triton is. Its reference is `afa.kernels.layers.layer_norm`.
+"""Layer norm as a fused GPU kernel; importing it needs Triton. Its reference is `afa.kernels.layers.layer_norm`.
 
 It is bound by memory: PyTorch gives every row a thread block of its own, which leaves most threads idle at MiT's 64
 channels. Sums are taken in float32 whatever the tokens are stored in.

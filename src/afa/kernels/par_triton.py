@@ -1,6 +1,6 @@
 """The refinement as two fused GPU kernels: the neighbors' weights, and one iteration over all score maps.
 
-Importable only where Triton is. The references are in `afa.kernels.par`. These kernels read the neighbors of a pixel
+Importing it needs Triton. The references are in `afa.kernels.par`. These kernels read the neighbors of a pixel
 through the cache instead of shifted copies: in an iteration the weights, the scores and the result cross the memory bus
 once.
 """

@@ -1,6 +1,6 @@
 """Bilinear resizing as fused GPU kernels: maps one by one, and pyramids of channels-last levels into their sum.
 
-Importable only where Triton is. The references are in `afa.kernels.resize`. Gradients are gathered, each result from
+Importing it needs Triton. The references are in `afa.kernels.resize`. Gradients are gathered, each result from
 the few positions that it went to, in a fixed order.
 """
 

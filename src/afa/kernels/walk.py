@@ -56,7 +56,7 @@ def transition(affinity: Tensor, mask: Tensor, *, power: float, epsilon: float) 
 
 
 def _takes_pairs(affinity: Tensor, scores: Tensor, *, radius: int, power: float, epsilon: float) -> bool:
-    """Whether the fused kernel serves: to the power of 0 the pairs beyond the radius count as well."""
+    """Whether the fused kernel is used: with the power 0, pairs beyond the radius count, too."""
     wants_gradient = torch.is_grad_enabled() and (affinity.requires_grad or scores.requires_grad)
     return power > 0 and affinity.dtype != torch.float64 and not wants_gradient
 

@@ -1,6 +1,6 @@
 """The random walk over the affinity as one fused GPU kernel that reads only the pairs within the radius.
 
-Importable only where Triton is. The reference is in `afa.kernels.walk`: it passes over all pairs of tokens several
+Importing it needs Triton. The reference is in `afa.kernels.walk`: it passes over all pairs of tokens several
 times, although at radius 8 a token takes scores from at most 289 tokens.
 """
 

@@ -58,7 +58,7 @@ class MlpDecoder(nn.Module):
         for feature, weight in zip(features, weights, strict=True):
             channels_last = feature.contiguous(memory_format=torch.channels_last)
             fused = conv2d(channels_last, weight, None if sums else bias)  # (B, width, h_i, w_i)
-            # An exported program must hold for every size.
+            # An exported program must work for every size.
             if sums and not exporting and fused.shape == sums[-1].shape:
                 sums[-1] = sums[-1] + fused
             else:

@@ -103,13 +103,13 @@ def build_backbone(
 
 
 def backbone_of(weights: str) -> str | None:
-    """Tell the encoder from its weights.
+    """Identify the encoder by its weights.
 
     Args:
         weights: Folder in transformers' layout, hub id, or an original `mit_b*.pth`.
 
     Returns:
-        Key in `BACKBONES`; None where it cannot be told.
+        Key in `BACKBONES`; None if it cannot be determined.
 
     >>> backbone_of("openai/clip-vit-base-patch16")
     'clip_b16'
@@ -133,7 +133,7 @@ def _fits(spec: BackboneSpec, stored: Mapping[str, Any]) -> bool:
     config = SegformerConfig if spec.kind == "mit" else TOKEN_FAMILIES[spec.kind].config
     try:
         described = describe_encoder(config, stored)
-    except Exception:  # what is wrong with it is said when the weights are loaded
+    except Exception:  # loading the weights reports what is wrong with it
         return False
     sizes = {name: value for name, value in spec.size.settings().items() if name != "image_size"}
     return described is not None and all(getattr(described, name) == value for name, value in sizes.items())

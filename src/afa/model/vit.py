@@ -177,7 +177,7 @@ class TokenBackbone(Backbone):
 
     def _embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         size = (grid[0] * self.shape.patch, grid[1] * self.shape.patch)
-        # An exported program must hold for every size, so that it always resizes, be it to the same size.
+        # An exported program must work for every size, so it always resizes, even to the same size.
         if torch.compiler.is_compiling() or image.shape[2:] != size:
             image = nn.functional.interpolate(image, size=size, mode="bilinear", align_corners=False)  # (B, 3, H', W')
         if self.family.mean != IMAGE_MEAN:

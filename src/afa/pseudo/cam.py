@@ -92,7 +92,7 @@ class CamResult:
 def fuse_scores(scores: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """Fuse raw class scores of several scales into one CAM.
 
-    The scores of each scale are enlarged; of an image and its mirror image the larger score counts, if it is positive.
+    The scores of each scale are enlarged. The larger score of an image and its mirror image counts, if positive.
     The sum over the scales is scaled to [0, 1] for each class.
 
     Args:

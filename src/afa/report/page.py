@@ -1,6 +1,6 @@
 """The page that shows a run: report.html, beside report.json with its figures.
 
-A run that is unfinished gives a page that says what is missing and which command would add it.
+The page of an unfinished run says what is missing and which command would add it.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class PaperTable:
     rows: tuple[PaperRow, ...]
 
     def row(self, name: str) -> PaperRow | None:
-        """The row of a name, in which case, spaces and pluses do not matter; None if there is none."""
+        """The row of a name; case, spaces and pluses do not matter. None if there is no such row."""
         return next((row for row in self.rows if _key(row.name) == _key(name)), None)
 
 
