@@ -96,10 +96,8 @@ def test_pairs_are_those_of_a_comparison_of_all(monkeypatch: pytest.MonkeyPatch)
     assert len(expected) > 50
 
     def pairs() -> set[tuple[int, int]]:
-        found = scan_module._candidates(hashes)
-        return {
-            (min(a, b), max(a, b)) for one, other in found for a, b in zip(one.tolist(), other.tolist(), strict=True)
-        }
+        found = [np.stack(each, axis=1) for each in scan_module._candidates(hashes)]
+        return set(map(tuple, np.sort(np.concatenate(found), axis=1).tolist()))
 
     assert pairs() == expected
     monkeypatch.setattr(scan_module, "_WINDOW", 2)

@@ -41,33 +41,14 @@ def test_killed_run_counts_as_far_as_its_log_reaches(bare: Path) -> None:
 
 
 def test_torn_and_repeated_lines(bare: Path) -> None:
-    write_lines(
-        bare,
-        {"kind": "train", "step": 1, "loss": 3.0},
-        {"kind": "train", "step": 2, "loss": 9.0},
-        '{"kind": "train", "st{"kind": "train", "step": 3}',
-        {"kind": "eval", "step": 2, "labels": "seg", "miou": 5.0},
-        {"kind": "eval", "step": 2, "labels": "cam", "miou": 6.0},
-        {"kind": "train", "step": 2, "loss": 2.0},
-        '{"kind": "train", "step": 4, "loss": NaN}',
-        '{"kind": "train", "step"',
-    )
+    losses = [{"kind": "train", "step": step, "loss": loss} for step, loss in ((1, 3.0), (2, 9.0), (2, 2.0))]
+    scores = [{"kind": "eval", "step": 2, "labels": kind, "miou": miou} for kind, miou in (("seg", 5.0), ("cam", 6.0))]
+    torn = '{"kind": "train", "st{"kind": "train", "step": 3}'
+    write_lines(bare, *losses[:2], torn, *scores, losses[2], '{"kind": "train", "step": 4, "loss": NaN}', torn[:9])
     lines = read_metrics(bare)
-    assert [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"] == [
-        (1, 3.0),
-        (2, 2.0),
-        (4, None),
-    ]
+    found = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+    assert found == [(1, 3.0), (2, 2.0), (4, None)]
     assert [line["miou"] for line in lines if line["kind"] == "eval"] == [5.0, 6.0]
-
-
-@pytest.mark.parametrize("make", [False, True])
-def test_not_a_run_folder(tmp_path: Path, make: bool) -> None:
-    folder = tmp_path / "nothing"
-    if make:
-        folder.mkdir()
-    with refused("nothing: ", "afa train"):
-        collect_report(folder)
 
 
 @pytest.mark.parametrize(("text", "found"), [("{", "not valid JSON"), ("[1]", "holds list, not a JSON object")])
