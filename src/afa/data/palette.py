@@ -103,5 +103,4 @@ def write_index_png(path: Path, label: NDArray[np.uint8]) -> None:
     Raises:
         AfaError: The file cannot be written.
     """
-    content = index_png(label)
-    write_whole(path, lambda file: file.write(content))
+    write_whole(path, index_png(label))

@@ -24,6 +24,7 @@ from afa.config import Config, config_from_dict, config_to_dict
 from afa.errors import AfaError, first_line
 from afa.inference.model_card import is_hub_id, model_card, read_figures
 from afa.runs.build import LoadedRun, build_network, load_run, load_weights
+from afa.runs.run import Run
 from afa.types import IMAGE_MEAN, IMAGE_STD
 
 FORMAT: Final = 1
@@ -118,7 +119,7 @@ def load_pretrained(source: str | Path, device: torch.device) -> LoadedRun:
             pickled, broken or of another network.
     """
     folder = find_pretrained(source)
-    if (folder / "config.toml").is_file():
+    if Run(folder).exists:
         return load_run(folder, device)
     description = _read_description(folder)
     classes = _read_classes(folder / _CONFIG, description)
@@ -172,7 +173,7 @@ def push_to_hub(source: str | Path | LoadedRun, repo_id: str, *, private: bool =
 
 def _check_free(folder: Path) -> None:
     """Refuse to write among the files of something else."""
-    if (folder / "config.toml").is_file():
+    if Run(folder).exists:
         raise AfaError(f"{folder}: is a run folder; save into another one")
     if (folder / _CONFIG).is_file():
         _read_description(folder)
@@ -231,7 +232,7 @@ def _without_paths(config: Config) -> Config:
 
 def _figures(origin: Path) -> dict[str, Any]:
     """Figures for the card, from the run or from the folder that was saved of it."""
-    if (origin / "config.toml").is_file():
+    if Run(origin).exists:
         return read_figures(origin)
     figures = _read_description(origin).get("figures")
     return figures if isinstance(figures, dict) else {}

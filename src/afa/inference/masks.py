@@ -240,8 +240,7 @@ def _missing(
         return missing
     if resume and next(masks.rglob("*.png"), None) is not None:
         raise AfaError(f"{path}: missing, so nothing says what made the masks in {masks}; {otherwise} folder")
-    text = json.dumps(now, indent=1) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_whole(path, json.dumps(now, indent=1) + "\n")
     return names
 
 

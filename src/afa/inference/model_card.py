@@ -6,7 +6,6 @@ model_card.md.j2.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +14,8 @@ from typing import Any, Final
 from huggingface_hub import ModelCard, ModelCardData
 
 from afa.config import SUPERVISION_NAMES, Config, ModelConfig
-from afa.errors import AfaError
 from afa.model.registry import BACKBONES
-from afa.runs.build import find_weights
+from afa.runs.run import Run
 
 _KINDS: Final = {
     "seg": "segmentation",
@@ -34,11 +32,11 @@ def is_hub_id(text: str) -> bool:
     return re.fullmatch(f"{name}/{name}", text) is not None and not text.endswith((".pth", ".pt"))
 
 
-def read_figures(run: Path) -> dict[str, Any]:
+def read_figures(folder: Path) -> dict[str, Any]:
     """Gather what a run folder tells of its training and scores.
 
     Args:
-        run: Run folder.
+        folder: Run folder.
 
     Returns:
         Values that JSON can hold: `evaluation`, label kind -> miou, per_class, protocol and num_images, from
@@ -48,17 +46,17 @@ def read_figures(run: Path) -> dict[str, Any]:
     Raises:
         AfaError: One of the files is not a JSON object.
     """
-    report, environment = _read_object(run / "report.json"), _read_object(run / "environment.json")
+    run = Run(folder)
+    report, environment = run.report(), run.environment()
     evaluation: dict[str, Any] = {}
     for kind in _KINDS:
-        scores = _read_object(run / "evaluation" / f"{kind}.json")
+        scores = run.scores(kind)
         if not scores and kind == "seg" and report.get("miou") is not None:
             scores = report | {"per_class": (report.get("per_class") or {}).get("seg")}
         if scores.get("miou") is not None:
             evaluation[kind] = {key: scores.get(key) for key in _SCORE_KEYS}
     training = {key: environment[key] for key in _TRAINING_KEYS if environment.get(key) is not None}
-    weights = find_weights(run)
-    unfinished = {} if weights.parent == run else {"unfinished": weights.parent.name}
+    unfinished = {} if run.is_complete else {"unfinished": run.newest_weights().parent.name}
     return {"evaluation": evaluation, "training": training, **unfinished}
 
 
@@ -130,16 +128,3 @@ def _training(config: Config, figures: Mapping[str, Any]) -> dict[str, str]:
 def _inline(text: str) -> str:
     """A name as text of one line that starts no markup of its own."""
     return re.sub(r"([\\`*_<>\[\]])", r"\\\1", " ".join(text.split()))
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
-    except (ValueError, RecursionError) as error:
-        raise AfaError(f"{path}: not valid JSON ({error}); write it again or delete it") from None
-    if not isinstance(value, dict):
-        raise AfaError(f"{path}: holds {type(value).__name__}, not a JSON object; write it again or delete it")
-    return value

@@ -307,7 +307,7 @@ def _write_checked(
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise AfaError(f"{path}: this network cannot be exported ({reason})") from None
-    write_whole(path, lambda file: file.write(content))
+    write_whole(path, content)
     return check
 
 

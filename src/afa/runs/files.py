@@ -11,24 +11,37 @@ from typing import BinaryIO
 from afa.errors import AfaError
 
 
-def write_whole(path: Path, save: Callable[[BinaryIO], object]) -> None:
+def write_whole(
+    path: Path,
+    contents: str | bytes | Callable[[BinaryIO], object],
+    *,
+    durable: bool = False,
+    remedy: str = "free space or choose another folder",
+) -> None:
     """Write a file under another name in the same folder and rename it, so that it is never seen half written.
 
     Args:
         path: File to write or replace; missing folders are made.
-        save: Writes the contents into the open file.
+        contents: Text (UTF-8), bytes, or a function that writes them into the open file.
+        durable: Wait until the disk has the contents, so that the file survives a power cut too.
+        remedy: What the user can do about a disk that refuses.
 
     Raises:
-        AfaError: The file cannot be written; nothing of it is left.
+        AfaError: The file cannot be written; nothing of it is left, and what `path` held before stays.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
-            save(file)
-        os.replace(partial, path)
+            if callable(contents):
+                contents(file)
+            else:
+                file.write(contents.encode() if isinstance(contents, str) else contents)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        reason = error.strerror or error
-        raise AfaError(f"{path}: cannot be written ({reason}); free space or choose another folder") from None
+        raise AfaError(f"{path}: cannot be written ({error.strerror or error}); {remedy}") from None
