@@ -31,7 +31,7 @@ import torch
 
 from afa.api import evaluate
 from afa.config import Config, config_to_dict, load_config
-from afa.data.layout import find_layout
+from afa.data.open import open_data
 from afa.demo.shapes import DEFAULT_STYLE
 from afa.demo.write import write_shapes
 from afa.errors import AfaError
@@ -186,7 +186,7 @@ def pretrained_encoder(out: Path, *, steps: int) -> Path:
     say(f"pretraining: {run}")
     config = load_config(None, keys, preset="demo")
     device = pick_device(config.train.device)
-    data = find_layout(config.data)
+    data = open_data(config.data)
     resume = (run / "config.toml").is_file()
     result = train(config, data, run, device=device, resume=resume, progress=False)
     network: Any = result.network.cpu()

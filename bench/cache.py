@@ -28,9 +28,9 @@ import torch
 from PIL import Image
 
 from afa.config import Config, load_config
+from afa.data.dataset import TaggedImages
 from afa.data.loader import train_batches
 from afa.data.pixel_cache import PixelCache
-from afa.data.voc import TaggedImages
 from afa.runs.build import build_network
 from afa.runtime import pick_device
 from afa.training.engine import TrainingEngine

@@ -82,7 +82,7 @@ def test_finished_runs_and_scores_are_kept(
     monkeypatch.setattr(bench, "train_and_report", train)
     monkeypatch.setattr(bench, "train", pretrain)
     monkeypatch.setattr(bench, "write_shapes", lambda root, **_: None)
-    monkeypatch.setattr(bench, "find_layout", lambda data: None)
+    monkeypatch.setattr(bench, "open_data", lambda data: None)
     command = ["--out", str(tmp_path), "--seeds", "2", "--steps", "10", "--tables", "1", "3"]
     command += ["--pretraining-steps", "7"]
     assert bench.main(command) == 0

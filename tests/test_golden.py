@@ -26,14 +26,14 @@ from safetensors.numpy import load_file
 
 from afa.cli import main
 from afa.config import DataConfig
-from afa.data.layout import find_layout
+from afa.data.open import open_data
 from layouts import LAYOUTS
 
 
 def said_of(root: Path) -> dict[str, Any]:
     """What is found in a data set: the one place here that names functions which may move."""
-    layout = find_layout(DataConfig(root=str(root)))
-    sides = {"train": layout.training(), "validation": layout.validation() if layout.has_validation else None}
+    layout = open_data(DataConfig(root=str(root)))
+    sides = {"train": layout.train(), "validation": layout.validation() if layout.has_validation else None}
     return {
         "says": layout.describe(),
         "classes": layout.classes,

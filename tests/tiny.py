@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from afa.config import Config, config_to_toml, load_config
-from afa.data.layout import find_layout
+from afa.data.open import open_data
 from afa.runs.build import build_network
 from afa.training.loop import TrainResult, train
 
@@ -46,7 +46,7 @@ def tiny_config(root: Path, keys: dict[str, Any] | None = None) -> Config:
 
 def train_tiny(config: Config, run: Path, *, resume: bool = False, progress: bool = False) -> TrainResult:
     """Train alone on the CPU."""
-    data = find_layout(config.data)
+    data = open_data(config.data)
     return train(config, data, run, device=torch.device("cpu"), resume=resume, progress=progress)
 
 

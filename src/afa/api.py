@@ -13,8 +13,8 @@ from typing import Any, cast
 
 from afa.check import collect
 from afa.config import Config, DataConfig, config_to_dict, load_config
-from afa.data.layout import find_layout
-from afa.data.tags import read_tags
+from afa.data.open import open_data
+from afa.data.readers.tag_files import read_tags
 from afa.errors import AfaError
 from afa.evaluation import evaluate as evaluation
 from afa.evaluation.evaluate import EvaluationResult, first_images
@@ -101,7 +101,7 @@ def training_config(
         raise AfaError("data.root is not set; pass the folder of the data set")
     if folder is None or file is not None or preset is not None:
         return config, ()
-    return choose_defaults(find_layout(config.data), pick_device(config.train.device), keys)
+    return choose_defaults(open_data(config.data), pick_device(config.train.device), keys)
 
 
 def evaluate(
@@ -143,7 +143,7 @@ def evaluate(
     device = pick_device(config.train.device)
     with process_group(device) as processes:
         loaded = load_run(run, device)
-        layout = find_layout(config.data)
+        layout = open_data(config.data)
         if labels == "seg" and not layout.has_masks and config.data.mask_dir == DataConfig().mask_dir:
             if processes.is_main:
                 say(f"{layout.root}: no masks, so nothing tells the mIoU; the tags are scored")
@@ -156,7 +156,7 @@ def evaluate(
             )
         return evaluation.evaluate(
             loaded.network,
-            first_images(layout.scored(list_file=list_file), limit),
+            first_images(layout.masked(list_file=list_file), limit),
             config,
             labels=labels,
             refine=refine,
@@ -262,7 +262,7 @@ def pseudo_labels(
     config = run_config(run, overrides, data=data)
     device = pick_device(config.train.device)
     loaded = load_run(run, device)
-    images = find_layout(config.data).training(list_file=list_file)
+    images = open_data(config.data).train(list_file=list_file)
     summary = prediction.pseudo_files(
         loaded.network,
         images,
@@ -312,7 +312,7 @@ def check_data(
         if file is None and preset is None:
             with contextlib.suppress(AfaError):  # what is wrong with the data set is the check's to tell
                 device = pick_device(config.train.device)
-                config, _ = choose_defaults(find_layout(config.data), device, keys, need_weights=False)
+                config, _ = choose_defaults(open_data(config.data), device, keys, need_weights=False)
     return collect.check_data(config, fast=fast, limit=limit, progress=progress)
 
 

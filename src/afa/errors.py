@@ -17,6 +17,12 @@ class AfaError(ValueError):
     """
 
 
+def shown(value: object) -> str:
+    """A value as messages show it: one line, cut where it is long."""
+    quoted = repr(value)
+    return quoted if len(quoted) <= 120 else f"{quoted[:100]}... ({len(quoted)} characters)"
+
+
 def first_line(error: Exception) -> str:
     """What a foreign exception says, cut to one line; its class where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,7 +10,7 @@ from typing import Any
 
 from afa.check.tags import check_fast
 from afa.config import Config, load_config
-from afa.data.layout import Layout, find_layout
+from afa.data.open import DataSet, open_data
 from afa.demo.write import MARKER_NAME, write_shapes
 from afa.errors import AfaError
 from afa.evaluation.evaluate import evaluate
@@ -46,7 +46,7 @@ def train_and_report(config: Config, run: Path, *, resume: bool = False, progres
             `afa.evaluation.evaluate.evaluate`.
     """
     device = pick_device(config.train.device)
-    data = find_layout(config.data)
+    data = open_data(config.data)
     warnings = _check(config, data)
     with process_group(device) as processes:
         for warning in warnings if processes.is_main else ():
@@ -86,7 +86,7 @@ def train_and_report(config: Config, run: Path, *, resume: bool = False, progres
             say(f"run folder {run}; open {page}")
 
 
-def _check(config: Config, data: Layout) -> list[str]:
+def _check(config: Config, data: DataSet) -> list[str]:
     """The warnings of the fast check; its errors are one error."""
     problems = check_fast(data, config)
     errors = [problem.message for problem in problems if problem.severity == "error"]
@@ -99,7 +99,7 @@ def _check(config: Config, data: Layout) -> list[str]:
 
 def _score_tags(
     config: Config,
-    data: Layout,
+    data: DataSet,
     run: Path,
     network: AfaNetwork,
     *,

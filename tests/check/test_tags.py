@@ -12,7 +12,7 @@ from PIL import Image
 
 from afa.check.tags import check_fast
 from afa.config import load_config
-from afa.data.layout import find_layout
+from afa.data.open import open_data
 from afa.data.palette import write_index_png
 
 CATS_AND_DOGS = ["cat"] * 20 + ["dog"] * 20
@@ -31,7 +31,7 @@ def write_table(root: Path, tags: list[str], *, split: list[str] | None = None) 
 def found(root: Path, **keys: Any) -> list[str]:
     """Problems in words, errors first, without the note that nothing will be scored."""
     config = load_config(None, {"data.root": str(root), "data.split_fraction": 0, **keys})
-    problems = [f"{problem.severity}: {problem.message}" for problem in check_fast(find_layout(config.data), config)]
+    problems = [f"{problem.severity}: {problem.message}" for problem in check_fast(open_data(config.data), config)]
     assert not any("\n" in text for text in problems)
     return [text for text in problems if "will be scored" not in text]
 
@@ -106,7 +106,7 @@ def test_images_on_both_lists_and_what_opening_refuses(tmp_path: Path) -> None:
     for name in names:
         Image.new("RGB", (6, 4)).save(tmp_path / "JPEGImages" / f"{name}.jpg")
     (error,) = [text for text in found(tmp_path) if text.startswith("error")]
-    assert "no file for 'i43'" in error  # there is a folder of masks, without masks
+    assert "no i43.png (7 of 7" in error  # there is a folder of masks, without masks
     for name in names[43:]:
         write_index_png(tmp_path / "SegmentationClassAug" / f"{name}.png", np.zeros((4, 6), dtype=np.uint8))
     (warning,) = found(tmp_path)

@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from afa.config import DataConfig
 from afa.data import coco as coco_module
 from afa.data.coco import Instance, convert_coco, decode_runs, fill_polygons, main, semantic_mask
-from afa.data.layout import find_layout, open_scored, open_tagged
+from afa.data.open import open_data
 from afa.data.palette import write_index_png
 from afa.errors import AfaError
 
@@ -147,13 +147,13 @@ def test_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main([str(path), str(images), str(out), "--split", split]) == 0
     said = capsys.readouterr().out
     assert said.count("5 images with annotations, 1 without left out; 5 masks written, 0 there before") == 2
-    layout = find_layout(DataConfig(root=str(out)))
+    layout = open_data(DataConfig(root=str(out)))
     assert layout.kind == "voc"
     assert layout.classes == ("cat", "dog", "traffic light")
-    tagged = open_tagged(DataConfig(root=str(out)))
+    tagged = open_data(DataConfig(root=str(out))).train()
     assert tagged.names[0] == "images1/COCO_000000000001"
     assert tagged.image(0).shape == (HEIGHT, WIDTH, 3)
-    scored = open_scored(DataConfig(root=str(out)))
+    scored = open_data(DataConfig(root=str(out))).masked()
     assert len(scored) == 5
     oracle = COCO(str(val))
     for i, name in enumerate(scored.names):

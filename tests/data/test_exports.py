@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from afa.data.exports import read_coco, read_cvat
-from afa.data.tags import read_tag_file, tag_file_kind
+from afa.data.readers.tag_files import TagFile, read_tag_file
 from afa.errors import AfaError
 
 COCO: dict[str, Any] = {
@@ -35,12 +34,12 @@ def write(folder: Path, content: Any, name: str = "export.json") -> Path:
 
 
 def tags_of(path: Path) -> dict[str, tuple[str, ...]]:
-    return {entry.image: entry.tags for entry in read_tag_file(path).entries.values()}
+    return {entry.image: entry.tags for entry in read_tag_file(TagFile(path)).entries.values()}
 
 
 def message(path: Path) -> str:
     with pytest.raises(AfaError) as caught:
-        read_tag_file(path)
+        read_tag_file(TagFile(path))
     text = str(caught.value)
     assert "\n" not in text
     assert str(path) in text
@@ -49,9 +48,8 @@ def message(path: Path) -> str:
 
 def test_coco(tmp_path: Path) -> None:
     path = write(tmp_path, COCO)
-    assert tag_file_kind(path) == "coco"
-    classes, _ = read_coco(path)
-    assert classes == ("bicycle", "cat", "toothbrush")
+    assert TagFile(path).kind == "coco"
+    assert read_tag_file(TagFile(path)).classes == ("bicycle", "cat", "toothbrush")
     assert tags_of(path) == {"b.jpg": ("cat",), "train/a.jpg": ("bicycle", "toothbrush"), "c.jpg": ()}
     assert tags_of(write(tmp_path, dict(reversed(COCO.items())))) == tags_of(path)
 
@@ -69,7 +67,7 @@ def reachable(value: object) -> list[object]:
 
 
 def test_no_outline_of_coco_is_held(tmp_path: Path) -> None:
-    held = reachable(read_tag_file(write(tmp_path, COCO)))
+    held = reachable(read_tag_file(TagFile(write(tmp_path, COCO))))
     assert "cat" in held
     assert 12345.5 not in held
     assert not [item for item in held if isinstance(item, str) and ("SECRET" in item or "segmentation" in item)]
@@ -88,7 +86,7 @@ def test_no_outline_of_coco_is_held(tmp_path: Path) -> None:
         ({"annotations": [{"image_id": 9, "category_id": 2}]}, "image id 9, which"),
         ({"annotations": [{"image_id": 3, "category_id": 1}]}, "category id 1, which"),
         ({"annotations": [{"image_id": 3}]}, "{'image_id': 3} has no whole number as category_id"),
-        ({"annotations": [5]}, "[5] has no whole number as image_id"),
+        ({"annotations": [5]}, "5 has no whole number as image_id"),
         ({"categories": [{"id": 2, "name": "a"}, {"id": 90, "name": "a"}, {"id": 17, "name": "b"}]}, "class 'a' is"),
     ],
 )
@@ -117,7 +115,7 @@ def test_label_studio(tmp_path: Path) -> None:
         {"id": 4, "data": {"image": "pets/d.PNG"}, "annotations": [{"result": [result("brushlabels", ["cat"])]}]},
     ]
     path = write(tmp_path, tasks)
-    assert tag_file_kind(path) == "labelstudio"
+    assert TagFile(path).kind == "labelstudio"
     assert tags_of(path) == {
         "0a1b2c3d-my cat.jpg": ("bird", "cat", "cow", "dog"),
         "pets/b.jpg": (),
@@ -134,7 +132,7 @@ def test_label_studio_short_export(tmp_path: Path) -> None:
         {"image": "d.jpg", "id": 4, "boxes": [{"x": 1, "rectanglelabels": ["cow"]}], "annotator": 1},
     ]
     path = write(tmp_path, tasks)
-    assert tag_file_kind(path) == "labelstudio"
+    assert TagFile(path).kind == "labelstudio"
     assert tags_of(path) == {"a.jpg": ("cat",), "b.jpg": ("cat", "dog"), "c.jpg": ("bird",), "d.jpg": ("cow",)}
 
 
@@ -162,7 +160,7 @@ CVAT = """<?xml version="1.0" encoding="utf-8"?>
 
 def test_cvat(tmp_path: Path) -> None:
     path = write(tmp_path, CVAT, "annotations.xml")
-    file = read_tag_file(path)
+    file = read_tag_file(TagFile(path))
     assert file.classes == ("dog", "cat", "unused")
     assert file.declared
     assert [(entry.image, entry.tags, entry.split) for entry in file.entries.values()] == [
@@ -175,8 +173,8 @@ def test_cvat(tmp_path: Path) -> None:
 
 def test_cvat_without_list_of_labels(tmp_path: Path) -> None:
     path = write(tmp_path, '<annotations><image name="a.jpg"><tag label="b"/></image></annotations>', "a.xml")
-    assert read_cvat(path)[0] == ()
-    assert read_tag_file(path).classes == ("b",)
+    found = read_tag_file(TagFile(path))
+    assert (found.classes, found.declared) == (("b",), False)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from afa.config import DataConfig
 from afa.data.images import read_image, read_mask
-from afa.data.layout import find_layout
+from afa.data.open import open_data
 from afa.errors import AfaError
 
 XML = (
@@ -49,9 +49,9 @@ def spoil(good: bytes, place: int, length: int, put: bytes) -> bytes:
 
 
 def open_everything(root: Path) -> None:
-    layout = find_layout(DataConfig(root=str(root)))
-    layout.training()
-    layout.scored().mask(0)
+    layout = open_data(DataConfig(root=str(root)))
+    layout.train()
+    layout.masked().mask(0)
     layout.describe()
 
 

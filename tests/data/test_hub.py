@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from afa.config import load_config
-from afa.data.hub import tagged_dataset
 from afa.data.loader import train_batches
+from afa.data.readers.datasets import tagged_dataset
 from afa.errors import AfaError
 
 datasets = pytest.importorskip("datasets")

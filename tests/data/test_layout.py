@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from afa.config import DataConfig
-from afa.data import layout as layout_module
-from afa.data.layout import Layout, find_layout, open_scored, open_tagged
+from afa.data.dataset import MaskedImages, TaggedImages
+from afa.data.open import DataSet, open_data
 from afa.data.palette import write_index_png
-from afa.data.voc import ScoredImages, TaggedImages
+from afa.data.readers.tag_files import READERS
 from afa.errors import AfaError
 from layouts import (
     CLASSES,
@@ -39,8 +39,8 @@ from mistakes import refused
 from opened import Opened
 
 
-def found(root: Path, **keys: Any) -> Layout:
-    return find_layout(DataConfig(root=str(root), **keys))
+def found(root: Path, **keys: Any) -> DataSet:
+    return open_data(DataConfig(root=str(root), **keys))
 
 
 def tags_of(images: TaggedImages) -> dict[str, tuple[str, ...]]:
@@ -49,9 +49,9 @@ def tags_of(images: TaggedImages) -> dict[str, tuple[str, ...]]:
     }
 
 
-def everything(layout: Layout) -> dict[str, tuple[str, ...]]:
+def everything(layout: DataSet) -> dict[str, tuple[str, ...]]:
     """The tags of both sides."""
-    sides = tags_of(layout.training())
+    sides = tags_of(layout.train())
     return sides | (tags_of(layout.validation()) if layout.has_validation else {})
 
 
@@ -78,7 +78,7 @@ def test_files_of_tags_are_found(tmp_path: Path, kind: str, place: str, content:
     assert "2 classes (cat, dog)" in line
     assert "1 without tags left out, no masks" in line
     assert "\n" not in line
-    assert open_tagged(DataConfig(root=str(tmp_path))).image(0).shape == (4, 6, 3)
+    assert open_data(DataConfig(root=str(tmp_path))).train().image(0).shape == (4, 6, 3)
 
 
 def test_voc_xml_without_lists(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_folders_of_classes(tmp_path: Path) -> None:
     layout = found(tmp_path)
     assert layout.kind == "imagefolder"
     assert layout.classes == CLASSES
-    assert tags_of(layout.training())["dog/more/x"] == ("dog",)
+    assert tags_of(layout.train())["dog/more/x"] == ("dog",)
     assert layout.untagged == ("loose",)
     assert layout.describe() == (
         f"{tmp_path}: folders of classes, 3 classes (bird, cat, dog); 25 images to train on, 6 for validation "
@@ -123,12 +123,12 @@ def test_folders_of_splits(tmp_path: Path) -> None:
         class_folders(tmp_path, f"{side}/")
     layout = found(tmp_path)
     assert layout.classes == CLASSES
-    assert set(tags_of(layout.training())) == {f"train/{c}/{i}" for c in CLASSES for i in range(10)}
+    assert set(tags_of(layout.train())) == {f"train/{c}/{i}" for c in CLASSES for i in range(10)}
     assert set(tags_of(layout.validation())) == {f"Valid/{c}/{i}" for c in CLASSES for i in range(10)}
     assert "30 in a test split left out" in layout.describe()
     shutil.rmtree(tmp_path / "Valid")
     layout = found(tmp_path)
-    assert len(layout.training()), len(layout.validation()) == (24, 6)
+    assert len(layout.train()), len(layout.validation()) == (24, 6)
 
 
 def test_a_class_may_be_named_train(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_split_stated_by_files_columns_subsets_and_folders(tmp_path: Path) -> No
     write(tmp_path / "folders", "tags.csv", "file,tags\n" + "".join(f"{n},cat\n" for n, _ in rows))
     for name in ("files", "column", "cvat", "folders"):
         layout = found(tmp_path / name)
-        assert set(layout.training().names) == {"train/0", "train/1", "train/2"}, name
+        assert set(layout.train().names) == {"train/0", "train/1", "train/2"}, name
         assert set(layout.validation().names) == {"val/0", "val/1", "val/2"}, name
         assert "(as the data says)" in layout.describe()
     assert found(tmp_path / "files").classes == ("cat", "dog")
@@ -161,7 +161,7 @@ def test_metadata_in_split_folders(tmp_path: Path) -> None:
     metadata_sides(tmp_path)
     layout = found(tmp_path)
     assert layout.kind == "hf"
-    assert tags_of(layout.training()) == {"train/a": ("cat",)}
+    assert tags_of(layout.train()) == {"train/a": ("cat",)}
     assert tags_of(layout.validation()) == {"validation/a": ("cat",)}
     assert layout.untagged == ("train/b", "validation/b")
 
@@ -169,7 +169,7 @@ def test_metadata_in_split_folders(tmp_path: Path) -> None:
 def test_split_made_here(tmp_path: Path) -> None:
     table(tmp_path)
     layout, again = found(tmp_path), found(tmp_path)
-    train, val = layout.training().names, layout.validation().names
+    train, val = layout.train().names, layout.validation().names
     assert (len(train), len(val)) == (24, 6)
     assert set(train) | set(val) == {f"{i:02d}" for i in range(30)}
     assert again.validation().names == val
@@ -180,7 +180,7 @@ def test_split_made_here(tmp_path: Path) -> None:
     assert len(found(tmp_path, split_fraction=0.5).validation()) == 15
     for keys in ({"split_fraction": 0.0}, {"val_list": ""}):
         assert not found(tmp_path, **keys).has_validation
-        assert len(found(tmp_path, **keys).training()) == 30
+        assert len(found(tmp_path, **keys).train()) == 30
     with pytest.raises(AfaError, match=r"validation.*data\.split_fraction is 0"):
         found(tmp_path, split_fraction=0.0).validation()
 
@@ -189,10 +189,10 @@ def test_other_lists(tmp_path: Path) -> None:
     table(tmp_path)
     write(tmp_path, "some.txt", "03\n01.png\n")
     data = DataConfig(root=str(tmp_path))
-    assert open_tagged(data, list_file="some.txt").names == ("03", "01")
+    assert open_data(data).train(list_file="some.txt").names == ("03", "01")
     write(tmp_path, "some.txt", "03\nx\n")
     with pytest.raises(AfaError, match=r"some\.txt: .*'x' \(1 of 2 .*; correct"):
-        open_tagged(data, list_file="some.txt")
+        open_data(data).train(list_file="some.txt")
 
 
 def test_class_list_with_colors(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_class_subset(tmp_path: Path) -> None:
     table(tmp_path)
     layout = found(tmp_path, class_subset=("dog", "bird"))
     assert layout.classes == ("dog", "bird")
-    assert len(layout.training()) + len(layout.validation()) == 20
+    assert len(layout.train()) + len(layout.validation()) == 20
     # A network may have been trained on more classes than these tags ever meet, unless the classes are stated.
     assert everything(found(tmp_path, class_subset=("yak", "dog")))["02"] == ("dog",)
     assert "unknown class 'yak'" in message(tmp_path, class_subset=("yak",), classes=CLASSES)
@@ -224,11 +224,11 @@ def test_masks_beside(tmp_path: Path, folder: str) -> None:
     layout = found(tmp_path)
     assert layout.has_masks
     assert f"masks in {folder}" in layout.describe()
-    images = open_scored(DataConfig(root=str(tmp_path)))
+    images = open_data(DataConfig(root=str(tmp_path))).masked()
     assert images.names == layout.validation().names
     assert images.mask(0).tolist() == [[0, 1, 2, 3, 255, 0]] * 4
     assert images.has_tags(0)
-    only_dog = found(tmp_path, class_subset=("dog",)).scored()
+    only_dog = found(tmp_path, class_subset=("dog",)).masked()
     assert only_dog.mask(0).tolist() == [[0, 255, 255, 1, 255, 0]] * 4
 
 
@@ -239,44 +239,44 @@ def test_masks_follow_the_folders_of_the_images(tmp_path: Path) -> None:
     layout = found(tmp_path)
     assert layout.classes == CLASSES
     write(tmp_path, "l.txt", "cat/1\ndog/1\n")
-    assert layout.scored(list_file="l.txt").mask(1).shape == (4, 6)
+    assert layout.masked(list_file="l.txt").mask(1).shape == (4, 6)
     shutil.rmtree(tmp_path / "masks")
     write_index_png(tmp_path / "masks" / "1.png", np.zeros((4, 6), dtype=np.uint8))
     with pytest.raises(AfaError, match=r"1\.png: .*'cat/1' and 'dog/1'.*share"):
-        found(tmp_path).scored(list_file="l.txt")
+        found(tmp_path).masked(list_file="l.txt")
 
 
 def test_scoring_without_masks(tmp_path: Path) -> None:
     layout = found(table(tmp_path))
     assert not layout.has_masks
     assert layout.has_validation
-    with pytest.raises(AfaError, match=r"no folder.*index PNGs into .*masks"):
-        layout.scored()
+    with pytest.raises(AfaError, match=r"masks: no folder of masks; put"):
+        layout.masked()
     (tmp_path / "masks").mkdir()
     with pytest.raises(AfaError, match=r"masks: no \d\d\.png \(6 of 6 .*; add"):
-        found(tmp_path).scored()
+        found(tmp_path).masked()
     with_masks(tmp_path / "more")
     with pytest.raises(AfaError, match=r"class 'yak'.*mask values"):
-        found(tmp_path / "more", class_subset=("yak", "dog")).scored()
+        found(tmp_path / "more", class_subset=("yak", "dog")).masked()
 
 
 def test_training_has_no_way_to_the_masks(tmp_path: Path) -> None:
     layout = found(with_masks(tmp_path))
-    for images in (layout.training(), layout.validation()):
+    for images in (layout.train(), layout.validation()):
         assert type(images) is TaggedImages
         assert not any("masks" in str(images.image_path(i)) for i in range(len(images)))
-    assert isinstance(layout.scored(), ScoredImages)
+    assert isinstance(layout.masked(), MaskedImages)
 
 
 @pytest.mark.parametrize("make", [with_masks, lambda root: (class_folders(root), with_masks(root))])
 def test_masks_are_not_even_listed_for_training(tmp_path: Path, make: Callable[[Path], Any]) -> None:
     make(tmp_path)
     with Opened.recorded() as paths:
-        found(tmp_path).training()
+        found(tmp_path).train()
     assert paths
     assert not [path for path in paths if f"{path}/".startswith(f"{tmp_path}/masks/")]
     with Opened.recorded() as paths:
-        found(tmp_path).scored()
+        found(tmp_path).masked()
     assert [path for path in paths if f"{path}/".startswith(f"{tmp_path}/masks/")]
 
 
@@ -298,12 +298,12 @@ def test_voc_lists_win(tmp_path: Path) -> None:
         f"{tmp_path}: VOC layout, 3 classes (bird, cat, dog); 3 images to train on (lists/train.txt), 1 image for "
         "validation (lists/val.txt), tags from tags.csv, masks in SegmentationClassAug"
     )
-    assert layout.training().names == ("00", "01", "02")
-    assert layout.validation().names == layout.scored().names == ("03",)
+    assert layout.train().names == ("00", "01", "02")
+    assert layout.validation().names == layout.masked().names == ("03",)
     assert layout.has_masks
     assert layout.has_validation
     assert found(tmp_path, layout="table").kind == "table"
-    assert found(table(tmp_path / "other"), layout="voc").kind == "voc"
+    assert found(table(tmp_path / "other"), layout="voc", image_dir="images").kind == "voc"
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_voc_lists_win(tmp_path: Path) -> None:
 def test_wrong_settings(tmp_path: Path, keys: dict[str, Any], expected: str) -> None:
     data = replace(DataConfig(root=str(table(tmp_path))), **keys)
     with refused(expected):
-        find_layout(data)
+        open_data(data)
 
 
 def test_nothing_is_found(tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_nothing_is_found(tmp_path: Path) -> None:
     touch(tmp_path, "JPEGImages/a.jpg")
     shutil.rmtree(tmp_path / "images")
     with pytest.raises(AfaError, match=r"lists/train\.txt: .*data\.train_list"):
-        found(tmp_path).training()
+        found(tmp_path).train()
 
 
 def test_two_files_of_tags(tmp_path: Path) -> None:
@@ -409,7 +409,7 @@ def test_names_that_would_meet_on_another_system(tmp_path: Path) -> None:
     assert "'a.jpg' and 'A.jpg' differ in case" in message(tmp_path)
     write(tmp_path, "tags.csv", "file,tags\na.jpg,cat\nb.png,dog\n")
     assert set(everything(found(tmp_path))) == {"a", "b"}
-    assert found(tmp_path).training().image_path(1).name in ("a.jpg", "b.png")
+    assert found(tmp_path).train().image_path(1).name in ("a.jpg", "b.png")
     write(tmp_path, "tags.csv", "file,tags\nb,dog\n")
     assert "image 'b' may be 'b.jpg' or 'b.png'" in message(tmp_path)
     (tmp_path / "images").rename(tmp_path / "dog")
@@ -460,7 +460,7 @@ def test_one_walk_and_no_look_at_single_images(tmp_path: Path, monkeypatch: pyte
         original = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, f=original, n=name, **k: (calls.append(n), f(*a, **k))[1])
     layout = found(tmp_path)
-    assert len(layout.training()) + len(layout.validation()) == folders * each
+    assert len(layout.train()) + len(layout.validation()) == folders * each
     assert calls.count("scandir") < folders + 20
     assert len(calls) < 5 * folders
 
@@ -540,8 +540,8 @@ def assert_no_traceback(root: Path, tags: str) -> None:
     """Opening succeeds, or fails with one line that can be printed."""
     said = ""
     try:
-        layout = find_layout(DataConfig(root=str(root), tags=tags))
-        layout.training()
+        layout = open_data(DataConfig(root=str(root), tags=tags))
+        layout.train()
         said = layout.describe()
     except AfaError as error:
         said = str(error)
@@ -559,4 +559,4 @@ def test_what_is_spoiled_was_good(fuzzed: Path, name: str) -> None:
 
 def test_every_layout_of_the_configuration_is_known() -> None:
     kinds = {"voc", "table", "imagefolder", "hf", "coco", "labelstudio", "cvat"}
-    assert all(layout_module._words(kind) for kind in kinds)
+    assert kinds - {"voc", "imagefolder", "hf"} == {reader.layout for reader in READERS.values()}

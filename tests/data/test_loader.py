@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from afa.config import AugmentConfig, Config, DataConfig, ScheduleConfig, TrainConfig
+from afa.data.dataset import TaggedImages
 from afa.data.loader import resolve_workers, step_indices, train_batches, whole_views
 from afa.data.pixel_cache import PixelCache
-from afa.data.voc import TaggedImages
 from afa.errors import AfaError
 from afa.runtime import Processes
 from afa.types import Batch
@@ -240,7 +240,7 @@ import numpy as np
 from pathlib import Path
 from afa.config import load_config
 from afa.data.loader import train_batches
-from afa.data.voc import TaggedImages
+from afa.data.dataset import TaggedImages
 
 paths = [Path(path) for path in sys.argv[1:]]
 names = tuple(path.stem for path in paths)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from afa.data.tables import TagEntry, read_table
-from afa.data.tags import read_tag_file
+from afa.data.readers import table
+from afa.data.readers.base import TagEntry
+from afa.data.readers.tag_files import TagFile, read_tag_file
 from afa.errors import AfaError
 
 
@@ -18,13 +19,17 @@ def write(folder: Path, name: str, text: str) -> Path:
     return path
 
 
+def rows(path: Path) -> list[TagEntry]:
+    return table.read(path, TagFile(path).content, ())[1]
+
+
 def tags_of(path: Path) -> dict[str, tuple[str, ...]]:
-    return {entry.image: entry.tags for entry in read_table(path)[1]}
+    return {entry.image: entry.tags for entry in rows(path)}
 
 
 def message(path: Path) -> str:
     with pytest.raises(AfaError) as caught:
-        read_tag_file(path)
+        read_tag_file(TagFile(path))
     text = str(caught.value)
     assert "\n" not in text
     assert len(text) < 600
@@ -70,7 +75,7 @@ def test_one_label_keeps_its_spaces(tmp_path: Path) -> None:
 
 def test_splits_and_empty_tags(tmp_path: Path) -> None:
     path = write(tmp_path, "t.csv", "file,tags,split\na,cat,train\nb,,val\n")
-    assert read_table(path)[1] == [
+    assert rows(path) == [
         TagEntry(f"{path}, line 2", "a", ("cat",), "train"),
         TagEntry(f"{path}, line 3", "b", (), "val"),
     ]
@@ -79,9 +84,9 @@ def test_splits_and_empty_tags(tmp_path: Path) -> None:
 
 def test_one_hot_classes_keep_the_order_of_the_columns(tmp_path: Path) -> None:
     path = write(tmp_path, "t.csv", "image,zebra,cat\na,0,1\n")
-    assert read_tag_file(path).classes == ("zebra", "cat")
-    assert read_tag_file(path).declared
-    met = read_tag_file(write(tmp_path, "u.csv", "image,tags\na,zebra cat\n"))
+    assert read_tag_file(TagFile(path)).classes == ("zebra", "cat")
+    assert read_tag_file(TagFile(path)).declared
+    met = read_tag_file(TagFile(write(tmp_path, "u.csv", "image,tags\na,zebra cat\n")))
     assert (met.classes, met.declared) == (("cat", "zebra"), False)
 
 
@@ -101,17 +106,19 @@ def test_one_hot_classes_keep_the_order_of_the_columns(tmp_path: Path) -> None:
         ("t.csv", "file,tags\na,background\n", "leave 'background' out"),
         ("t.csv", "file,tags\na,\n", "0 classes; give 1 to 254"),
         ("t.csv", f"file,label\na,{'x' * 300}\n", "more than 200; rename"),
-        ("t.json", "", "not valid JSON near character 0: starts"),
-        ("t.json", '{"a": ["cat"]', "not valid JSON near character 13: has '' where"),
-        ("t.json", '{"a": ["cat"]} x', "goes on after its end"),
+        ("t.json", "", "not valid JSON near character 0: Expecting value; save"),
+        ("t.json", '{"a": ["cat"]', "not valid JSON near character 13: Expecting ',' delimiter; save"),
+        ("t.json", '{"a": ["cat"]} x', "not valid JSON near character 15: Extra data; save"),
         ("t.json", '[["a", "cat"]]', "entry 1: is ['a', 'cat']; write objects"),
         ("t.json", '[{"file": 5, "tags": []}]', "entry 1: no text that names the image; add"),
         ("t.json", '{"a": [1.5]}', "entry 1: the tag 1.5 is no text; write"),
         ("t.json", '{"a": {"cat": "x"}}', "entry 1, column 'cat': the value is 'x'; write 0 or 1"),
         ("t.json", '{"a\\u0000b": ["cat"]}', "the image name 'a\\x00b' has control characters"),
         ("t.json", '{"a\\ud800b": ["cat"]}', "the image name 'a\\ud800b' has control characters"),
-        ("t.json", "[" * 100_000, "not valid JSON near character"),
-        ("t.json", f'{{"a": {"1" * 5000}}}', "cannot be decoded: Exceeds the limit"),
+        ("t.json", "[" * 100_000, "not valid JSON: cannot be decoded (maximum recursion"),
+        ("t.json", "5", "is neither a list nor an object; write"),
+        ("t.json", '{"a": ["cat"], "a": ["dog"]}', "'a' is there a second time; keep"),
+        ("t.json", f'{{"a": {"1" * 5000}}}', "cannot be decoded (Exceeds the limit"),
         ("t.jsonl", "[1]\n", "line 1: is [1]; write objects"),
         ("t.jsonl", '{"file": "a"\n', "line 1: not valid JSON"),
         ("t.jsonl", "[" * 100_000, "line 1: not valid JSON"),
@@ -139,13 +146,13 @@ def test_agrees_with_the_csv_module(tmp_path: Path) -> None:
     names = ["a b", "c,d", 'e"f', "ä;ö", "g|h", "日本"]
     path = tmp_path / "t.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["file", "tags"])
-        table.writerows([name, "cat|dog"] for name in names)
+        writer = csv.writer(file)
+        writer.writerow(["file", "tags"])
+        writer.writerows([name, "cat|dog"] for name in names)
     assert tags_of(path) == dict.fromkeys(names, ("cat", "dog"))
 
 
 def test_equal_tags_are_kept_once(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"file": f"{i}", "tags": "cat dog"} for i in range(100)]
     path = write(tmp_path, "t.jsonl", "\n".join(map(json.dumps, rows)))
-    assert len({id(entry.tags) for entry in read_tag_file(path).entries.values()}) == 1
+    assert len({id(entry.tags) for entry in read_tag_file(TagFile(path)).entries.values()}) == 1

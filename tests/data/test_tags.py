@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from afa.data.tags import read_tags
+from afa.data.readers.tag_files import read_tags
 from afa.errors import AfaError
 
 CLASSES = ("bird", "cat", "dog")

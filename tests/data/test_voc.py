@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from afa.config import DataConfig, load_config
+from afa.data.classes import VOC_CLASSES
+from afa.data.dataset import MaskedImages, TaggedImages
 from afa.data.loader import train_batches
+from afa.data.open import open_data
 from afa.data.palette import write_index_png
-from afa.data.voc import VOC_CLASSES, ScoredImages, TaggedImages, open_scored, open_tagged
 from afa.errors import AfaError
 
 TAGS = {"a": "bird dog", "b": "cat", "c": "dog"}
@@ -47,14 +49,14 @@ def data(root: Path) -> DataConfig:
 
 def message(data: DataConfig, *, scored: bool = False) -> str:
     with pytest.raises(AfaError) as caught:
-        (open_scored if scored else open_tagged)(data)
+        open_data(data).masked() if scored else open_data(data).train()
     text = str(caught.value)
     assert "\n" not in text
     return text
 
 
 def test_training_images(data: DataConfig, root: Path) -> None:
-    images = open_tagged(data)
+    images = open_data(data).train()
     assert images.classes == ("bird", "cat", "dog")
     assert images.names == ("a", "b", "c")
     assert len(images) == 3
@@ -67,7 +69,7 @@ def test_training_images(data: DataConfig, root: Path) -> None:
 
 
 def test_scored_images(data: DataConfig) -> None:
-    images = open_scored(data)
+    images = open_data(data).masked()
     assert images.names == ("c", "a")
     assert images.has_tags(1)
     assert images.tags(1).tolist() == [1, 0, 1]
@@ -78,18 +80,18 @@ def test_scored_images(data: DataConfig) -> None:
 
 def test_other_lists(data: DataConfig, root: Path, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("\ufeff\n  b.JPG \r\n\n")
-    assert open_tagged(data, list_file=str(tmp_path / "one.txt")).names == ("b",)
-    assert open_tagged(data, list_file="lists/val.txt").names == ("c", "a")
-    assert open_scored(data, list_file="lists/train.txt").names == ("a", "b", "c")
+    assert open_data(data).train(list_file=str(tmp_path / "one.txt")).names == ("b",)
+    assert open_data(data).train(list_file="lists/val.txt").names == ("c", "a")
+    assert open_data(data).masked(list_file="lists/train.txt").names == ("a", "b", "c")
 
 
 def test_voc_classes_are_the_default(data: DataConfig, root: Path) -> None:
     (root / "classes.txt").unlink()
-    images = open_tagged(data)
+    images = open_data(data).train()
     assert images.classes == VOC_CLASSES
     assert len(VOC_CLASSES) == 20
     assert list(VOC_CLASSES) == sorted(VOC_CLASSES)
-    assert open_tagged(replace(data, classes=("dog", "cat", "bird"))).tags(0).tolist() == [1, 0, 1]
+    assert open_data(replace(data, classes=("dog", "cat", "bird"))).train().tags(0).tolist() == [1, 0, 1]
 
 
 def test_suffix_in_any_case_and_images_in_folders(data: DataConfig, root: Path) -> None:
@@ -98,7 +100,7 @@ def test_suffix_in_any_case_and_images_in_folders(data: DataConfig, root: Path) 
     shutil.copy(root / "JPEGImages" / "b.png", root / "JPEGImages" / "more" / "d.png")
     (root / "lists" / "train.txt").write_text("a\nmore/d\n")
     (root / "lists" / "tags.csv").write_text("image,tags\na,dog\nmore/d.png,cat\n")
-    images = open_tagged(data)
+    images = open_data(data).train()
     assert images.image_path(0).name == "a.PNG"
     assert images.image_path(1) == root / "JPEGImages" / "more" / "d.png"
 
@@ -111,10 +113,10 @@ def test_two_files_of_one_name(data: DataConfig, root: Path) -> None:
 def test_class_subset(data: DataConfig, root: Path) -> None:
     subset = replace(data, class_subset=("dog", "bird"))
     (root / "lists" / "train.txt").write_text("a\nc\n")
-    images = open_tagged(subset)
+    images = open_data(subset).train()
     assert images.classes == ("dog", "bird")
     assert [images.tags(index).tolist() for index in range(2)] == [[1, 1], [1, 0]]
-    scored = open_scored(subset)
+    scored = open_data(subset).masked()
     assert scored.classes == ("dog", "bird")
     assert scored.mask(0).tolist() == [[0, 2, 255, 1, 255, 0]] * 4
     assert scored.tags(0).tolist() == [1, 0]
@@ -123,7 +125,7 @@ def test_class_subset(data: DataConfig, root: Path) -> None:
 def test_class_subset_leaves_an_image_without_tag(data: DataConfig) -> None:
     text = message(replace(data, class_subset=("dog", "bird")))
     assert "train.txt: image 'b' has no tag of data.class_subset (1 of 3 images); use" in text
-    scored = open_scored(replace(data, class_subset=("cat",)))
+    scored = open_data(replace(data, class_subset=("cat",))).masked()
     assert scored.has_tags(0)
     assert scored.tags(0).tolist() == [0]
 
@@ -154,10 +156,7 @@ def test_wrong_settings(data: DataConfig, change: dict[str, object], expected: s
         ("", "train.txt: the list is empty; write"),
         (" \n\n", "train.txt: the list is empty"),
         ("a\nb\na.jpg\nb\n", "train.txt: image 'a' is there twice (2"),
-        (
-            "a\nx\nb\ny\n",
-            "'x' (2 of 4 names missing); add",
-        ),
+        ("a\nx\nb\ny\n", "'x' (2 of 4 names missing); correct the list, add"),
         ("a\n../JPEGImages/b\n", "'../JPEGImages/b' (1 of 2"),
     ],
 )
@@ -186,24 +185,24 @@ def test_tags_are_searched_in_order(data: DataConfig, root: Path) -> None:
         (annotations / f"{name}.xml").write_text("<annotation><object><name>bird</name></object></annotation>")
     one_hot = {name: np.array([0, 1, 0]) for name in TAGS}
     np.save(root / "cls_labels_onehot.npy", one_hot)  # type: ignore[arg-type]
-    assert open_tagged(data).tags(2).tolist() == [0, 0, 1]
-    assert open_tagged(replace(data, tags="Annotations")).tags(2).tolist() == [1, 0, 0]
+    assert open_data(data).train().tags(2).tolist() == [0, 0, 1]
+    assert open_data(replace(data, tags="Annotations")).train().tags(2).tolist() == [1, 0, 0]
     (root / "lists" / "tags.csv").unlink()
-    assert open_tagged(data).tags(2).tolist() == [0, 1, 0]
+    assert open_data(data).train().tags(2).tolist() == [0, 1, 0]
     (root / "cls_labels_onehot.npy").unlink()
-    assert open_tagged(data).tags(2).tolist() == [1, 0, 0]
+    assert open_data(data).train().tags(2).tolist() == [1, 0, 0]
     shutil.rmtree(annotations)
     assert "no tags; set data.tags" in message(data)
 
 
 def test_evaluation_needs_no_tags(data: DataConfig, root: Path) -> None:
     (root / "lists" / "tags.csv").write_text("image,tags\na,dog\n")
-    images = open_scored(data)
+    images = open_data(data).masked()
     assert [images.has_tags(index) for index in range(2)] == [False, True]
     with pytest.raises(AfaError, match=r"tags\.csv: .*image 'c'; add"):
         images.tags(0)
     (root / "lists" / "tags.csv").unlink()
-    images = open_scored(data)
+    images = open_data(data).masked()
     assert not images.has_tags(1)
     assert images.mask(1).shape == (4, 6)
     with pytest.raises(AfaError, match=r"\(no tags file\): no entry for image 'a'"):
@@ -212,24 +211,25 @@ def test_evaluation_needs_no_tags(data: DataConfig, root: Path) -> None:
 
 def test_evaluation_needs_masks(data: DataConfig, root: Path) -> None:
     (root / "SegmentationClassAug" / "a.png").unlink()
-    assert "'a' (1 of 2 names missing)" in message(data, scored=True)
+    assert "no a.png (1 of 2" in message(data, scored=True)
     shutil.rmtree(root / "SegmentationClassAug")
     text = message(data, scored=True)
-    assert "no such folder; set data.mask_dir" in text
+    assert "SegmentationClassAug: no folder of masks; put" in text
+    assert "set data.mask_dir" in text
     assert "data.val_list is empty" in message(replace(data, val_list=""), scored=True)
 
 
 def test_mask_of_another_size(data: DataConfig, root: Path) -> None:
     write_index_png(root / "SegmentationClassAug" / "c.png", np.zeros((6, 4), dtype=np.uint8))
     with pytest.raises(AfaError, match=r"mask is 4x6 .*c\.png 6x4; give"):
-        open_scored(data).mask(0)
+        open_data(data).masked().mask(0)
 
 
 def test_mask_follows_the_upright_image(data: DataConfig, root: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (6, 4)).save(root / "JPEGImages" / "c.png", exif=exif)
-    images = open_scored(data)
+    images = open_data(data).masked()
     with pytest.raises(AfaError, match=r"mask is 6x4 .*c\.png 4x6"):
         images.mask(0)
     write_index_png(root / "SegmentationClassAug" / "c.png", np.zeros((6, 4), dtype=np.uint8))
@@ -240,7 +240,7 @@ def test_mask_beyond_the_classes(data: DataConfig, root: Path) -> None:
     write_index_png(root / "SegmentationClassAug" / "c.png", np.full((4, 6), 4, dtype=np.uint8))
     for chosen in (data, replace(data, class_subset=("dog",))):
         with pytest.raises(AfaError, match=r"c\.png: .*value 4; use .*1 to 3"):
-            open_scored(chosen).mask(0)
+            open_data(chosen).masked().mask(0)
 
 
 def reachable(value: object) -> set[str]:
@@ -265,9 +265,9 @@ def reachable(value: object) -> set[str]:
 
 
 def test_training_has_no_way_to_the_masks(data: DataConfig) -> None:
-    images, scored = open_tagged(data), open_scored(data)
+    images, scored = open_data(data).train(), open_data(data).masked()
     assert type(images) is TaggedImages
-    assert not isinstance(images, ScoredImages)
+    assert not isinstance(images, MaskedImages)
     assert not [name for name in dir(images) if "mask" in name]
     assert not any(data.mask_dir in text for text in reachable(images))
     assert any(data.mask_dir in text for text in reachable(scored))  # the search does find them
@@ -288,7 +288,7 @@ def test_training_never_reads_the_masks(tmp_path: Path) -> None:
                 file.write_bytes(b"garbage")
         if case == "deleted":
             shutil.rmtree(masks)
-        images = open_tagged(data)
+        images = open_data(data).train()
         outcomes.append(list(train_batches(images, config)))
     for other in outcomes[1:]:
         for ours, theirs in zip(outcomes[0], other, strict=True):

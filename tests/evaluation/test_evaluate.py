@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor, distributed, multiprocessing, nn
 
 from afa.config import Config, DataConfig, EvaluationConfig, ModelConfig, PseudoConfig
+from afa.data.dataset import MaskedImages
+from afa.data.open import open_data
 from afa.data.palette import write_index_png
-from afa.data.voc import ScoredImages, open_scored
 from afa.errors import AfaError
 from afa.evaluation import evaluate as evaluate_module
 from afa.evaluation.evaluate import (
@@ -64,7 +65,7 @@ class ColorNetwork(nn.Module):
 
 def write_voc(
     root: Path, examples: dict[str, tuple[np.ndarray, np.ndarray, str]], *, tags: bool = True
-) -> ScoredImages:
+) -> MaskedImages:
     """Images by name, each with its mask and tags."""
     for folder in ("JPEGImages", "SegmentationClassAug", "lists"):
         (root / folder).mkdir(parents=True)
@@ -76,10 +77,10 @@ def write_voc(
     if tags:
         rows = [f"{name},{words}" for name, (_, _, words) in examples.items()]
         (root / "lists" / "tags.csv").write_text("\n".join(["image,tags", *rows]))
-    return open_scored(DataConfig(root=str(root)))
+    return open_data(DataConfig(root=str(root))).masked()
 
 
-def write_data(root: Path, *, tags: bool = True) -> ScoredImages:
+def write_data(root: Path, *, tags: bool = True) -> MaskedImages:
     examples = {}
     for i, (name, (color, words, quarters)) in enumerate(IMAGES.items()):
         height, width = 40 + 4 * i, 60 - 4 * i
@@ -93,7 +94,7 @@ def mask_of(height: int, width: int, quarters: tuple[int, int, int, int]) -> np.
     return grid.repeat(height // 2, 0).repeat(width // 2, 1)
 
 
-def run(images: ScoredImages, **settings: Any) -> EvaluationResult:
+def run(images: MaskedImages, **settings: Any) -> EvaluationResult:
     config, limit = settings.pop("config", Config()), settings.pop("limit", None)
     evaluation = replace(config.evaluation, **{key: settings.pop(key) for key in ("protocol",) if key in settings})
     config = replace(config, evaluation=evaluation)
@@ -242,7 +243,7 @@ def test_broken_or_missing_masks_are_one_line(tmp_path: Path) -> None:
     with refused("c.png: not an image"):
         run(images)
     with refused(f"{tmp_path / 'nowhere'}: ", "data.mask_dir"):
-        open_scored(DataConfig(root=str(tmp_path), mask_dir="nowhere"))
+        open_data(DataConfig(root=str(tmp_path), mask_dir="nowhere")).masked()
 
 
 def test_read_ahead_keeps_order_and_delivers_errors_at_their_place() -> None:
@@ -258,7 +259,7 @@ def test_read_ahead_keeps_order_and_delivers_errors_at_their_place() -> None:
     assert results == [(i, "seven" if i == 7 else i * i) for i in range(30)]
 
 
-def write_sizes(root: Path, sizes: list[tuple[int, int]]) -> ScoredImages:
+def write_sizes(root: Path, sizes: list[tuple[int, int]]) -> MaskedImages:
     """Random images and masks of the given sizes, each with one tag."""
     rng, values = np.random.default_rng(0), np.array([0, 1, 2, 3, 255], dtype=np.uint8)
     return write_voc(
@@ -350,7 +351,7 @@ def test_automatic_batch_size() -> None:
 def _score_shard(rank: int, root: str) -> None:
     distributed.init_process_group("gloo", f"file://{root}/rendezvous", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    result = run(open_scored(DataConfig(root=root)), processes=Processes(rank, 2))
+    result = run(open_data(DataConfig(root=root)).masked(), processes=Processes(rank, 2))
     Path(root, f"rank{rank}.json").write_text(json.dumps([result.matrix.tolist(), result.to_json()]))
     distributed.destroy_process_group()
 

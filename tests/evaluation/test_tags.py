@@ -12,8 +12,8 @@ import torch
 from sklearn.metrics import f1_score
 
 from afa.config import load_config
-from afa.data.layout import find_layout
-from afa.data.voc import TaggedImages
+from afa.data.dataset import TaggedImages
+from afa.data.open import open_data
 from afa.errors import AfaError
 from afa.evaluation import tags as evaluation_tags
 from afa.evaluation.evaluate import evaluate, first_images
@@ -32,14 +32,14 @@ def network(tiny_data: Path) -> AfaNetwork:
 
 def score(network: AfaNetwork, root: Path, protocol: Any = "single", limit: int | None = None) -> TagResult:
     config = tiny_config(root)
-    images = first_images(find_layout(config.data).validation(), limit)
+    images = first_images(open_data(config.data).validation(), limit)
     config = replace(config, evaluation=replace(config.evaluation, protocol=protocol))
     return evaluate_tags(network, images, config, progress=False)
 
 
 def test_it_is_the_f1_of_scikit_learn(network: AfaNetwork, tiny_data: Path) -> None:
     config = tiny_config(tiny_data)
-    images = find_layout(config.data).validation()
+    images = open_data(config.data).validation()
     network.eval()
     found = []
     with torch.inference_mode():
@@ -58,7 +58,7 @@ def test_it_is_the_f1_of_scikit_learn(network: AfaNetwork, tiny_data: Path) -> N
 
 def test_it_is_the_tag_f1_of_the_evaluation_with_masks(network: AfaNetwork, tiny_data: Path) -> None:
     config = tiny_config(tiny_data)
-    scored = find_layout(config.data).scored()
+    scored = open_data(config.data).masked()
     whole = evaluate(network, scored, config, progress=False)
     assert score(network, tiny_data).tag_f1 == pytest.approx(whole.extras["tag_f1"])
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from afa.config import DataConfig
-from afa.data.voc import open_scored
+from afa.data.open import open_data
 from afa.errors import AfaError
 from made_masks import CLASSES, labels, write_made
 
@@ -30,7 +30,7 @@ def test_voc_is_read_by_afa(tmp_path: Path) -> None:
     data = DataConfig(
         root=str(result.path), mask_dir="SegmentationClass", val_list="ImageSets/Segmentation/default.txt"
     )
-    images = open_scored(data)
+    images = open_data(data).masked()
     assert images.classes == CLASSES
     assert images.names == tuple(item.name for item in items)
     for index, label in enumerate(labels()):

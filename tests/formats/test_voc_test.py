@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from afa.cli import main
+from afa.data.classes import VOC_CLASSES
 from afa.data.palette import voc_palette
-from afa.data.voc import VOC_CLASSES
 from afa.errors import AfaError
 from afa.formats.job import MaskItem
 from afa.formats.voc_test import FOLDER, MAX_PROBLEMS, check_voc_test

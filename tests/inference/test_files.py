@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from afa.config import Config, DataConfig, EvaluationConfig, PseudoConfig
+from afa.data.dataset import TaggedImages
 from afa.data.images import read_mask
+from afa.data.open import open_data
 from afa.data.palette import voc_palette
-from afa.data.voc import TaggedImages, open_tagged
 from afa.errors import AfaError
 from afa.inference import files, masks, predictor
 from afa.inference.files import predict_files, pseudo_files
@@ -313,7 +314,7 @@ def tagged_images(root: Path, colors: dict[str, int]) -> TaggedImages:
     (root / "lists" / "train.txt").write_text("\n".join(colors))
     rows = [f"{name},{CLASSES[color - 1]}" for name, color in colors.items()]
     (root / "lists" / "tags.csv").write_text("\n".join(["image,tags", *rows]))
-    return open_tagged(DataConfig(root=str(root)))
+    return open_data(DataConfig(root=str(root))).train()
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from afa.cli import main
 from afa.config import ModelConfig, PseudoConfig, load_config
-from afa.data.layout import open_scored
+from afa.data.dataset import MaskedImages, TaggedImages
+from afa.data.open import open_data
 from afa.data.palette import voc_palette
-from afa.data.voc import ScoredImages, TaggedImages
 from afa.evaluation.protocols import logit_maps, pseudo_labels
 from afa.report import pictures
 from afa.report.drawing import DISPLAY_SIZE, blend_heat, blend_label, heat_colors
@@ -77,8 +77,8 @@ def open_images(folder: Path, tags: list[list[int]], *, masks: bool) -> TaggedIm
     opened |= {"paths": [folder / f"{i}.png" for i in numbers], "tags": np.array(tags, dtype=bool)}
     if not masks:
         return TaggedImages(**opened)
-    opened |= {"tagged": np.ones(len(tags), dtype=bool), "mask_values": np.arange(3, dtype=np.uint8)}
-    return ScoredImages(**opened, mask_paths=[folder / f"{i}_mask.png" for i in numbers], origin="tags.csv")
+    opened |= {"has_tags": np.ones(len(tags), dtype=bool), "mask_values": np.arange(3, dtype=np.uint8)}
+    return MaskedImages(**opened, mask_paths=[folder / f"{i}_mask.png" for i in numbers], origin="tags.csv")
 
 
 Draw = Callable[[TaggedImages, int], Path]
@@ -224,7 +224,7 @@ def test_sheets_have_a_row_an_image_and_a_column_a_caption(sheets: dict[str, np.
 
 def test_sheets_show_the_labels(sheets: dict[str, np.ndarray], run: Path) -> None:
     loaded = load_run(run, CPU)
-    config, images = loaded.config, open_scored(loaded.config.data)
+    config, images = loaded.config, open_data(loaded.config.data).masked()
     pixels, tags = images.image(0), images.tags(0)
     shown = np.asarray(Image.fromarray(pixels).resize((DISPLAY_SIZE, DISPLAY_SIZE), Image.Resampling.LANCZOS))
 

@@ -10,7 +10,7 @@ import torch
 from transformers import CLIPConfig, Dinov2WithRegistersConfig, SegformerConfig
 
 from afa.config import Config, load_config
-from afa.data.layout import find_layout
+from afa.data.open import open_data
 from afa.errors import AfaError
 from afa.model.registry import BACKBONES, backbone_of
 from afa.runs import auto as defaults
@@ -35,7 +35,7 @@ def write_table(root: Path, num_images: int, *, masks: bool = False) -> Path:
 
 def choose(root: Path, keys: dict[str, Any] | None = None, *, device: torch.device = CPU) -> tuple[Config, list[str]]:
     stated = {"data.root": str(root)} | (keys or {})
-    config, lines = choose_defaults(find_layout(load_config(None, stated).data), device, stated)
+    config, lines = choose_defaults(open_data(load_config(None, stated).data), device, stated)
     assert all("\n" not in line for line in lines)
     return config, list(lines)
 
@@ -112,7 +112,7 @@ def test_weights_that_cannot_be_had_are_refused(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(AfaError, match=r"^facebook/dinov2\S+: .*--model\.weights"):
         choose(root)
     stated = {"data.root": str(root)}
-    layout = find_layout(load_config(None, stated).data)
+    layout = open_data(load_config(None, stated).data)
     assert choose_defaults(layout, CPU, stated, need_weights=False)[0].model.backbone == BACKBONE
     config, lines = choose(root, {"model.weights": ""})
     assert (config.preset, config.model.backbone, config.model.weights) == ("demo", "mit_tiny", "")

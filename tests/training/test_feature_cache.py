@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from afa.config import Config
-from afa.data.layout import open_tagged
 from afa.data.loader import train_batches
+from afa.data.open import open_data
 from afa.errors import AfaError
 from afa.model.network import AfaNetwork
 from afa.model.vit import TokenBackbone
@@ -80,12 +80,12 @@ def make_network(config: Config) -> AfaNetwork:
 
 def prepare(config: Config, run: Path, network: AfaNetwork | None = None) -> FeatureReader:
     network = network or make_network(config)
-    return prepare_features(network, open_tagged(config.data), config, run, progress=False)
+    return prepare_features(network, open_data(config.data).train(), config, run, progress=False)
 
 
 def batches(config: Config, reader: FeatureReader | None, **options: Any) -> list[Batch]:
     read = None if reader is None else reader.read
-    return list(train_batches(open_tagged(config.data), config, features=read, **options))
+    return list(train_batches(open_data(config.data).train(), config, features=read, **options))
 
 
 def test_rows_are_the_tokens_of_each_view(pictures: Path, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_rows_are_the_tokens_of_each_view(pictures: Path, tmp_path: Path) -> Non
     backbone = network.backbone
     assert isinstance(backbone, TokenBackbone)
     index = 1
-    image = Image.fromarray(open_tagged(config.data).image(index))
+    image = Image.fromarray(open_data(config.data).train().image(index))
     width, height = image.size
     scaled = (round(width * 64 / max(image.size)), round(height * 64 / max(image.size)))
     canvas = Image.new("RGB", (64, 64))
@@ -163,7 +163,7 @@ def plan_is_mirrored(config: Config, step: int) -> list[bool]:
         seen.extend(flips)
         return ()
 
-    next(train_batches(open_tagged(config.data), config, start=step, features=note))
+    next(train_batches(open_data(config.data).train(), config, start=step, features=note))
     return seen
 
 
@@ -212,7 +212,7 @@ def test_key_covers_all_that_the_tokens_depend_on(pictures: Path, tmp_path: Path
     def key(config: Config = config, network: AfaNetwork | None = None) -> dict[str, Any]:
         backbone = (network or make_network(config)).backbone
         assert isinstance(backbone, TokenBackbone)
-        return feature_key(backbone, open_tagged(config.data), config)
+        return feature_key(backbone, open_data(config.data).train(), config)
 
     def changed(other: dict[str, Any]) -> set[str]:
         return {name for name in first if first[name] != other[name]}
@@ -341,7 +341,7 @@ def test_size_is_said_before_it_is_made(
 ) -> None:
     config = make_config(pictures)
     monkeypatch.setattr(feature_cache._Maker, "_fill", lambda *_, **__: None)
-    images = open_tagged(config.data)
+    images = open_data(config.data).train()
     with monkeypatch.context() as patch:
         patch.setattr(feature_store.FeatureStore, "is_complete", True)
         patch.setattr(feature_store.FeatureStore, "open", lambda _: None)

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from afa.config import config_to_toml, load_config
-from afa.data.layout import open_tagged
-from afa.data.voc import TaggedImages
+from afa.data.dataset import TaggedImages
+from afa.data.open import open_data
 from afa.runtime import interrupts
 from afa.training import engine as engine_module
 from afa.training import loop as loop_module
@@ -184,7 +184,7 @@ def test_an_unreadable_image_is_one_line_and_the_run_can_go_on(tiny_data: Path, 
     shutil.copytree(tiny_data, root)
     config = tiny_config(root, {"data.workers": workers, "schedule.max_steps": 4, "train.save_steps": 1})
     # Not in the first batches, so that there is something to go on from.
-    batches = loop_module.train_batches(open_tagged(config.data), config)
+    batches = loop_module.train_batches(open_data(config.data).train(), config)
     name = list(batches)[3].names[0]
     path = next((root / "JPEGImages").glob(f"{name}.*"))
     whole = path.read_bytes()

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate, multilabel_soft_margin_loss
 
 from afa.config import AugmentConfig, DataConfig
-from afa.data.layout import find_layout
 from afa.data.loader import train_batches
+from afa.data.open import open_data
 from afa.data.transforms import draw_crop, resample_image
 from afa.errors import AfaError
 from afa.runtime import Processes
@@ -46,7 +46,7 @@ def coordinate_data(root: Path, tiny_data: Path) -> Path:
 def test_masks_follow_their_images(tiny_data: Path, tmp_path: Path, processes: Processes) -> None:
     root = coordinate_data(tmp_path / "data", tiny_data)
     config = tiny_config(root, {"augment.crop_size": 96, "augment.scale_min": 0.6, "augment.scale_max": 2.0})
-    images = open_masked(find_layout(config.data), config.data.train_list)
+    images = open_masked(open_data(config.data), config.data.train_list)
     batches = train_batches(images, config, start=2, processes=processes)
     seen = 0
     sums = set()
@@ -168,10 +168,10 @@ def test_missing_masks_or_lists_are_one_clear_line(tiny_data: Path, tmp_path: Pa
     shutil.copytree(tiny_data, root)
     name = (root / "lists" / "train.txt").read_text().split()[0]
     (root / "SegmentationClassAug" / f"{name}.png").unlink()
-    layout = find_layout(DataConfig(root=str(root)))
-    with pytest.raises(AfaError, match=f"has no file for '{name}'"):
+    layout = open_data(DataConfig(root=str(root)))
+    with pytest.raises(AfaError, match=rf"no {name}\.png \(1 of 24"):
         open_masked(layout, "lists/train.txt")
-    assert len(layout.training()) == 24
+    assert len(layout.train()) == 24
     with pytest.raises(AfaError, match=r"absent\.txt: .*supervision = masks"):
         open_masked(layout, "absent.txt")
 

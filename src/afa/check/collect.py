@@ -12,9 +12,9 @@ from afa.check.cost import CacheCost, TrainingCost, measure_cache, measure_cost
 from afa.check.images import check_images, describe_images, read_images
 from afa.check.tags import OpenedData, Problem, by_severity, check_tags, open_sides, together
 from afa.config import Config
-from afa.data.layout import find_layout
+from afa.data.dataset import MaskedImages
 from afa.data.loader import resolve_workers
-from afa.data.voc import ScoredImages, data_root
+from afa.data.open import data_root, open_data
 from afa.errors import AfaError
 from afa.report.render import gibibytes
 from afa.runtime import pick_device, say
@@ -36,7 +36,7 @@ def check_data(
 
         - `problems`: `severity` (error, warning, note) and `message` of each, errors first; `errors`, `warnings`: how
           many there are.
-        - `root`; `layout`: what was found, in words, `kind`: of `afa.data.layout`; both None where nothing was.
+        - `root`; `layout`: what was found, in words, `kind`: of `DataSet`; both None where nothing was.
         - `num_train`, `num_validation`, `num_untagged`: images; `scored`: whether those for validation have masks.
         - `classes`: `name`, `train`, `validation`: images with that class; `together`: (C, C) training images with
           both classes; `tags_per_image`: mean and most over the training images.
@@ -54,7 +54,7 @@ def check_data(
     report |= {"num_train": 0, "num_validation": 0, "num_untagged": 0, "scored": False}
     device = pick_device(config.train.device)
     try:
-        opened = open_sides(find_layout(config.data), config)
+        opened = open_sides(open_data(config.data), config)
         report |= _describe_tags(opened)
     except AfaError as error:
         return report | _listed([Problem("error", str(error))])
@@ -81,7 +81,7 @@ def _describe_tags(opened: OpenedData) -> dict[str, Any]:
         "num_train": len(opened.train_tags),
         "num_validation": len(opened.validation_tags),
         "num_untagged": len(layout.untagged),
-        "scored": isinstance(opened.validation, ScoredImages),
+        "scored": isinstance(opened.validation, MaskedImages),
         "classes": [
             {"name": name, "train": train, "validation": validation}
             for name, (train, validation) in zip(layout.classes, counts, strict=True)

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afa.check.scan import Scan, identical_groups, scan_images, similar_groups
-from afa.check.tags import OpenedData, Problem, path_below
+from afa.check.tags import OpenedData, Problem
 from afa.config import AugmentConfig
-from afa.data.voc import ScoredImages
+from afa.data.dataset import MaskedImages
+from afa.data.files import path_below
 from afa.report.render import counted
 from afa.runtime import progress_bar
 
@@ -70,7 +71,7 @@ def read_images(opened: OpenedData, limit: int | None, *, threads: int, progress
     if limit is not None and limit < total:
         paths = [paths[i] for i in np.linspace(0, total - 1, limit).astype(np.int64)]
     rows = np.array([places[path] for path in paths], dtype=np.int64)
-    scored = opened.validation if isinstance(opened.validation, ScoredImages) else None
+    scored = opened.validation if isinstance(opened.validation, MaskedImages) else None
 
     def read_mask(index: int) -> None:
         if scored is not None and rows[index, 1] >= 0:

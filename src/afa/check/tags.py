@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from afa.config import Config, DataConfig
-from afa.data.layout import Layout
-from afa.data.voc import ScoredImages, TaggedImages
+from afa.data.dataset import TaggedImages
+from afa.data.open import DataSet
 from afa.errors import AfaError
 from afa.report.render import counted
 
@@ -56,7 +55,7 @@ class OpenedData:
         problems: What was wrong while opening.
     """
 
-    layout: Layout
+    layout: DataSet
     train: TaggedImages | None
     validation: TaggedImages | None
     train_tags: NDArray[np.bool_]
@@ -64,11 +63,11 @@ class OpenedData:
     problems: tuple[Problem, ...]
 
 
-def check_fast(layout: Layout, config: Config) -> list[Problem]:
+def check_fast(layout: DataSet, config: Config) -> list[Problem]:
     """Check lists, tags and counts; no image is opened.
 
     Args:
-        layout: What `find_layout` found.
+        layout: The data set.
         config: Settings; of `data` those that the layout was found with.
 
     Returns:
@@ -84,11 +83,11 @@ def by_severity(problems: Iterable[Problem]) -> list[Problem]:
     return sorted(problems, key=lambda problem: order.index(problem.severity))
 
 
-def open_sides(layout: Layout, config: Config) -> OpenedData:
+def open_sides(layout: DataSet, config: Config) -> OpenedData:
     """Open the images to train on and those for validation.
 
     Args:
-        layout: What `find_layout` found.
+        layout: The data set.
         config: Settings.
 
     Returns:
@@ -98,14 +97,14 @@ def open_sides(layout: Layout, config: Config) -> OpenedData:
     train: TaggedImages | None = None
     validation: TaggedImages | None = None
     try:
-        train = layout.training()
+        train = layout.train()
     except AfaError as error:
         problems.append(Problem("error", str(error)))
     # The rule of the training loop: without a word on the list, missing masks only mean that nothing is scored.
     asked = config.data.val_list and config.data.val_list != DataConfig().val_list
     try:
         if asked or (config.data.val_list and layout.has_validation and layout.has_masks):
-            validation = layout.scored()
+            validation = layout.masked()
     except AfaError as error:
         problems.append(Problem("error", str(error)))
     if validation is None and not problems:
@@ -116,10 +115,9 @@ def open_sides(layout: Layout, config: Config) -> OpenedData:
             validation = layout.validation() if layout.has_validation else None
         except AfaError as error:
             problems.append(Problem("note", f"the images for validation are left alone: {error}"))
-    count = len(layout.classes)
-    return OpenedData(
-        layout, train, validation, _tag_matrix(train, count), _tag_matrix(validation, count), tuple(problems)
-    )
+    none = np.zeros((0, len(layout.classes)), dtype=bool)
+    train_tags, validation_tags = (none if images is None else images.tagged for images in (train, validation))
+    return OpenedData(layout, train, validation, train_tags, validation_tags, tuple(problems))
 
 
 def together(tags: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -217,20 +215,6 @@ def _check_pairs(classes: Sequence[str], tags: NDArray[np.bool_]) -> Iterator[Pr
             what = f"class {name!r} " + (without if alone else f"never appears without {partner!r} ({count} images)")
             remedy = f"add images with {name!r} and without {partner!r}"
         yield Problem("warning", f"{what}: these two cannot be told apart from tags; {remedy}")
-
-
-def _tag_matrix(images: TaggedImages | None, num_classes: int) -> NDArray[np.bool_]:
-    matrix = np.zeros((0 if images is None else len(images), num_classes), dtype=bool)
-    for index in range(len(matrix)):
-        assert images is not None
-        if not isinstance(images, ScoredImages) or images.has_tags(index):
-            matrix[index] = images.tags(index) > 0
-    return matrix
-
-
-def path_below(path: Path, root: Path) -> str:
-    """A path as messages show it: below the data set's folder, where it is."""
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
 def _chosen(classes: Sequence[str], chosen: ArrayLike) -> list[str]:

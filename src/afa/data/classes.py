@@ -1,16 +1,32 @@
-"""The list of classes: names in index order, each with a color if the file gives one."""
+"""Names: the classes in index order, each with a color if its file gives one, and the lists of images."""
 
 from __future__ import annotations
 
+import difflib
 import re
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from afa.data.tags import check_classes
-from afa.errors import AfaError
+from afa.config import DataConfig
+from afa.data.images import image_name
+from afa.errors import AfaError, shown
+from afa.types import IGNORE_INDEX
+
+# fmt: off
+VOC_CLASSES: Final[tuple[str, ...]] = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle",
+    "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person",
+    "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)
+# fmt: on
+"""The 20 classes of PASCAL VOC in index order: mask value = position + 1."""
 
 _COLOR: Final = re.compile(r"\s*#([0-9a-fA-F]{6})$|\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})$")
+_MAX_CLASS_NAME: Final = 200  # characters
 
 
 @dataclass(frozen=True)
@@ -24,6 +40,19 @@ class ClassList:
 
     names: tuple[str, ...]
     colors: dict[str, tuple[int, int, int]]
+
+
+def stated_classes(data: DataConfig, root: Path, *, default: tuple[str, ...] = ()) -> ClassList:
+    """The classes that are stated: those of `data.classes`, else of classes.txt in the root, else `default`.
+
+    Raises:
+        AfaError: As `read_class_list`.
+    """
+    if data.classes:
+        check_classes(data.classes, "data.classes")
+        return ClassList(data.classes, {})
+    path = root / "classes.txt"
+    return read_class_list(path) if path.is_file() else ClassList(default, {})
 
 
 def read_class_list(path: Path) -> ClassList:
@@ -64,3 +93,105 @@ def read_lines(path: Path) -> tuple[str, ...]:
     except OSError as error:
         raise AfaError(f"{path}: cannot be read ({error.strerror})") from None
     return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def read_list(root: Path, list_file: str, *, key: str) -> tuple[str, ...]:
+    """Read a list of image names.
+
+    Args:
+        root: Folder that a relative path begins in.
+        list_file: Text file with one image name a line; suffixes of images do not count.
+        key: Setting that names the file, for messages.
+
+    Raises:
+        AfaError: The file is missing, empty or no text, or names an image twice.
+    """
+    if not list_file:
+        raise AfaError(f"{key} is empty; name a text file with one image name a line")
+    path = root / list_file
+    if not path.is_file():
+        raise AfaError(f"{path}: no such list; set {key} to a text file with one image name a line")
+    names = tuple(image_name(line) for line in read_lines(path))
+    if not names:
+        raise AfaError(f"{path}: the list is empty; write one image name a line")
+    if len(set(names)) != len(names):
+        raise AfaError(
+            f"{path}: image {first_twice(names)!r} is there twice ({len(names) - len(set(names))} lines "
+            "too many); keep one line of each"
+        )
+    return names
+
+
+def check_classes(classes: Sequence[str], origin: str) -> None:
+    """Check that names can be the foreground classes of a network.
+
+    Args:
+        classes: Names in index order.
+        origin: Where they come from, for messages.
+
+    Raises:
+        AfaError: There are none or more than 254; one is there twice or in two ways of writing it, is the
+            background, is empty, longer than 200 characters, or has control characters.
+    """
+    if len(set(classes)) != len(classes):
+        raise AfaError(f"{origin}: class {shown(first_twice(classes))} is there twice; keep one")
+    if not 1 <= len(classes) < IGNORE_INDEX:
+        raise AfaError(f"{origin}: {len(classes)} classes; give 1 to {IGNORE_INDEX - 1}")
+    if "background" in classes:
+        raise AfaError(f"{origin}: leave 'background' out of the classes; it always has mask value 0")
+    seen: dict[str, str] = {}
+    for name in classes:
+        if not name.strip() or len(name) > _MAX_CLASS_NAME or not is_plain(name):
+            raise AfaError(
+                f"{origin}: the class name {shown(name)} is empty, has control characters, or has more than "
+                f"{_MAX_CLASS_NAME}; rename it"
+            )
+        alike = seen.setdefault(folded(name), name)
+        if alike != name:
+            raise AfaError(f"{origin}: classes {alike!r} and {name!r} differ in case or accents only; write one")
+
+
+def kept_classes(data: DataConfig, classes: Sequence[str]) -> list[int]:
+    """The indices that `data.class_subset` keeps of the classes, in its order.
+
+    Raises:
+        AfaError: It names an unknown class, or one twice.
+    """
+    if len(set(data.class_subset)) != len(data.class_subset):
+        raise AfaError(f"data.class_subset: class {first_twice(data.class_subset)!r} is there twice; keep one")
+    for name in data.class_subset:
+        if name not in classes:
+            raise AfaError(f"data.class_subset: unknown class {name!r}; {unknown_class(name, classes)}")
+    return [classes.index(name) for name in data.class_subset or classes]
+
+
+def unknown_class(name: str, allowed: Sequence[str]) -> str:
+    """What a message says after an unknown class name: the closest allowed one, then all.
+
+    >>> unknown_class("hrose", ("cat", "horse"))
+    'did you mean horse? allowed: cat, horse'
+    """
+    close = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{hint}allowed: {', '.join(allowed)}"
+
+
+def is_plain(text: str) -> bool:
+    """Tell whether a text can stand in a line of a file: valid Unicode without control characters.
+
+    >>> is_plain("größe 1"), is_plain("a\\nb")
+    (True, False)
+    """
+    odd = ("Cc", "Cs", "Zl", "Zp")
+    return text.isprintable() or not any(unicodedata.category(character) in odd for character in text)
+
+
+def folded(text: str) -> str:
+    """What texts have in common that differ in case or Unicode form only."""
+    return text.lower() if text.isascii() else unicodedata.normalize("NFC", text).casefold()
+
+
+def first_twice(names: Sequence[str]) -> str:
+    """The first of the names that is there a second time."""
+    seen: set[str] = set()
+    return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]

@@ -3,7 +3,7 @@
     python -m afa.data.coco INSTANCES.json IMAGES OUT --split train
 
 The masks have the categories by ascending id as 1..C (80 for COCO, so 81 classes with the background), and 255 for
-crowds. They serve evaluation only. Tags alone are read by `afa.data.exports`, which never sees an outline.
+crowds. They serve evaluation only. Tags alone are read by `afa.data.readers.coco`, which drops outlines.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,13 +23,14 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import track
 
-from afa.data.exports import coco_id
+from afa.data.classes import check_classes
 from afa.data.files import ImageFiles, check_paths
-from afa.data.json_stream import iterate_json
 from afa.data.palette import write_index_png
-from afa.data.tables import TagEntry, shown
-from afa.data.tags import check_classes, read_tags
-from afa.errors import AfaError
+from afa.data.readers.base import load_json
+from afa.data.readers.coco import CocoFile, parse, whole_number
+from afa.data.readers.tag_files import read_tags
+from afa.errors import AfaError, shown
+from afa.runs.files import write_whole
 from afa.types import IGNORE_INDEX
 
 _FINE: Final = 7  # Polygons are drawn this much larger, and the middle of each block of pixels is taken: an odd number.
@@ -100,40 +100,29 @@ def convert_coco(instances: Path, images: Path, out: Path, *, split: str, progre
         raise AfaError(f"{instances}: no such file; give the instances JSON of COCO")
     if not images.is_dir():
         raise AfaError(f"{images}: no such folder; give the folder of the images that {instances.name} names")
-    names, sizes, annotated = _read_instances(instances)
-    classes = tuple(names[number] for number in sorted(names))
+    found = _read_instances(instances)
+    classes = tuple(found.names.values())
     check_classes(classes, str(instances))
-    index = {number: position for position, number in enumerate(sorted(names), start=1)}
     try:
         (out / "lists").mkdir(parents=True, exist_ok=True)
         prefix = _link_images(images, out / "JPEGImages")
         _write_classes(out / "classes.txt", classes)
-        found = ImageFiles(images)
-        chosen = {number: sizes[number] for number in sorted(annotated)}
-        paths = _find_all(found, chosen, instances)
-        stems = [f"{prefix}/{name}" for name in check_paths(paths, images)]
+        stems = {number: f"{prefix}/{name}" for number, name in _find_all(images, found, instances).items()}
         num_written = 0
-        jobs = list(zip(stems, chosen.items(), strict=True))
-        for stem, (number, image) in track(
-            jobs, f"Masks of {split}", console=Console(stderr=True), disable=not progress
-        ):
-            path = out / "SegmentationClassAug" / f"{stem}.png"
-            if path.is_file():
-                continue
-            mask = semantic_mask(
-                annotated[number], index, image.height, image.width, where=f"{instances}, image {image.file!r}"
-            )
-            write_index_png(path, mask)
-            num_written += 1
-        tags = {
-            stem: tuple(dict.fromkeys(names[c] for c in sorted({i.category for i in annotated[number]})))
-            for stem, number in zip(stems, chosen, strict=True)
-        }
+        for number in track(stems, f"Masks of {split}", console=Console(stderr=True), disable=not progress):
+            path = out / "SegmentationClassAug" / f"{stems[number]}.png"
+            if not path.is_file():
+                write_index_png(path, _image_mask(found, number, instances))
+                num_written += 1
+        tags = {}
+        for number, stem in stems.items():
+            present = {part["category_id"] for part in found.annotations[number]}
+            tags[stem] = tuple(name for category, name in found.names.items() if category in present)
         _write_tags(out / "lists" / "tags.csv", tags, classes)
-        _replace(out / "lists" / f"{split}.txt", "".join(f"{stem}\n" for stem in stems))
+        _write_text(out / "lists" / f"{split}.txt", "".join(f"{stem}\n" for stem in stems.values()))
     except OSError as error:
         raise AfaError(f"{out}: cannot be written ({error.strerror}); free space or choose another folder") from None
-    return CocoSummary(len(stems), len(sizes) - len(stems), num_written)
+    return CocoSummary(len(stems), len(found.images) - len(stems), num_written)
 
 
 def semantic_mask(
@@ -245,48 +234,26 @@ def _uncompress(text: str) -> list[int]:
     return lengths
 
 
-class _ImageInfo(NamedTuple):
-    file: str
-    height: int
-    width: int
+def _read_instances(path: Path) -> CocoFile:
+    """Read the file with its outlines: each annotation has its `Instance` as `instance`."""
 
+    def shrink(part: dict[str, Any]) -> None:
+        if "category_id" in part:
+            part["instance"] = _instance(part, path)
+            part.pop("segmentation", None)
 
-def _read_instances(path: Path) -> tuple[dict[int, str], dict[int, _ImageInfo], dict[int, list[Instance]]]:
-    """Category names, images, and the instances of each annotated image, by id. One pass; outlines are kept compact."""
-    names: dict[int, str] = {}
-    images: dict[int, _ImageInfo] = {}
-    annotated: dict[int, list[Instance]] = {}
-    for key, part in iterate_json(path):
-        if key not in ("images", "annotations", "categories") or part == []:
-            continue
-        if key == "categories":
-            number, name = coco_id(part, "id", path), part.get("name")
-            if not isinstance(name, str) or not name.strip() or number in names:
-                raise AfaError(f"{path}: category {number} has no name, or is there twice; correct the categories")
-            names[number] = name.strip()
-        elif key == "images":
-            number = coco_id(part, "id", path)
-            info = _ImageInfo(part.get("file_name"), coco_id(part, "height", path), coco_id(part, "width", path))
-            if not isinstance(info.file, str) or number in images:
-                raise AfaError(f"{path}: image {number} has no file_name, or is there twice; correct the images")
-            if min(info.height, info.width) < 1 or info.height * info.width > _MAX_PIXELS:
-                raise AfaError(f"{path}: image {number} has {info.width}x{info.height} pixels; correct the images")
-            images[number] = info
-        else:
-            instance = _instance(part, path)
-            annotated.setdefault(coco_id(part, "image_id", path), []).append(instance)
-    for number, instances in annotated.items():
-        unknown = [instance.category for instance in instances if instance.category not in names]
-        if number not in images or unknown:
-            what = f"image id {number}" if number not in images else f"category id {unknown[0]}"
-            raise AfaError(f"{path}: an annotation has {what}, which the file does not list; correct it")
-    if not annotated:
+    found = parse(path, load_json(path, shrink))
+    for number, image in found.images.items():
+        height, width = whole_number(image, "height", path), whole_number(image, "width", path)
+        if min(height, width) < 1 or height * width > _MAX_PIXELS:
+            raise AfaError(f"{path}: image {number} has {width}x{height} pixels; correct the images")
+    if not found.annotations:
         raise AfaError(f"{path}: no annotations; give a COCO instances file")
-    return names, images, annotated
+    return found
 
 
-def _instance(part: Any, path: Path) -> Instance:
-    category, is_crowd = coco_id(part, "category_id", path), bool(part.get("iscrowd"))
+def _instance(part: dict[str, Any], path: Path) -> Instance:
+    category, is_crowd = part["category_id"], bool(part.get("iscrowd"))
     where = f"{path}, annotation {shown(part.get('id'))}"
     segmentation = part.get("segmentation")
     if isinstance(segmentation, dict):
@@ -309,15 +276,27 @@ def _instance(part: Any, path: Path) -> Instance:
     return Instance(category, is_crowd, polygons=tuple(polygons))
 
 
-def _find_all(found: ImageFiles, images: Mapping[int, _ImageInfo], path: Path) -> list[str]:
-    paths = [found.find(TagEntry(str(path), image.file, ())) for image in images.values()]
-    missing = [image.file for image, file in zip(images.values(), paths, strict=True) if file is None]
+def _image_mask(found: CocoFile, number: int, path: Path) -> NDArray[np.uint8]:
+    image = found.images[number]
+    index = {category: value for value, category in enumerate(found.names, start=1)}
+    instances = [part["instance"] for part in found.annotations[number]]
+    where = f"{path}, image {image['file_name']!r}"
+    return semantic_mask(instances, index, image["height"], image["width"], where=where)
+
+
+def _find_all(folder: Path, found: CocoFile, path: Path) -> dict[int, str]:
+    """The name below `folder` of each annotated image, by ascending id."""
+    files = ImageFiles(folder)
+    wanted = {number: found.images[number]["file_name"] for number in sorted(found.annotations)}
+    paths = [files.find(name, str(path)) for name in wanted.values()]
+    missing = [name for name, file in zip(wanted.values(), paths, strict=True) if file is None]
     if missing:
         raise AfaError(
-            f"{path}: {found.folder} has no image {shown(missing[0])} ({len(missing)} of {len(images)} missing); "
+            f"{path}: {folder} has no image {shown(missing[0])} ({len(missing)} of {len(wanted)} missing); "
             "give the folder of this split's images"
         )
-    return [file for file in paths if file is not None]
+    names = check_paths([file for file in paths if file is not None], folder)
+    return dict(zip(wanted, names, strict=True))
 
 
 def _link_images(images: Path, folder: Path) -> str:
@@ -342,23 +321,21 @@ def _write_classes(path: Path, classes: Sequence[str]) -> None:
     text = "".join(f"{name}\n" for name in classes)
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise AfaError(f"{path}: lists other classes; choose another OUT")
-    _replace(path, text)
+    _write_text(path, text)
 
 
 def _write_tags(path: Path, tags: Mapping[str, tuple[str, ...]], classes: Sequence[str]) -> None:
     """Write the tags, beside those that the other split's call wrote."""
-    merged = (dict(read_tags(path, classes)) if path.is_file() else {}) | dict(tags)
+    merged = (read_tags(path, classes) if path.is_file() else {}) | dict(tags)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(("image", "tags"))
     table.writerows((name, ";".join(merged[name])) for name in sorted(merged))
-    _replace(path, text.getvalue())
+    _write_text(path, text.getvalue())
 
 
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+def _write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

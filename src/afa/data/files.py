@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from afa.config import DataConfig
+from afa.data.classes import folded, is_plain
 from afa.data.images import IMAGE_SUFFIXES
-from afa.data.tables import TagEntry, shown
-from afa.data.tags import is_plain
-from afa.errors import AfaError
+from afa.errors import AfaError, shown
 
 
 def walk_files(folder: Path, suffixes: Collection[str], *, skip: Callable[[str], bool] | None = None) -> Iterator[str]:
@@ -41,10 +41,11 @@ def walk_files(folder: Path, suffixes: Collection[str], *, skip: Callable[[str],
             raise AfaError(f"{folder / below}: cannot be listed ({error.strerror}); allow it or take it out") from None
         folders = []
         for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
+            name = entry.name
+            if name.startswith(".") or name == "__MACOSX":
                 continue
-            path = f"{below}{entry.name}"
-            if os.path.splitext(entry.name)[1].lower() in suffixes and entry.is_file():
+            path = f"{below}{name}"
+            if os.path.splitext(name)[1].lower() in suffixes and entry.is_file():
                 yield path
             elif entry.is_dir() and not (skip is not None and skip(path)):
                 status = os.stat(folder / path)
@@ -63,6 +64,11 @@ def stem_of(path: str) -> str:
     return os.path.splitext(path)[0]
 
 
+def path_below(path: Path, root: Path) -> str:
+    """A path as messages show it: below the data set's folder, where it is."""
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
 class ImageFiles:
     """The images below a folder, found by what people write for them."""
 
@@ -75,16 +81,20 @@ class ImageFiles:
         """
         self.folder = folder
         self.paths: tuple[str, ...] = tuple(walk_files(folder, IMAGE_SUFFIXES, skip=skip))
+        self._exact = frozenset(self.paths)
         self._views: dict[str, dict[str, list[str]]] = {}
 
-    def find(self, entry: TagEntry, *, lacks: str = "", drop: Sequence[str] = (), loose: bool = False) -> str | None:
-        """The image that an entry means.
+    def find(
+        self, text: str, where: str, *, lacks: str = "", drop: Sequence[str] = (), loose: bool = False
+    ) -> str | None:
+        """The image that a text means.
 
         A path below the folder is taken as it is; else letter case, Unicode form and suffix may differ, and leading
         folders may be missing, as long as exactly one image fits.
 
         Args:
-            entry: Names the image.
+            text: Names the image.
+            where: File and line, for messages.
             lacks: Prefix, ending in a slash, that the text may lack: its paths begin in that folder.
             drop: Prefixes, ending in a slash, that the text may have before the path below the folder.
             loose: Also drop leading folders of the text, and the prefix that Label Studio gives to uploaded files.
@@ -95,10 +105,12 @@ class ImageFiles:
         Raises:
             AfaError: The text leads out of the folder, or several images fit.
         """
-        text = self._inside(entry)
-        texts = [f"{lacks}{text}", *(text.removeprefix(prefix) for prefix in drop), text]
+        if f"{lacks}{text}" in self._exact:
+            return f"{lacks}{text}"
+        inside = self._inside(text, where)
+        texts = [f"{lacks}{inside}", *(inside.removeprefix(prefix) for prefix in drop), inside]
         if loose:
-            parts = text.split("/")
+            parts = inside.split("/")
             texts += ["/".join(parts[cut:]) for cut in range(1, len(parts))]
             texts += [re.sub(r"^[0-9a-f]{8}-", "", parts[-1])]
         for view in _VIEWS:
@@ -106,58 +118,46 @@ class ImageFiles:
                 found = self._look_up(view, candidate)
                 if len(found) > 1:
                     raise AfaError(
-                        f"{entry.where}: image {shown(entry.image)} may be {shown(found[0])} or {shown(found[1])} of "
+                        f"{where}: image {shown(text)} may be {shown(found[0])} or {shown(found[1])} of "
                         f"{self.folder}; write its path and suffix"
                     )
                 if found:
                     return found[0]
         return None
 
-    def _inside(self, entry: TagEntry) -> str:
+    def _inside(self, text: str, where: str) -> str:
         """The text as a path with slashes below the folder."""
-        text = entry.image
-        if text in self._view("path"):
+        if text in self._exact:
             return text
         if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", text):
             raise AfaError(
-                f"{entry.where}: image {shown(text)} is an address; put the image below {self.folder} and "
-                "write its path"
+                f"{where}: image {shown(text)} is an address; put the image below {self.folder} and write its path"
             )
-        text = text.replace("\\", "/")
-        if text.startswith("/") and "\0" not in text:
+        inside = text.replace("\\", "/")
+        if inside.startswith("/") and "\0" not in inside:
             for start in (self.folder, self.folder.absolute(), self.folder.resolve()):
-                if PurePosixPath(text).is_relative_to(start.as_posix()):
-                    text = PurePosixPath(text).relative_to(start.as_posix()).as_posix()
+                if PurePosixPath(inside).is_relative_to(start.as_posix()):
+                    inside = PurePosixPath(inside).relative_to(start.as_posix()).as_posix()
                     break
-        parts = [part for part in text.split("/") if part not in ("", ".")]
-        if text.startswith("/") or ".." in parts or re.match(r"[a-zA-Z]:/", text):
+        parts = [part for part in inside.split("/") if part not in ("", ".")]
+        if inside.startswith("/") or ".." in parts or re.match(r"[a-zA-Z]:/", inside):
             raise AfaError(
-                f"{entry.where}: image {shown(entry.image)} leads out of {self.folder}; refused: "
-                "write paths below that folder"
+                f"{where}: image {shown(text)} leads out of {self.folder}; refused: write paths below that folder"
             )
         return "/".join(parts)
 
-    def _view(self, name: str) -> dict[str, list[str]]:
-        if name not in self._views:
-            view: dict[str, list[str]] = {}
-            key = _VIEWS[name]
-            for path in self.paths:
-                view.setdefault(key(path), []).append(path)
-            self._views[name] = view
-        return self._views[name]
-
     def _look_up(self, view: str, text: str) -> list[str]:
-        found = self._view(view).get(_VIEWS[view](text), [])
+        key = _VIEWS[view]
+        if view not in self._views:
+            self._views[view] = {}
+            for path in self.paths:
+                self._views[view].setdefault(key(path), []).append(path)
+        found = self._views[view].get(key(text), [])
         if view.startswith("last"):
             # The folders that the text does have must fit too.
-            found = [
-                path for path in found if f"/{_plain(stem_of(path))}".endswith(f"/{_plain(_without_suffix(text))}")
-            ]
+            end = f"/{folded(_without_suffix(text))}"
+            found = [path for path in found if f"/{folded(stem_of(path))}".endswith(end)]
         return found
-
-
-def _plain(path: str) -> str:
-    return unicodedata.normalize("NFC", path).casefold()
 
 
 def _without_suffix(path: str) -> str:
@@ -166,12 +166,11 @@ def _without_suffix(path: str) -> str:
 
 
 _VIEWS: Final[dict[str, Callable[[str], str]]] = {
-    "path": lambda path: path,
     "normal path": lambda path: unicodedata.normalize("NFC", path),
     "stem": lambda path: unicodedata.normalize("NFC", _without_suffix(path)),
-    "any case": lambda path: _plain(_without_suffix(path)),
-    "last, suffix": lambda path: _plain(path.rsplit("/", 1)[-1]),
-    "last": lambda path: _plain(_without_suffix(path.rsplit("/", 1)[-1])),
+    "any case": lambda path: folded(_without_suffix(path)),
+    "last, suffix": lambda path: folded(path.rsplit("/", 1)[-1]),
+    "last": lambda path: folded(_without_suffix(path.rsplit("/", 1)[-1])),
 }
 """What of a path must agree, the strictest first."""
 
@@ -195,9 +194,33 @@ def check_paths(paths: Iterable[str], folder: Path) -> tuple[str, ...]:
         name = stem_of(path)
         if not is_plain(name):
             raise AfaError(f"{folder}: the file name {shown(path)} has control characters; rename the file")
-        other = seen.setdefault(_plain(name), path)
+        other = seen.setdefault(folded(name), path)
         if other != path:
             same = "have the same name" if stem_of(other) == name else "differ in case or accents only"
             raise AfaError(f"{folder}: {shown(other)} and {shown(path)} {same}; keep or rename one of them")
         names.append(name)
     return tuple(names)
+
+
+def image_folder(root: Path, data: DataConfig) -> Path:
+    """Where images of a file of tags lie: the folder that is set, `images`, or the root.
+
+    Raises:
+        AfaError: The folder that is set is not there.
+    """
+    stated = root / data.image_dir
+    if stated.is_dir():
+        return stated
+    if data.image_dir != DataConfig().image_dir:
+        raise AfaError(f"{stated}: no such folder; set data.image_dir")
+    return root / "images" if (root / "images").is_dir() else root
+
+
+def find_images(folder: Path, root: Path, data: DataConfig) -> ImageFiles:
+    """The images below a folder; folders of masks are passed over."""
+
+    def is_mask_folder(path: str) -> bool:
+        named_so = re.fullmatch(r"masks|Segmentation(Class|Object)\w*", path.rsplit("/", 1)[-1])
+        return bool(named_so) or folder / path == root / data.mask_dir
+
+    return ImageFiles(folder, skip=is_mask_folder)

@@ -1,6 +1,6 @@
 """Image and mask files to arrays: every common format becomes the same (H, W, 3) uint8 RGB.
 
-What the pixels mean, and which file belongs to which name, is left to `afa.data.voc`.
+What the pixels mean, and which file belongs to which name, is left to `afa.data.open`.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from afa.config import AugmentConfig, Config
+from afa.data.dataset import TaggedImages
 from afa.data.pixel_cache import PixelCache
 from afa.data.transforms import CropPlan, draw_crop, fit_whole, pack_plans, resample_batch, resample_image
-from afa.data.voc import TaggedImages
 from afa.errors import AfaError
 from afa.runtime import ALONE, Processes, read_ahead
 from afa.types import Batch

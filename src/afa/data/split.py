@@ -1,14 +1,74 @@
-"""Setting images aside for validation so that every class keeps its share: iterative stratification.
+"""Which images train and which are for validation: what folders, files and columns state, or a split made here.
 
-What is split, and whether at all, is left to `afa.data.layout`.
+A split that is made here sets images aside so that every class keeps its share: iterative stratification.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from afa.config import DataConfig
+
+TRAIN: Final = 0
+VALIDATION: Final = 1
+TEST: Final = 2
+"""Of an image that neither trains nor is scored."""
+UNSTATED: Final = -1
+
+SIDES: Final = {
+    "train": TRAIN, "training": TRAIN,
+    "val": VALIDATION, "valid": VALIDATION, "validation": VALIDATION, "dev": VALIDATION,
+    "test": TEST, "testing": TEST,
+}  # fmt: skip
+"""Names of the sides of a split."""
+
+
+def side_of(text: str) -> int:
+    """The side that a name speaks of: `instances_val2014` of validation.
+
+    >>> side_of("instances_val2014"), side_of("instances")
+    (1, -1)
+    """
+    return next((SIDES[word] for word in re.findall(r"[a-z]+", text.lower()) if word in SIDES), UNSTATED)
+
+
+def choose_sides(
+    data: DataConfig, paths: Sequence[str], names: Sequence[str], tagged: NDArray[np.bool_], stated: NDArray[np.int8]
+) -> tuple[NDArray[np.int8], str]:
+    """Put each image on a side: as stated, else as the outermost folders say, else by a split made here.
+
+    Args:
+        data: Whether to make a split, and how.
+        paths: N paths of images.
+        names: N different names.
+        tagged: (N, C), whether a class is tagged as present.
+        stated: (N,) sides, `UNSTATED` where nothing is said.
+
+    Returns:
+        (N,) `TRAIN`, `VALIDATION` or `TEST`; and in words how they came about.
+    """
+    if (stated == UNSTATED).all():
+        tops = [path.partition("/")[0] if "/" in path else "" for path in paths]
+        sides_of = {top: SIDES.get(top.lower(), UNSTATED) for top in set(tops)}
+        if {TRAIN, VALIDATION} <= set(sides_of.values()):
+            stated = np.array([sides_of[top] for top in tops], dtype=np.int8)
+    sides = np.where(stated == UNSTATED, np.int8(TRAIN), stated)
+    if (sides == VALIDATION).any():
+        return sides, "as the data says"
+    if not data.val_list:
+        return sides, "data.val_list is empty"
+    if data.split_fraction == 0:
+        return sides, "data.split_fraction is 0"
+    splittable = np.flatnonzero((sides == TRAIN) & tagged.any(axis=1))
+    chosen = [names[i] for i in splittable.tolist()]
+    aside = split_by_tags(tagged[splittable], chosen, fraction=data.split_fraction, seed=data.split_seed)
+    sides[splittable[aside]] = VALIDATION
+    return sides, f"set aside here by tags, seed {data.split_seed}"
 
 
 def split_by_tags(tags: NDArray[np.bool_], names: Sequence[str], *, fraction: float, seed: int) -> NDArray[np.bool_]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from afa.config import SUPERVISION_NAMES, Config, PseudoConfig
-from afa.data.voc import ScoredImages, TaggedImages
+from afa.data.dataset import MaskedImages, TaggedImages
 from afa.errors import AfaError
 from afa.evaluation.boundary import BoundaryConfusion
 from afa.evaluation.confusion import ConfusionMatrix
@@ -109,7 +109,7 @@ class EvaluationResult:
 
 def evaluate(
     network: AfaNetwork,
-    images: ScoredImages,
+    images: MaskedImages,
     config: Config,
     *,
     labels: str = "seg",
@@ -192,7 +192,7 @@ class _Counts:
         if self.outlines is not None:
             self.outlines.update(decided, prediction)
 
-    def add_tags(self, images: ScoredImages, batch: Sequence[Sample], maps: Sequence[LogitMaps]) -> None:
+    def add_tags(self, images: MaskedImages, batch: Sequence[Sample], maps: Sequence[LogitMaps]) -> None:
         """Count the tags that the classifier finds (logit > 0) in the images that have tags."""
         tagged = [i for i, sample in enumerate(batch) if images.has_tags(sample.index)]
         if tagged:
@@ -288,7 +288,7 @@ def image_batches(
         image = host_tensor(images.image(index), device=device)
         mask = None
         if labels != "tags":
-            assert isinstance(images, ScoredImages)
+            assert isinstance(images, MaskedImages)
             mask = host_tensor(images.mask(index), device=device)
         return Sample(index, image, mask, sizes((image.shape[0], image.shape[1]), config))
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from afa.config import Config
-from afa.data.voc import TaggedImages
+from afa.data.dataset import TaggedImages
 from afa.evaluation.evaluate import image_batches, rounded
 from afa.evaluation.protocols import CRF, PROTOCOLS, check_choice, logit_maps
 from afa.model.network import AfaNetwork

@@ -13,9 +13,9 @@ from typing import IO, Final
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from afa.data.classes import VOC_CLASSES
 from afa.data.images import IMAGE_SUFFIXES, read_size
 from afa.data.palette import index_png, voc_palette
-from afa.data.voc import VOC_CLASSES
 from afa.errors import AfaError
 from afa.formats.job import Job
 from afa.types import IGNORE_INDEX

@@ -18,9 +18,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from afa.config import Config, Precision
+from afa.data.classes import unknown_class
 from afa.data.images import read_image
 from afa.data.palette import overlay, write_index_png
-from afa.data.tags import unknown_class
 from afa.errors import AfaError
 from afa.evaluation.evaluate import group_by_size, resolve_batch_size
 from afa.evaluation.protocols import PROTOCOLS, LogitMaps, check_choice, group_sizes, host_tensor, logit_maps

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from afa.config import Config, Propagation, PseudoConfig, load_config
-from afa.data.layout import find_layout
-from afa.data.voc import ScoredImages, TaggedImages
+from afa.data.dataset import MaskedImages, TaggedImages
+from afa.data.open import open_data
 from afa.errors import AfaError
 from afa.evaluation.protocols import CRF, image_tensor, logit_maps, pseudo_view
 from afa.model.network import AfaNetwork
@@ -69,7 +69,7 @@ def write_examples(
 
     Args:
         network: On `device`.
-        images: Where examples are taken from, `ScoredImages` where there are masks; images without tags are
+        images: Where examples are taken from, `MaskedImages` where there are masks; images without tags are
             passed over.
         run: Run folder.
         config: Its `pseudo` and `evaluation` sections apply.
@@ -130,8 +130,8 @@ def write_figures(
     keys: dict[str, object] = {"data.class_subset": read_classes(run)}
     config = load_config(run / "config.toml", keys if data is None else keys | {"data.root": data})
     network = load_run(run, pick_device(device)).network
-    layout = find_layout(config.data)
-    images: TaggedImages = layout.scored() if layout.has_masks else layout.validation()
+    layout = open_data(config.data)
+    images: TaggedImages = layout.masked() if layout.has_masks else layout.validation()
     picks = evenly_spaced(images, count)
     if not picks:
         raise AfaError(f"{layout.root}: no image with tags to draw; pass --data with another folder")
@@ -167,7 +167,7 @@ def draw_sheet(folders: Sequence[Path]) -> Image.Image:
 
 def evenly_spaced(images: TaggedImages, count: int) -> list[int]:
     """Positions of at most `count` images with tags, from the first to the last."""
-    known = images.has_tags if isinstance(images, ScoredImages) else lambda _: True
+    known = images.has_tags if isinstance(images, MaskedImages) else lambda _: True
     tagged = [i for i in range(len(images)) if known(i) and images.tags(i).any()]
     picks = np.linspace(0, len(tagged) - 1, min(count, len(tagged))).round().astype(int)
     return [tagged[pick] for pick in picks]
@@ -207,7 +207,7 @@ class _Seen:
             picture=np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)),
             view=pseudo_view(view, config),
             tags=torch.from_numpy(images.tags(i)).to(device)[None],
-            truth=torch.from_numpy(images.mask(i)) if isinstance(images, ScoredImages) else None,
+            truth=torch.from_numpy(images.mask(i)) if isinstance(images, MaskedImages) else None,
         )
 
     @property

@@ -12,7 +12,7 @@ import huggingface_hub
 import torch
 
 from afa.config import Config, load_config
-from afa.data.layout import Layout
+from afa.data.open import DataSet
 from afa.errors import AfaError
 from afa.model.mit import MitSize
 from afa.model.registry import BACKBONES, BackboneSpec, backbone_of
@@ -48,7 +48,7 @@ _TOKENS: Final[dict[str, Any]] = {
 
 
 def choose_defaults(
-    layout: Layout, device: torch.device, overrides: Mapping[str, Any] | None = None, *, need_weights: bool = True
+    layout: DataSet, device: torch.device, overrides: Mapping[str, Any] | None = None, *, need_weights: bool = True
 ) -> tuple[Config, tuple[str, str, str, str]]:
     """Choose settings by data and device.
 
@@ -69,7 +69,7 @@ def choose_defaults(
     chosen = _choose_encoder(stated, need_weights=need_weights)
     spec = BACKBONES.get(chosen["model.backbone"])
     scratch = not chosen["model.weights"] or spec is None
-    num_images = len(layout.training())
+    num_images = len(layout.train())
     preset = "demo" if scratch else "paper"
     if scratch:
         chosen |= {"augment.short_side": _SCRATCH_SIDE, "evaluation.short_side": _SCRATCH_SIDE, "data.workers": -1}
@@ -162,7 +162,7 @@ def _schedule_words(config: Config, device: torch.device, num_images: int, most:
     return f"{words} in {config.train.precision}: {epochs:.3g} epochs of {num_images:,} images ({limits})"
 
 
-def _score_words(config: Config, layout: Layout) -> str:
+def _score_words(config: Config, layout: DataSet) -> str:
     if not config.data.val_list or not layout.has_validation:
         return "none, there are no images for validation"
     if layout.has_masks:

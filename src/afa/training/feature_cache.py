@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from afa.config import Config
+from afa.data.dataset import TaggedImages
 from afa.data.loader import whole_views
 from afa.data.pixel_cache import PixelCache
-from afa.data.voc import TaggedImages
 from afa.errors import AfaError
 from afa.model.backbone import FrozenTokens
 from afa.model.network import AfaNetwork

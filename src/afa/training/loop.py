@@ -16,10 +16,10 @@ from torch import Tensor
 
 from afa import __version__
 from afa.config import SUPERVISION_NAMES, Config, DataConfig, config_to_dict, config_to_toml, load_config
-from afa.data.layout import Layout
+from afa.data.dataset import MaskedImages, TaggedImages
 from afa.data.loader import train_batches
+from afa.data.open import DataSet
 from afa.data.pixel_cache import PixelCache, resolve_cache
-from afa.data.voc import ScoredImages, TaggedImages
 from afa.errors import AfaError
 from afa.evaluation.evaluate import evaluate, first_images
 from afa.model.network import AfaNetwork
@@ -88,7 +88,7 @@ class _Sums:
 
 def train(
     config: Config,
-    data: Layout,
+    data: DataSet,
     run: Path,
     *,
     device: torch.device,
@@ -172,7 +172,7 @@ def _batches(
         return batches
     from afa.training.supervised import with_masks
 
-    assert isinstance(images, ScoredImages)
+    assert isinstance(images, MaskedImages)
     return with_masks(batches, images, config, start=start, processes=processes)
 
 
@@ -188,7 +188,7 @@ class _Loop:
         self,
         run: Path,
         engine: TrainingEngine,
-        scored: ScoredImages | None,
+        scored: MaskedImages | None,
         log: MetricsLog | None,
         step: int,
         seconds: float,
@@ -286,10 +286,10 @@ class _Loop:
         self._began += time.perf_counter() - paused
 
 
-def _open_training(config: Config, data: Layout, *, tell: bool) -> tuple[TaggedImages, LossFunction]:
+def _open_training(config: Config, data: DataSet, *, tell: bool) -> tuple[TaggedImages, LossFunction]:
     """What a run learns from, and how; masks are within reach only where the configuration asks for them."""
     if config.train.supervision == "tags":
-        return data.training(), compute_losses
+        return data.train(), compute_losses
     from afa.training.supervised import open_masked, supervised_losses
 
     if tell:
@@ -297,7 +297,7 @@ def _open_training(config: Config, data: Layout, *, tell: bool) -> tuple[TaggedI
     return open_masked(data, config.data.train_list), supervised_losses
 
 
-def open_validation(config: Config, data: Layout, *, tell: bool = False) -> ScoredImages | None:
+def open_validation(config: Config, data: DataSet, *, tell: bool = False) -> MaskedImages | None:
     """Open the images that a run is scored on.
 
     Args:
@@ -320,7 +320,7 @@ def open_validation(config: Config, data: Layout, *, tell: bool = False) -> Scor
             words = f"masks in {root}: only tags" if data.has_validation else f"{root / val_list}: nothing"
             say(f"no {words} will be scored")
         return None
-    return data.scored()
+    return data.masked()
 
 
 def _prepare_run(run: Path, config: Config, classes: tuple[str, ...], *, resume: bool) -> None:

@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from afa.config import Config
-from afa.data.layout import Layout
+from afa.data.dataset import MaskedImages
 from afa.data.loader import step_indices, step_plan
+from afa.data.open import DataSet
 from afa.data.transforms import resample_image
-from afa.data.voc import ScoredImages
 from afa.errors import AfaError
 from afa.kernels.resize import resize
 from afa.losses.classification import classification_loss
@@ -47,7 +47,7 @@ def with_mask(batch: Batch, mask: Tensor) -> MaskedBatch:
     return MaskedBatch(**{each.name: getattr(batch, each.name) for each in fields(Batch)}, mask=mask)
 
 
-def open_masked(data: Layout, train_list: str) -> ScoredImages:
+def open_masked(data: DataSet, train_list: str) -> MaskedImages:
     """Open the images of `data.train_list` with tags and masks.
 
     Args:
@@ -66,12 +66,12 @@ def open_masked(data: Layout, train_list: str) -> ScoredImages:
             f"{path}: no such list; train.supervision = masks learns from the masks of the images that data.train_list "
             "names"
         )
-    data.training(list_file=train_list)  # weak supervision's checks of names and tags
-    return data.scored(list_file=train_list)
+    data.train(list_file=train_list)  # weak supervision's checks of names and tags
+    return data.masked(list_file=train_list)
 
 
 def with_masks(
-    batches: Generator[Batch, None, None], images: ScoredImages, config: Config, *, start: int, processes: Processes
+    batches: Generator[Batch, None, None], images: MaskedImages, config: Config, *, start: int, processes: Processes
 ) -> Generator[MaskedBatch, None, None]:
     """Put the masks of the same crops beside the images of training batches.
 

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from afa.data.classes import check_classes, unknown_class
+from afa.data.dataset import PRESENT, TaggedImages
 from afa.data.images import _to_rgb
-from afa.data.tables import SINGLE_TAG_COLUMNS, TAG_COLUMNS, shown
-from afa.data.tags import check_classes, unknown_class
-from afa.data.voc import TaggedImages
-from afa.errors import AfaError
+from afa.data.readers.base import tag_rows
+from afa.data.readers.table import SINGLE_TAG_COLUMNS, TAG_COLUMNS
+from afa.errors import AfaError, shown
 
 
 class DatasetImages(TaggedImages):
@@ -85,17 +86,15 @@ def tagged_dataset(
         raise AfaError(f"the data set has no tag column {tag_column!r}; its columns: {', '.join(features)}")
     feature = features[tag_column]
     labels = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
-    rows = [_tags(value, labels, tag_column) for value in dataset.select_columns([tag_column])[:][tag_column]]
+    rows = [tuple(_tags(value, labels, tag_column)) for value in dataset.select_columns([tag_column])[:][tag_column]]
     classes = classes or tuple(labels or sorted({tag for tags in rows for tag in tags}))
     check_classes(classes, f"column {tag_column!r}")
-    index = {name: position for position, name in enumerate(classes)}
-    matrix = np.zeros((len(rows), len(classes)), dtype=bool)
     for row, tags in enumerate(rows):
         for tag in tags:
-            if tag not in index:
+            if tag not in classes:
                 raise AfaError(f"row {row}: unknown tag {shown(tag)}; {unknown_class(tag[:100], classes)}")
-            matrix[row, index[tag]] = True
-    kept = np.flatnonzero(matrix.any(axis=1))
+    matrix = tag_rows(rows, classes)
+    kept = np.flatnonzero((matrix == PRESENT).any(axis=1))
     if not kept.size:
         raise AfaError(f"no row of the data set has a tag in column {tag_column!r}; name another column")
     return DatasetImages(dataset, image_column, classes=classes, rows=kept, tags=matrix[kept])

@@ -1,21 +1,21 @@
-"""Tags from tables: CSV, TSV, JSON and JSON Lines, as people and other tools write them.
+"""Tables of tags: CSV, TSV, JSON and JSON Lines, as people and other tools write them.
 
 A table names an image per row, in a column such as `file` or `image`. Its tags stand in a column such as `tags`
-(several, separated) or `label` (one), or every class has a column of zeros and ones. Which file on disk a row means
-is left to `afa.data.layout`.
+(several, separated) or `label` (one), or every class has a column of zeros and ones.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from afa.data.json_stream import iterate_json
-from afa.errors import AfaError
+from afa.data.readers.base import TagEntry, elements
+from afa.errors import AfaError, shown
 
 IMAGE_COLUMNS: Final = (
     "file_name", "filename", "file", "image", "image_name", "image_path", "img", "path", "filepath", "file_path",
@@ -37,34 +37,31 @@ _TRUE: Final = frozenset(("1", "1.0", "true", "yes"))
 _FALSE: Final = frozenset(("", "0", "0.0", "false", "no", "-1"))
 
 
-class TagEntry(NamedTuple):
-    """What a file of tags says of one image.
-
-    Attributes:
-        where: File and line, for messages.
-        image: The image as the file writes it.
-        tags: Its tags as the file writes them.
-        split: Where it belongs, as the file writes it; empty where it does not say.
-    """
+class _Row(NamedTuple):
+    """A row of a table as it is written: where it stands, its image, tags and side; `single` if one row has one tag."""
 
     where: str
     image: str
-    tags: tuple[str, ...]
-    split: str = ""
+    tags: Any
+    split: str
+    single: bool
 
 
-class Row(NamedTuple):
-    """A row of a table: where it stands, and its values by column."""
+class _Columns(NamedTuple):
+    """Which columns, or keys of JSON, hold what; `single` where the tags are one to a row."""
 
-    where: str
-    values: Mapping[str, Any]
+    image: str | None
+    tags: str | None
+    split: str | None
+    single: bool
 
 
-def read_table(path: Path, classes: Sequence[str] = ()) -> tuple[tuple[str, ...], list[TagEntry]]:
-    """Read a CSV, TSV, JSON or JSON Lines table.
+def read(path: Path, content: Any, classes: Sequence[str]) -> tuple[tuple[str, ...], list[TagEntry]]:
+    """Read a table.
 
     Args:
         path: The file; its suffix says the format, any but .tsv, .json, .jsonl and .ndjson being CSV.
+        content: Its JSON if it is a .json.
         classes: The class names where they are known: a text that is one of them is one tag, spaces and all.
 
     Returns:
@@ -74,24 +71,18 @@ def read_table(path: Path, classes: Sequence[str] = ()) -> tuple[tuple[str, ...]
         AfaError: The file cannot be read, is malformed, or has no column of images or of tags.
     """
     suffix = path.suffix.lower()
+    if suffix == ".json":
+        return (), _entries(path, _object_rows(_json_objects(path, content)), classes)
+    kind = "JSON Lines" if suffix in (".jsonl", ".ndjson") else "CSV"
     try:
-        if suffix == ".json":
-            return (), _entries(path, _json_rows(path), classes)
-        if suffix in (".jsonl", ".ndjson"):
-            return (), _entries(path, _json_line_rows(path), classes)
-        return _read_csv(path, classes)
+        if kind == "CSV":
+            return _read_csv(path, classes)
+        return (), _entries(path, _object_rows(_line_objects(path)), classes)
     except UnicodeDecodeError as error:
-        kind = "JSON Lines" if suffix in (".jsonl", ".ndjson") else "CSV"
         advice = "as text" if kind != "CSV" else "as text with the header image,tags"
         raise AfaError(f"{path}: not a {kind} in UTF-8 ({error}); save it {advice}") from None
     except OSError as error:
         raise AfaError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def shown(text: object) -> str:
-    """A value as messages show it: one line, cut where it is long."""
-    quoted = repr(text)
-    return quoted if len(quoted) <= 120 else f"{quoted[:100]}... ({len(quoted)} characters)"
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -112,85 +103,62 @@ def _read_csv(path: Path, known_classes: Sequence[str]) -> tuple[tuple[str, ...]
     first = next(lines, "")
     delimiter = "\t" if path.suffix.lower() == ".tsv" else next((c for c in ",;\t" if c in first), ",")
     try:
-        table = csv.reader(_chain(first, lines), delimiter=delimiter, skipinitialspace=True, strict=True)
-        header = [cell.strip() for cell in next(table, [])]
-        columns = {name.lower(): name for name in header}
-        image_column = _first(IMAGE_COLUMNS, columns)
-        tag_column = _first(TAG_COLUMNS + SINGLE_TAG_COLUMNS, columns)
-        if image_column is None or len(header) < 2:
+        rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, skipinitialspace=True, strict=True)
+        header = [cell.strip() for cell in next(rows, [])]
+        columns = _columns(header)
+        if columns.image is None or len(header) < 2:
             raise AfaError(f"{path}: the first line is {shown(','.join(header))}; write the header image,tags")
-        if len(columns) != len(header):
+        if len({name.lower() for name in header}) != len(header):
             raise AfaError(f"{path}: two columns have the same name; name each differently")
-        rows = _csv_rows(path, table, header)
-        if tag_column is not None:
-            return (), _entries(path, rows, known_classes)
-        others = {image_column, _first(SPLIT_COLUMNS, columns)}
-        classes = tuple(name for name in header if name and name not in others)
-        return classes, list(_one_hot_entries(rows, classes, image_column, _first(SPLIT_COLUMNS, columns)))
+        classes: tuple[str, ...] = ()
+        if columns.tags is None:
+            classes = tuple(name for name in header if name and name not in (columns.image, columns.split))
+        return classes, _entries(path, _csv_rows(path, rows, header, columns, classes), known_classes)
     except csv.Error as error:
         raise AfaError(f"{path}: not a CSV in UTF-8 ({error}); save it as text with the header image,tags") from None
 
 
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
-
-
-def _csv_rows(path: Path, table: Any, header: Sequence[str]) -> Iterator[Row]:
-    for cells in table:
+def _csv_rows(
+    path: Path, rows: Any, header: Sequence[str], columns: _Columns, classes: Sequence[str]
+) -> Iterator[_Row]:
+    """Rows of a CSV; with a column for each class, their tags are what its values say."""
+    image, tags, split = (None if name is None else header.index(name) for name in columns[:3])
+    assert image is not None
+    places = [header.index(name) for name in classes]
+    known: dict[tuple[str, ...], tuple[str, ...]] = {}  # equal rows are read once
+    for cells in rows:
         if not cells or (len(cells) == 1 and not cells[0].strip()):
             continue
-        where = f"{path}, line {table.line_num}"
+        where = f"{path}, line {rows.line_num}"
         if len(cells) != len(header):
-            advice = (
-                "write image,tags with spaces between the tags"
-                if header == ["image", "tags"]
-                else f"the header has {len(header)}; quote cells that hold the separator"
-            )
+            advice = f"the header has {len(header)}; quote cells that hold the separator"
+            if header == ["image", "tags"]:
+                advice = "write image,tags with spaces between the tags"
             raise AfaError(f"{where}: {len(cells)} columns; {advice}")
-        yield Row(where, dict(zip(header, cells, strict=True)))
+        side = "" if split is None else cells[split].strip()
+        if tags is not None:
+            yield _Row(where, cells[image].strip(), cells[tags], side, columns.single)
+            continue
+        values = tuple([cells[place] for place in places])
+        if values not in known:
+            known[values] = _one_hot(zip(classes, values, strict=True), where)
+        yield _Row(where, cells[image].strip(), known[values], side, single=False)
 
 
-def _one_hot_entries(
-    rows: Iterable[Row], classes: Sequence[str], image_column: str, split_column: str | None
-) -> Iterator[TagEntry]:
-    for where, values in rows:
-        tags = _one_hot(((name, values[name]) for name in classes), where)
-        yield TagEntry(where, values[image_column].strip(), tags, values.get(split_column or "", "").strip())
-
-
-def _one_hot(values: Iterable[tuple[str, Any]], where: str) -> tuple[str, ...]:
-    """The classes whose value is true."""
-    tags = []
-    for name, value in values:
-        text = str(value).strip().lower()
-        if text in _TRUE:
-            tags.append(sys.intern(name))
-        elif text not in _FALSE:
-            raise AfaError(
-                f"{where}, column {shown(name)}: the value is {shown(value)}; write 0 or 1, "
-                "or put the tags into one column named tags"
-            )
-    return tuple(tags)
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    """Rows of a list of objects, or of an object from image to tags."""
-    for number, (key, value) in enumerate(iterate_json(path), start=1):
+def _json_objects(path: Path, content: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a list, or those that an object from image to tags stands for."""
+    for number, (key, value) in enumerate(elements(content), start=1):
         where = f"{path}, entry {number}"
         if key:
-            yield Row(where, {"file_name": key} | (value if _has_tags(value) else {"tags": value}))
+            has_tags = isinstance(value, dict) and any(name in value for name in TAG_COLUMNS + SINGLE_TAG_COLUMNS)
+            yield where, {"file_name": key} | (value if has_tags else {"tags": value})
         elif isinstance(value, dict):
-            yield Row(where, value)
+            yield where, value
         else:
             raise AfaError(f'{where}: is {shown(value)}; write objects such as {{"file": "a.jpg", "tags": ["cat"]}}')
 
 
-def _has_tags(value: Any) -> bool:
-    return isinstance(value, dict) and any(key in value for key in TAG_COLUMNS + SINGLE_TAG_COLUMNS)
-
-
-def _json_line_rows(path: Path) -> Iterator[Row]:
+def _line_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -201,49 +169,36 @@ def _json_line_rows(path: Path) -> Iterator[Row]:
             raise AfaError(f"{where}: not valid JSON ({error}); write one object a line") from None
         if not isinstance(value, dict):
             raise AfaError(f'{where}: is {shown(value)}; write objects such as {{"file": "a.jpg", "tags": ["cat"]}}')
-        yield Row(where, value)
+        yield where, value
 
 
-def _first(names: Iterable[str], columns: Mapping[str, str]) -> str | None:
-    return next((columns[name] for name in names if name in columns), None)
-
-
-class _Columns(NamedTuple):
-    """Which keys of a row hold what; `single` where the tags are one to a row."""
-
-    image: str | None
-    tags: str | None
-    split: str | None
-    single: bool
+def _object_rows(objects: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[_Row]:
+    """Rows of JSON objects; one without a key of tags is an image without tags."""
+    keys: tuple[str, ...] | None = None
+    for where, values in objects:
+        if tuple(values) != keys:
+            keys = tuple(values)
+            columns = _columns(keys)
+        image, tags, split = (None if key is None else values[key] for key in columns[:3])
+        if not isinstance(image, str):
+            raise AfaError(f"{where}: no text that names the image; add one of {', '.join(IMAGE_COLUMNS[:4])}")
+        yield _Row(where, image.strip(), tags, split.strip() if isinstance(split, str) else "", columns.single)
 
 
 def _columns(keys: Iterable[str]) -> _Columns:
     columns = {key.strip().lower(): key for key in keys}
-    several = _first(TAG_COLUMNS, columns)
-    return _Columns(
-        _first(IMAGE_COLUMNS, columns),
-        several or _first(SINGLE_TAG_COLUMNS, columns),
-        _first(SPLIT_COLUMNS, columns),
-        several is None,
-    )
+
+    def first(names: Iterable[str]) -> str | None:
+        return next((columns[name] for name in names if name in columns), None)
+
+    several = first(TAG_COLUMNS)
+    return _Columns(first(IMAGE_COLUMNS), several or first(SINGLE_TAG_COLUMNS), first(SPLIT_COLUMNS), several is None)
 
 
-def _entries(path: Path, rows: Iterable[Row], classes: Sequence[str]) -> list[TagEntry]:
-    """Entries of rows with a column of tags. A row without that column is an image without tags."""
-    found: list[tuple[str, str, Any, str, bool]] = []
-    columns = _columns(())
-    keys: tuple[str, ...] = ()
-    for where, values in rows:
-        if tuple(values) != keys:
-            keys = tuple(values)
-            columns = _columns(keys)
-        image = values[columns.image] if columns.image is not None else None
-        if not isinstance(image, str):
-            raise AfaError(f"{where}: no text that names the image; add one of {', '.join(IMAGE_COLUMNS[:4])}")
-        tags = values[columns.tags] if columns.tags is not None else None
-        split = values[columns.split] if columns.split is not None else ""
-        found.append((where, image.strip(), tags, split.strip() if isinstance(split, str) else "", columns.single))
-    cells = _Cells([tags for _, _, tags, _, _ in found if isinstance(tags, str)], classes, path)
+def _entries(path: Path, rows: Iterable[_Row], classes: Sequence[str]) -> list[TagEntry]:
+    """Entries of rows, with the cells of all of them split in the same way."""
+    found = list(rows)
+    cells = _Cells([row.tags for row in found if isinstance(row.tags, str)], classes, path)
     places: dict[str, int] = {}
     entries: list[TagEntry] = []
     for where, image, value, split, single in found:
@@ -293,22 +248,33 @@ class _Cells:
 
 
 def _listed_tags(value: Any, where: str) -> tuple[str, ...]:
-    """Tags of a value of JSON that is no text."""
-    if value is None:
-        return ()
+    """Tags of a value that is no text."""
+    if value is None or isinstance(value, tuple):
+        return value or ()
     if isinstance(value, dict):
         return _one_hot(value.items(), where)
     tags = []
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, int) and not isinstance(item, bool):
-            item = _number(item, where)
+            if abs(item) > 10**9:
+                raise AfaError(f"{where}: the tag is a number of many digits; write the names of the classes")
+            item = str(item)
         if not isinstance(item, str):
             raise AfaError(f"{where}: the tag {shown(item)} is no text; write the names of the classes")
         tags.append(sys.intern(item.strip()))
     return tuple(tag for tag in tags if tag)
 
 
-def _number(value: int, where: str) -> str:
-    if abs(value) > 10**9:
-        raise AfaError(f"{where}: the tag is a number of many digits; write the names of the classes")
-    return str(value)
+def _one_hot(values: Iterable[tuple[str, Any]], where: str) -> tuple[str, ...]:
+    """The classes whose value is true."""
+    tags = []
+    for name, value in values:
+        text = str(value).strip().lower()
+        if text in _TRUE:
+            tags.append(sys.intern(name))
+        elif text not in _FALSE:
+            raise AfaError(
+                f"{where}, column {shown(name)}: the value is {shown(value)}; write 0 or 1, "
+                "or put the tags into one column named tags"
+            )
+    return tuple(tags)

@@ -1,0 +1,208 @@
+"""What rooms hand to each other of a data set: its table of tags, images with tags, and images with masks too.
+
+Training gets `TaggedImages`, which know no mask. Pixels are read, and checked, one image at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from afa.data.images import read_image, read_mask, read_size
+from afa.errors import AfaError
+from afa.types import IGNORE_INDEX
+
+PRESENT: Final = 1
+ABSENT: Final = 0
+UNKNOWN: Final = -1
+"""Whether an image has a class: it has, it has not, or nothing is said of it."""
+
+
+class TaggedImages:
+    """Images with their tags: all that training sees.
+
+    There is no way from here to a mask. Built by `DataSet.train`.
+
+    Attributes:
+        classes: The C class names; `tags` follows their order.
+        names: Image names in the order of the list.
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: tuple[str, ...],
+        names: tuple[str, ...],
+        paths: Sequence[str | Path],
+        tags: NDArray[np.bool_] | NDArray[np.int8],
+        folder: Path = Path(),
+    ) -> None:
+        """Take names, files and tags of N images.
+
+        Args:
+            classes: C class names.
+            names: N image names.
+            paths: N image files, relative to `folder` unless absolute.
+            tags: (N, C) `PRESENT`, `ABSENT` or `UNKNOWN`, or whether a class is present.
+            folder: Where relative paths begin.
+        """
+        assert tags.shape == (len(names), len(classes)), tags.shape
+        assert len(paths) == len(names), (len(paths), len(names))
+        self.classes = classes
+        self.names = names
+        self._folder = folder
+        self._paths = tuple(paths)
+        self._tags = tags.astype(np.int8)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.names)
+
+    def image_path(self, index: int) -> Path:
+        """File of an image."""
+        return self._folder / self._paths[index]
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """Read an image.
+
+        Returns:
+            (H, W, 3) uint8 RGB.
+
+        Raises:
+            AfaError: The file is not a readable image.
+        """
+        return read_image(self.image_path(index))
+
+    def tags(self, index: int) -> NDArray[np.float32]:
+        """Tags of an image.
+
+        Returns:
+            (C,) float32, 1 where the class is tagged as present, else 0.
+        """
+        row: NDArray[np.float32] = (self._tags[index] == PRESENT).astype(np.float32)
+        return row
+
+    @property
+    def tagged(self) -> NDArray[np.bool_]:
+        """(N, C), whether each class is tagged as present."""
+        tagged: NDArray[np.bool_] = self._tags == PRESENT
+        return tagged
+
+
+class MaskedImages(TaggedImages):
+    """Images with masks, for evaluation only. Built by `DataSet.masked`.
+
+    Tags may be missing here: segmentation is scored without them.
+    """
+
+    def __init__(
+        self,
+        *,
+        has_tags: NDArray[np.bool_],
+        mask_paths: Sequence[Path],
+        mask_values: NDArray[np.uint8],
+        origin: str,
+        **images: Any,
+    ) -> None:
+        """Take also what evaluation needs.
+
+        Args:
+            has_tags: (N,), whether something is said of the tags of each image.
+            mask_paths: N index PNGs.
+            mask_values: (1 + number of classes in the files,) the value that each stored one becomes.
+            origin: Where the tags came from, or should have, for messages.
+            images: As of `TaggedImages`.
+        """
+        super().__init__(**images)
+        assert len(mask_paths) == len(self), (len(mask_paths), len(self))
+        self._has_tags = has_tags
+        self._mask_paths = tuple(mask_paths)
+        self._mask_values = mask_values
+        self._origin = origin
+
+    def has_tags(self, index: int) -> bool:
+        """Whether the tags have an entry for the image; the entry may be empty."""
+        return bool(self._has_tags[index])
+
+    def tags(self, index: int) -> NDArray[np.float32]:
+        """Tags of an image, as `TaggedImages.tags`.
+
+        Raises:
+            AfaError: There is no entry for the image; CAM labels cannot be scored without.
+        """
+        if not self._has_tags[index]:
+            raise AfaError(
+                f"{self._origin}: no entry for image {self.names[index]!r}; "
+                "add its tags, or score the segmentation, which needs none"
+            )
+        return super().tags(index)
+
+    def mask(self, index: int) -> NDArray[np.uint8]:
+        """Read the true mask of an image.
+
+        Returns:
+            (H, W) uint8, the image's size: 0 background, 1..C in the order of `classes`, 255 ignored. Classes
+            outside `class_subset` are 255.
+
+        Raises:
+            AfaError: The file is not a readable index PNG, has another size than the image, or has values
+                beyond the classes.
+        """
+        path = self._mask_paths[index]
+        mask = read_mask(path)
+        size = read_size(self.image_path(index))
+        if mask.shape != size:
+            raise AfaError(
+                f"{path}: the mask is {mask.shape[1]}x{mask.shape[0]} pixels and its image "
+                f"{self.image_path(index).name} {size[1]}x{size[0]}; give both the same size"
+            )
+        last = len(self._mask_values) - 1
+        beyond = mask[(mask > last) & (mask != IGNORE_INDEX)]
+        if beyond.size:
+            raise AfaError(
+                f"{path}: the mask has value {beyond[0]}; use 0 for background, 1 to {last} for the classes, "
+                f"{IGNORE_INDEX} for ignored pixels"
+            )
+        values = np.full(256, IGNORE_INDEX, dtype=np.uint8)
+        values[: last + 1] = self._mask_values
+        return values[mask]
+
+
+@dataclass(frozen=True, eq=False)
+class TagTable:
+    """What a reader finds in a folder: N images and what is said of them.
+
+    Attributes:
+        kind: `voc`, `table`, `imagefolder`, `hf`, `coco`, `labelstudio` or `cvat`.
+        origin: What was found, in a few words.
+        classes: C class names: the values of masks, in order.
+        tags: (N, C) `PRESENT`, `ABSENT` or `UNKNOWN`.
+        sides: (N,) side of the split that the data states: of `afa.data.split`.
+        folder: Folder that the paths are below.
+        paths: N paths.
+        names: N names; different, unless the images are listed.
+        colors: Class name -> (red, green, blue), where the class list has colors.
+        declared: Whether the classes were stated and not merely met.
+        every_path: Paths of all images of the folder, where those without tags are to be told.
+        listed: Whether lists say which images train, and which are for validation: the VOC layout.
+        tags_path: File or folder of tags of listed images, if there is one.
+    """
+
+    kind: str
+    origin: str
+    classes: tuple[str, ...]
+    tags: NDArray[np.int8]
+    sides: NDArray[np.int8]
+    folder: Path
+    paths: tuple[str, ...]
+    names: tuple[str, ...]
+    colors: dict[str, tuple[int, int, int]]
+    declared: bool = True
+    every_path: tuple[str, ...] = ()
+    listed: bool = False
+    tags_path: Path | None = None

@@ -1,0 +1,330 @@
+"""Opening a data set, once a command: which layout its folder has, and what it hands out.
+
+Names are looked at and tags are read; no image is opened, and only `DataSet.masked` looks at the folder of masks.
+Everything that can be wrong with names is found when images are asked for.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from afa.config import DataConfig
+from afa.data.classes import kept_classes, read_list
+from afa.data.dataset import PRESENT, UNKNOWN, MaskedImages, TaggedImages, TagTable
+from afa.data.files import path_below, stem_of, walk_files
+from afa.data.readers import folders, tag_files, voc
+from afa.data.split import TEST, TRAIN, VALIDATION, choose_sides
+from afa.errors import AfaError, shown
+from afa.types import IGNORE_INDEX
+
+
+def open_data(data: DataConfig) -> DataSet:
+    """Open a data set: find out how images and tags lie in its folder, and read the tags.
+
+    Args:
+        data: Its root, and what is known of the rest; `layout` names the layout, or is `auto`.
+
+    Returns:
+        The data set. Nothing below looks for its files again.
+
+    Raises:
+        AfaError: No layout fits; several files may be the tags; a file of tags is malformed, names a missing image,
+            one twice, or one outside of the folder; names or classes are no good.
+    """
+    root = data_root(data)
+    return DataSet(data, root, _read(root, data))
+
+
+def data_root(data: DataConfig) -> Path:
+    """The folder of a data set.
+
+    Raises:
+        AfaError: `data.root` is empty or no folder.
+    """
+    if not data.root:
+        raise AfaError("data.root is empty; set it to the folder of the data set")
+    root = Path(data.root)
+    if not root.is_dir():
+        raise AfaError(f"{root}: no such folder; set data.root to the folder of the data set")
+    return root
+
+
+def _read(root: Path, data: DataConfig) -> TagTable:
+    """What the first reader that fits finds."""
+    if data.layout == "voc" or (data.layout == "auto" and voc.has_lists(root, data)):
+        return voc.read(root, data)
+    table = None
+    if data.layout != "imagefolder":
+        table = tag_files.read(root, data)
+        if table is None and data.layout != "auto":
+            kind = tag_files.words(data.layout)
+            raise AfaError(f"{root}: no {kind} here; set data.tags to the file, or data.layout to what it is")
+    table = table or folders.read(root, data)
+    if table is not None:
+        return table
+    if data.layout == "auto" and data.image_dir == DataConfig().image_dir and (root / data.image_dir).is_dir():
+        return voc.read(root, data)
+    what = "images" if data.layout == "imagefolder" else "tags"
+    raise AfaError(
+        f"{root}: no {what} found; put a tags.csv with the header file,tags there, sort the images into one folder for "
+        "each class, or set data.tags"
+    )
+
+
+class DataSet:
+    """A data set that was opened, for the whole of a command. Built by `open_data`.
+
+    Attributes:
+        root: Folder of the data set.
+        kind: As of `TagTable`.
+        classes: The class names of the images that it hands out, in index order.
+        colors: Class name -> (red, green, blue), where the class list has colors.
+        untagged: Names of images without tags that are left out of training; listed images are refused instead.
+    """
+
+    def __init__(self, data: DataConfig, root: Path, table: TagTable) -> None:
+        """Keep the classes that the settings keep, and split what is not split yet.
+
+        Args:
+            data: Settings.
+            root: Folder of the data set.
+            table: What was found there.
+
+        Raises:
+            AfaError: As `kept_classes`.
+        """
+        self.root = root
+        self.kind = table.kind
+        self.colors = table.colors
+        self._data = data
+        self._table = table
+        self._lists: dict[str, tuple[str, ...]] = {}
+        known, tags = table.classes, table.tags
+        if not table.declared:
+            # Tags that only meet some classes say nothing of the others; a trained network may know more.
+            known += tuple(dict.fromkeys(name for name in data.class_subset if name not in known))
+            tags = np.pad(tags, ((0, 0), (0, len(known) - len(table.classes))), constant_values=UNKNOWN)
+        kept = kept_classes(data, known)
+        self.classes = tuple(known[index] for index in kept)
+        self._tags = tags[:, kept]
+        present = self._tags == PRESENT
+        self._usable = present.any(axis=1)
+        self._sides, self._split_words = table.sides, ""
+        if not table.listed:
+            self._sides, self._split_words = choose_sides(data, table.paths, table.names, present, table.sides)
+        tagged = {path for path, usable in zip(table.paths, self._usable.tolist(), strict=True) if usable}
+        self.untagged = tuple(stem_of(path) for path in table.every_path if path not in tagged)
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a list or a side of images for validation."""
+        if self._table.listed:
+            return bool(self._data.val_list) and (self.root / self._data.val_list).is_file()
+        return bool((self._sides == VALIDATION).any())
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether there is a folder of masks; what is in it is not looked at."""
+        return self._mask_folder is not None
+
+    def describe(self) -> str:
+        """What was found, in one line."""
+        parts = self._describe_lists() if self._table.listed else self._describe_sides()
+        parts.append(
+            "no masks" if self._mask_folder is None else f"masks in {path_below(self._mask_folder, self.root)}"
+        )
+        first = ", ".join(self.classes[:4]) + (", ..." if len(self.classes) > 4 else "")
+        classes = f"{len(self.classes)} class{'' if len(self.classes) == 1 else 'es'} ({first})"
+        return f"{self.root}: {self._table.origin}, {classes}; {', '.join(parts)}"
+
+    def train(self, *, list_file: str | None = None) -> TaggedImages:
+        """Images to train on.
+
+        Args:
+            list_file: List of names to take instead; relative to the root unless absolute.
+
+        Returns:
+            The images, each with at least one tag.
+
+        Raises:
+            AfaError: There are none; the list is missing or names an unknown image; a listed image has no tag.
+        """
+        return self._tagged_images(TRAIN, list_file)
+
+    def validation(self, *, list_file: str | None = None) -> TaggedImages:
+        """Images set aside, by their tags alone: for scores that need no mask. Arguments as `train`."""
+        return self._tagged_images(VALIDATION, list_file)
+
+    def masked(self, *, list_file: str | None = None) -> MaskedImages:
+        """Images set aside that have masks. Arguments as `train`.
+
+        Raises:
+            AfaError: There are none, or a list names an image without mask; the list is missing or names an unknown
+                image; what the values of masks mean is not known.
+        """
+        table, folder = self._table, self._mask_folder
+        chosen = self._rows(VALIDATION, list_file)
+        if folder is None:
+            place = self.root / (self._data.mask_dir if table.listed else "masks")
+            raise AfaError(
+                f"{place}: no folder of masks; put index PNGs there, named as the images, or set data.mask_dir"
+            )
+        if new := [name for name in self.classes if name not in table.classes]:
+            raise AfaError(
+                f"{self.root}: the tags never have class {new[0]!r}, so what the mask values mean is not known; "
+                "write the classes to classes.txt in the order of the mask values"
+            )
+        if not chosen.size:
+            raise AfaError(f"{self.root}: no images for validation ({self._split_words}); raise data.split_fraction")
+        masks = self._find_masks(chosen, folder)
+        rows = np.array([row for row in chosen.tolist() if row in masks], dtype=np.int64)
+        if not rows.size or (len(rows) < len(chosen) and (table.listed or list_file is not None)):
+            missing = next(table.names[row] for row in chosen.tolist() if row not in masks)
+            raise AfaError(
+                f"{folder}: no {missing}.png ({len(chosen) - len(rows)} of {len(chosen)} images have no mask); add the "
+                "masks, or set data.mask_dir"
+            )
+        values = np.full(1 + len(table.classes), IGNORE_INDEX, dtype=np.uint8)
+        values[[0, *(table.classes.index(name) + 1 for name in self.classes)]] = range(1 + len(self.classes))
+        origin = table.origin
+        if table.listed:
+            origin = f"{self.root} (no tags file)" if table.tags_path is None else str(table.tags_path)
+        return MaskedImages(
+            **self._part(rows),
+            has_tags=(table.tags[rows] != UNKNOWN).any(axis=1),
+            mask_paths=[folder / masks[row] for row in rows.tolist()],
+            mask_values=values,
+            origin=origin,
+        )
+
+    def _tagged_images(self, side: int, list_file: str | None) -> TaggedImages:
+        rows = self._rows(side, list_file)
+        if self._table.listed:
+            self._require_tags(rows, self.root / (self._list_of(side) if list_file is None else list_file))
+        rows = rows[self._usable[rows]]
+        if not rows.size:
+            purpose = "to train on" if side == TRAIN else "for validation"
+            words = f"{self._table.origin}; {self._split_words}"
+            raise AfaError(f"{self.root}: no image with a tag {purpose} ({words}); add some")
+        return TaggedImages(**self._part(rows))
+
+    def _part(self, rows: NDArray[np.int64]) -> dict[str, Any]:
+        """What `TaggedImages` takes of some rows."""
+        table = self._table
+        return {
+            "classes": self.classes,
+            "names": tuple([table.names[row] for row in rows.tolist()]),
+            "paths": [table.paths[row] for row in rows.tolist()],
+            "tags": self._tags[rows],
+            "folder": table.folder,
+        }
+
+    def _rows(self, side: int, list_file: str | None) -> NDArray[np.int64]:
+        """(n,) rows of the table that a list names, in its order, or that are on a side."""
+        table, key = self._table, "--list"
+        if list_file is None:
+            if not table.listed:
+                return np.flatnonzero(self._sides == side)
+            list_file, key = self._list_of(side), f"data.{'train' if side == TRAIN else 'val'}_list"
+        names = self._read_list(list_file, key)
+        missing = [name for name in names if name not in self._row_of]
+        if missing:
+            source, remedy = table.origin, ""
+            if table.listed:
+                source, remedy = str(table.folder), ", add the files, or set data.image_dir"
+            raise AfaError(
+                f"{self.root / list_file}: {source} has no image {shown(missing[0])} ({len(missing)} of {len(names)} "
+                f"names missing); correct the list{remedy}"
+            )
+        rows = np.array([self._row_of[name] for name in names], dtype=np.int64)
+        if len(self._row_of) < len(table.names):  # several files of one name: that matters where a list has it
+            for row in sorted(set(range(len(table.names))).difference(self._row_of.values())):
+                if table.names[row] in names:
+                    kept = table.paths[self._row_of[table.names[row]]]
+                    raise AfaError(
+                        f"{table.folder}: {table.paths[row]} and {kept} have the same name; keep one of them"
+                    )
+        return rows
+
+    def _list_of(self, side: int) -> str:
+        return self._data.train_list if side == TRAIN else self._data.val_list
+
+    def _read_list(self, list_file: str, key: str) -> tuple[str, ...]:
+        if list_file not in self._lists:
+            self._lists[list_file] = read_list(self.root, list_file, key=key)
+        return self._lists[list_file]
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self._table.names)}
+
+    def _require_tags(self, rows: NDArray[np.int64], source: Path) -> None:
+        """Refuse listed images without tags."""
+        table = self._table
+        if table.tags_path is None:
+            raise AfaError(f"{self.root}: no tags; set data.tags, or put a tags.csv with the header image,tags there")
+        tagged = (table.tags == PRESENT).any(axis=1)
+        if without := rows[~tagged[rows]].tolist():
+            raise AfaError(
+                f"{table.tags_path}: image {table.names[without[0]]!r} has no tags ({len(without)} of {len(rows)} "
+                f"images in {source}); tag it or take it off the list"
+            )
+        if without := rows[~self._usable[rows]].tolist():
+            raise AfaError(
+                f"{source}: image {table.names[without[0]]!r} has no tag of data.class_subset ({len(without)} of "
+                f"{len(rows)} images); use a list of images with {', '.join(self.classes)}"
+            )
+
+    @cached_property
+    def _mask_folder(self) -> Path | None:
+        places = [self._data.mask_dir] if self._table.listed else [self._data.mask_dir, "masks", "SegmentationClass"]
+        return next((self.root / place for place in places if (self.root / place).is_dir()), None)
+
+    def _find_masks(self, rows: NDArray[np.int64], folder: Path) -> dict[int, str]:
+        """The mask of each row that has one: its path without suffix is the name, perhaps without leading folders."""
+        masks = {stem_of(path): path for path in walk_files(folder, {".png"})}
+        found: dict[int, str] = {}
+        taken: dict[str, str] = {}
+        for row in rows.tolist():
+            name = self._table.names[row]
+            parts = name.split("/")
+            cuts = range(1 if self._table.listed else len(parts))
+            stem = next((stem for cut in cuts if (stem := "/".join(parts[cut:])) in masks), None)
+            if stem is None:
+                continue
+            if stem in taken:
+                raise AfaError(
+                    f"{folder / masks[stem]}: images {shown(taken[stem])} and {shown(name)} would share this mask; put "
+                    "masks into the same folders as the images"
+                )
+            taken[stem] = name
+            found[row] = masks[stem]
+        return found
+
+    def _describe_lists(self) -> list[str]:
+        parts = []
+        for side, purpose in ((TRAIN, "to train on"), (VALIDATION, "for validation")):
+            name = self._list_of(side)
+            if name and (self.root / name).is_file():
+                count = len(self._read_list(name, "data.train_list"))
+                parts.append(f"{_images(count)} {purpose} ({name})")
+        tags = self._table.tags_path
+        return [*parts, "no tags" if tags is None else f"tags from {path_below(tags, self.root)}"]
+
+    def _describe_sides(self) -> list[str]:
+        train, validation = (int((self._usable & (self._sides == side)).sum()) for side in (TRAIN, VALIDATION))
+        parts = [f"{_images(train)} to train on", f"{validation} for validation ({self._split_words})"]
+        if neither := int((self._sides == TEST).sum()):
+            parts.append(f"{neither} in a test split left out")
+        if self.untagged:
+            parts.append(f"{len(self.untagged)} without tags left out")
+        return parts
+
+
+def _images(count: int) -> str:
+    return f"{count:,} image{'' if count == 1 else 's'}"

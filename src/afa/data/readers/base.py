@@ -1,0 +1,106 @@
+"""What readers share: the entry of an image in a file of tags, and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from afa.data.dataset import ABSENT, PRESENT
+from afa.errors import AfaError, shown
+
+_OUTLINES: Final = ("segmentation", "bbox", "rle", "points")
+
+
+class TagEntry(NamedTuple):
+    """What a file of tags says of one image.
+
+    Attributes:
+        where: File and line, for messages.
+        image: The image as the file writes it.
+        tags: Its tags as the file writes them.
+        split: Where it belongs, as the file writes it; empty where it does not say.
+    """
+
+    where: str
+    image: str
+    tags: tuple[str, ...]
+    split: str = ""
+
+
+def load_json(path: Path, shrink: Callable[[dict[str, Any]], object]) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: File in UTF-8, with or without a byte order mark.
+        shrink: Takes out of each object, as it is read, what is not needed: outlines, which are most of the file.
+
+    Returns:
+        A list or a dictionary.
+
+    Raises:
+        AfaError: The file cannot be read, is not JSON in UTF-8, has another outermost value, or a key twice.
+    """
+
+    def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+            raise AfaError(f"{path}: {shown(twice)} is there a second time; keep one entry of it")
+        shrink(found)
+        return found
+
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            content = json.load(file, object_pairs_hook=to_dict)
+    except AfaError:
+        raise
+    except UnicodeDecodeError as error:
+        raise AfaError(f"{path}: not a text file in UTF-8 ({error.reason}); save it as JSON in UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise AfaError(f"{path}: not valid JSON near character {error.pos}: {error.msg}; save it anew") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists in lists
+        raise AfaError(f"{path}: not valid JSON: cannot be decoded ({error}); save it anew") from None
+    except OSError as error:
+        raise AfaError(f"{path}: cannot be read ({error.strerror})") from None
+    if not isinstance(content, (list, dict)):
+        raise AfaError(f"{path}: not valid JSON of tags: is neither a list nor an object; write one of them")
+    return content
+
+
+def drop_outlines(part: dict[str, Any]) -> None:
+    """Take out of an annotation of COCO or Label Studio what says where an object is."""
+    if "category_id" in part or any(key.endswith("labels") for key in part):
+        for key in _OUTLINES:
+            if isinstance(part.get(key), (list, dict)):
+                del part[key]
+
+
+def elements(content: Any) -> Iterator[tuple[str, Any]]:
+    """The parts of JSON: of a list the key "" and each element, of an object each key and value.
+
+    A value that is a list of objects comes as its elements one by one, each with that key.
+    """
+    if isinstance(content, list):
+        yield from (("", element) for element in content)
+        return
+    for key, value in content.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            yield from ((key, element) for element in value)
+        else:
+            yield key, value
+
+
+def tag_rows(tags: Sequence[tuple[str, ...]], classes: Sequence[str]) -> NDArray[np.int8]:
+    """(N, C) `PRESENT` where N images have a class among their tags, else `ABSENT`."""
+    codes: dict[tuple[str, ...], int] = {}  # most images share their tags with others
+    chosen = [codes.setdefault(names, len(codes)) for names in tags]
+    index = {name: position for position, name in enumerate(classes)}
+    rows = np.full((len(codes), len(classes)), ABSENT, dtype=np.int8)
+    for row, names in enumerate(codes):
+        rows[row, [index[name] for name in names]] = PRESENT
+    return rows[np.array(chosen, dtype=np.int64)]

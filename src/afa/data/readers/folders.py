@@ -1,0 +1,68 @@
+"""Folders of classes: one for each class, perhaps below folders for the sides of a split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from afa.config import DataConfig
+from afa.data.classes import check_classes, stated_classes
+from afa.data.dataset import TagTable
+from afa.data.files import check_paths, find_images, image_folder
+from afa.data.readers.base import tag_rows
+from afa.data.split import SIDES, UNSTATED
+from afa.errors import AfaError, shown
+
+
+def read(root: Path, data: DataConfig) -> TagTable | None:
+    """Read the classes off the folders that the images are in.
+
+    Args:
+        root: Folder of the data set.
+        data: Settings.
+
+    Returns:
+        A row for each image in the folder of a class; None where there are none.
+
+    Raises:
+        AfaError: A folder is none of the classes that are stated; the names of classes or images are no good.
+    """
+    folder = root if data.image_dir == DataConfig().image_dir else image_folder(root, data)
+    every_path = find_images(folder, root, data).paths
+    first = {path.partition("/")[0] for path in every_path if "/" in path}
+    if folder == root and first and first <= {"images", data.image_dir}:
+        folder = root / min(first)
+        every_path = tuple([path[len(min(first)) + 1 :] for path in every_path if path.startswith(f"{min(first)}/")])
+        first = {path.partition("/")[0] for path in every_path if "/" in path}
+    # A class may be named train: folders are the sides of a split only when all are named so and hold folders.
+    has_sides = bool(first) and all(name.lower() in SIDES for name in first)
+    place = int(has_sides and any(path.count("/") >= 2 for path in every_path))
+    split = [(path, parts) for path in every_path if len(parts := path.split("/")) > place + 1]
+    if not split:
+        return None
+    tags = [(parts[place],) for _, parts in split]
+    met = tuple(sorted({name for (name,) in tags}))
+    listed = stated_classes(data, root)
+    if listed.names and (unknown := [name for name in met if name not in listed.names]):
+        raise AfaError(
+            f"{folder}: the folder {shown(unknown[0])} is none of the classes; name it as one of "
+            f"{', '.join(listed.names)}, or add the class"
+        )
+    if not listed.names:
+        check_classes(met, str(folder))
+    classes = listed.names or met
+    paths = tuple([path for path, _ in split])
+    return TagTable(
+        kind="imagefolder",
+        origin="folders of classes",
+        classes=classes,
+        tags=tag_rows(tags, classes),
+        sides=np.array([SIDES[parts[0].lower()] if place else UNSTATED for _, parts in split], dtype=np.int8),
+        folder=folder,
+        paths=paths,
+        names=check_paths(paths, folder),
+        colors=listed.colors,
+        declared=bool(listed.names),
+        every_path=every_path,
+    )

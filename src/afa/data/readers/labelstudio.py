@@ -1,0 +1,112 @@
+"""Label Studio: choices, taxonomies (their last level) and the names of labeled regions are tags.
+
+Several annotations of a task are joined; canceled ones and predictions do not count.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from afa.data.readers.base import TagEntry, elements
+from afa.errors import AfaError
+
+TASK_KEYS: Final = frozenset(("annotations", "completions", "predictions"))
+"""Keys of a task, beside its `data`, in an export as JSON."""
+
+SHORT_KEYS: Final = frozenset(("annotator", "annotation_id", "lead_time"))
+"""Keys of a task in an export as JSON-MIN."""
+
+_TAG_RESULTS: Final = (
+    "choices", "taxonomy", "rectanglelabels", "polygonlabels", "brushlabels", "ellipselabels", "keypointlabels",
+    "labels",
+)  # fmt: skip
+
+
+def read(path: Path, content: Any, classes: Sequence[str]) -> tuple[tuple[str, ...], list[TagEntry]]:
+    """Read the choices of each task from an export, JSON or JSON-MIN.
+
+    Args:
+        path: The file, for messages.
+        content: Its JSON, a list of tasks.
+        classes: Not needed.
+
+    Returns:
+        No class names, as the export has no list of them; and an entry for each task. Addresses of the tool's own
+        server become the name of the file.
+
+    Raises:
+        AfaError: The file is no such list; a task names no image.
+    """
+    entries = []
+    for number, (key, task) in enumerate(elements(content), start=1):
+        where = f"{path}, task {number}"
+        if key or not isinstance(task, dict):
+            raise AfaError(f"{where}: is no task; export from Label Studio as JSON")
+        data = task.get("data", task)
+        image = _task_image(data if isinstance(data, dict) else {})
+        if image is None:
+            raise AfaError(f"{where}: names no image; export a project of images from Label Studio as JSON")
+        tags = _task_tags(task) if "data" in task else _short_task_tags(task)
+        entries.append(TagEntry(where, image, tuple(dict.fromkeys(tags))))
+    return (), entries
+
+
+def _task_image(data: dict[str, Any]) -> str | None:
+    """The file that a task shows: under `image`, else under the first key whose text looks like one."""
+    texts = [data.get("image"), data.get("img"), *data.values()]
+    found = next((text for text in texts if isinstance(text, str) and re.search(r"\.\w{2,5}$", text.strip())), None)
+    if found is None:
+        return None
+    found = found.strip()
+    try:
+        address = urlsplit(found)
+    except ValueError:
+        return found
+    if address.path.startswith("/data/local-files"):
+        return parse_qs(address.query).get("d", [found])[0]
+    if address.scheme in ("http", "https", "s3", "gs", "azure-blob") or address.path.startswith("/data/"):
+        return unquote(address.path).rsplit("/", 1)[-1]
+    return found
+
+
+def _task_tags(task: dict[str, Any]) -> Iterator[str]:
+    for annotation in _list(task.get("annotations")) or _list(task.get("completions")):
+        if not isinstance(annotation, dict) or annotation.get("was_cancelled"):
+            continue
+        for result in _list(annotation.get("result")):
+            value = result.get("value") if isinstance(result, dict) else None
+            if isinstance(value, dict):
+                for kind in _TAG_RESULTS:
+                    yield from _names(value.get(kind))
+
+
+def _short_task_tags(task: dict[str, Any]) -> Iterator[str]:
+    """Tags of JSON-MIN: any value that is a choice, choices, or a list of labeled regions."""
+    for key, value in task.items():
+        if isinstance(value, str) and key in ("choice", "choices", "label", "class", "tag", "tags"):
+            yield from _names([value])
+        elif isinstance(value, dict):
+            yield from _names(value.get("choices"))
+        elif isinstance(value, list):
+            yield from _names([item for item in value if not isinstance(item, dict)])
+            for item in value:
+                if isinstance(item, dict):
+                    for kind in _TAG_RESULTS:
+                        yield from _names(item.get(kind))
+
+
+def _names(value: Any) -> Iterator[str]:
+    """Names in a list of names, or of paths through a taxonomy, of which the last level counts."""
+    for item in _list(value):
+        name = item[-1] if isinstance(item, list) and item else item
+        if isinstance(name, str) and name.strip():
+            yield sys.intern(name.strip())
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

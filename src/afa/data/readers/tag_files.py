@@ -1,0 +1,354 @@
+"""Files of tags: which files of a folder they are, what each says, and which images it means."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from afa.config import DataConfig
+from afa.data.classes import check_classes, is_plain, stated_classes, unknown_class
+from afa.data.dataset import TagTable
+from afa.data.files import ImageFiles, check_paths, find_images, image_folder, path_below, stem_of
+from afa.data.images import image_name
+from afa.data.readers import coco, cvat, labelstudio, npy, table, voc_xml
+from afa.data.readers.base import TagEntry, drop_outlines, elements, load_json, tag_rows
+from afa.data.split import SIDES, UNSTATED, side_of
+from afa.errors import AfaError, shown
+
+
+class Reader(NamedTuple):
+    """How one kind of file is read.
+
+    Attributes:
+        words: What it is, with its article.
+        read: Takes the path, its JSON if it is JSON, and the classes if they are known; gives the class names that
+            the file declares, and its entries.
+        unit: What an entry is called.
+        layout: Value of `data.layout`.
+    """
+
+    words: str
+    read: Callable[[Path, Any, Sequence[str]], tuple[tuple[str, ...], list[TagEntry]]]
+    unit: str = "entry"
+    layout: str = "table"
+
+
+READERS: Final = {
+    "table": Reader("a table of tags", table.read, "line"),
+    "coco": Reader("COCO instances", coco.read, layout="coco"),
+    "labelstudio": Reader("a Label Studio export", labelstudio.read, layout="labelstudio"),
+    "cvat": Reader("a CVAT export", cvat.read, layout="cvat"),
+    "voc_xml": Reader("a folder of VOC XML", voc_xml.read, "annotation"),
+    "npy": Reader("a dictionary of one-hot vectors", npy.read),
+}
+"""What a file of tags may be."""
+
+_SUFFIXES: Final = frozenset((".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xml", ".npy"))
+_FOLDERS: Final = ("", "lists", "annotations")
+_STEMS: Final = (
+    r"tags", r"cls_labels_onehot", r"labels", r"metadata", r"_classes", r"_annotations(\.coco)?", r"annotations",
+    r"instances.*", r"project-\d.*", r"(train|val|valid|validation|test)\w*",
+)  # fmt: skip
+"""Names of files of tags, the likeliest first; any other comes last."""
+_NO_TAGS: Final = re.compile(
+    r"classes|captions.*|person_keypoints.*|panoptic.*|stuff.*|image_info.*|shapes|dataset_infos?|package|config|README",
+    re.IGNORECASE,
+)
+_COCO_KEYS: Final = frozenset(("info", "licenses", "license", "images", "annotations", "categories", "type"))
+_MAX_IMAGE_NAME: Final = 4096  # characters
+
+
+@dataclass(frozen=True)
+class TagFile:
+    """A file or folder of tags.
+
+    Attributes:
+        path: Where it lies.
+        side: Side of the split that all its images are on, where its name or folder says it.
+    """
+
+    path: Path
+    side: int = UNSTATED
+
+    @cached_property
+    def content(self) -> Any:
+        """What it holds if it is JSON, without the outlines of objects."""
+        return load_json(self.path, drop_outlines) if self.path.suffix.lower() == ".json" else None
+
+    @cached_property
+    def kind(self) -> str:
+        """Key in `READERS`, by its suffix and, of JSON, its first part.
+
+        Raises:
+            AfaError: It is missing, or no JSON.
+        """
+        if self.path.is_dir():
+            return "voc_xml"
+        if not self.path.is_file():
+            raise AfaError(f"{self.path}: no such tags file or folder; set data.tags")
+        if self.content is None:
+            return {".npy": "npy", ".xml": "cvat"}.get(self.path.suffix.lower(), "table")
+        key, value = next(elements(self.content), ("", None))
+        if key in _COCO_KEYS:
+            return "coco"
+        if not key and isinstance(value, dict):
+            in_full = isinstance(value.get("data"), dict) and not labelstudio.TASK_KEYS.isdisjoint(value)
+            if in_full or not labelstudio.SHORT_KEYS.isdisjoint(value):
+                return "labelstudio"
+        return "table"
+
+
+class FoundTags(NamedTuple):
+    """What a file of tags holds.
+
+    Attributes:
+        classes: The class names: as given, as the file declares them in its order, or else sorted.
+        declared: Whether they were given or declared, and not merely met.
+        entries: Image name, without suffix, to its entry; the tags are among the classes and in their order.
+    """
+
+    classes: tuple[str, ...]
+    declared: bool
+    entries: dict[str, TagEntry]
+
+
+def words(kind: str) -> str:
+    """What files of a kind or layout are, for messages."""
+    return "metadata.jsonl or metadata.csv" if kind == "hf" else READERS[kind].words.removeprefix("a ")
+
+
+def read_tags(path: Path, classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Read the tags of all images that a file or folder names.
+
+    Args:
+        path: As of `read_tag_file`.
+        classes: The C class names in index order.
+
+    Returns:
+        Image name, without suffix, to its tags in the order of `classes`, each once; possibly none.
+
+    Raises:
+        AfaError: As `read_tag_file`.
+    """
+    return {name: entry.tags for name, entry in read_tag_file(TagFile(path), classes).entries.items()}
+
+
+def read_tag_file(file: TagFile, classes: Sequence[str] = ()) -> FoundTags:
+    """Read a file of tags of any kind.
+
+    Args:
+        file: A folder of VOC XML (each `object/name` is a tag); an `.npy` file with a dictionary from image
+            name to a one-hot vector of length C; the `.xml` of CVAT; a `.json` of COCO instances or Label Studio; or
+            else a table, such as a CSV with the header `image,tags` and spaces between the tags.
+        classes: The C class names in index order, or none: the file's own.
+
+    Returns:
+        Its entries and classes.
+
+    Raises:
+        AfaError: It is missing or malformed; it names an unknown class or an image twice; a vector has
+            the wrong length or values other than 0 and 1; a pickle asks for anything but arrays of numbers; the
+            classes that it declares or uses are no good as such (`check_classes`).
+    """
+    declared, found = READERS[file.kind].read(file.path, file.content, classes)
+    chosen = tuple(classes) or declared or tuple(sorted({tag for entry in found for tag in entry.tags}))
+    if not classes:
+        check_classes(chosen, str(file.path))
+    return FoundTags(chosen, bool(classes or declared), _by_name(found, chosen, file.kind))
+
+
+def read(root: Path, data: DataConfig) -> TagTable | None:
+    """Read the file of tags of a folder, or one for each side of a split, and find the images that they mean.
+
+    Args:
+        root: Folder of the data set.
+        data: Settings.
+
+    Returns:
+        A row for each image with an entry; None where nothing looks like a file of tags.
+
+    Raises:
+        AfaError: Several files may be the tags; as `read_tag_file`; an image is missing, there twice, or outside.
+    """
+    files = _find_files(root, data)
+    if not files:
+        return None
+    listed = stated_classes(data, root)
+    contents = [read_tag_file(file, listed.names) for file in files]
+    is_metadata = all(file.path.stem.lower() == "metadata" for file in files)
+    layout = READERS[files[0].kind].layout
+    folder = root
+    in_splits = any(file.path.parent != root and file.path.parent.name.lower() in SIDES for file in files)
+    if not in_splits or data.image_dir != DataConfig().image_dir:
+        folder = image_folder(root, data)
+    images = find_images(folder, root, data)
+    entries: dict[str, TagEntry] = {}
+    sides: list[int] = []
+    for file, content in zip(files, contents, strict=True):
+        for path, entry in _match(file, content.entries.values(), images, root):
+            if path in entries:
+                raise AfaError(
+                    f"{entry.where}: image {shown(entry.image)} is {shown(path)}, which {entries[path].where} has too; "
+                    "keep one entry of it"
+                )
+            entries[path] = entry
+            sides.append(_entry_side(entry) if file.side == UNSTATED else file.side)
+    is_hf = layout == "table" and is_metadata
+    kind = "Hugging Face metadata" if is_hf else words(files[0].kind)
+    classes = _merged_classes(files, contents)
+    return TagTable(
+        kind="hf" if is_hf else layout,
+        origin=f"{kind} in {' and '.join(path_below(file.path, root) for file in files)}",
+        classes=classes,
+        tags=tag_rows([entry.tags for entry in entries.values()], classes),
+        sides=np.array(sides, dtype=np.int8),
+        folder=folder,
+        paths=tuple(entries),
+        names=check_paths(entries, folder),
+        colors=listed.colors,
+        declared=any(content.declared for content in contents),
+        every_path=images.paths,
+    )
+
+
+def _find_files(root: Path, data: DataConfig) -> list[TagFile]:
+    """The file or files of tags: one, or one for each side of a split; none where nothing looks like it."""
+    if data.tags:
+        path = root / data.tags
+        if path.is_dir() and not _list_files(path, {".xml"}):
+            found = [TagFile(path / name, side_of(stem_of(name))) for name in _list_files(path, _SUFFIXES)]
+            return _best_files(data, found, path)
+        file = TagFile(path)
+        if data.layout not in ("auto", "hf", "table", file.kind):  # the kind says so where there is none
+            is_other = f"is {READERS[file.kind].words}, not {words(data.layout)}"
+            raise AfaError(f"{path}: {is_other}; correct data.layout or data.tags")
+        return [file]
+    with os.scandir(root) as entries:
+        splits = sorted(entry.name for entry in entries if entry.name.lower() in SIDES and entry.is_dir())
+    found = [
+        TagFile(root / folder / name, SIDES.get(folder.lower(), side_of(stem_of(name))))
+        for folder in (*_FOLDERS, *splits)
+        if (root / folder).is_dir()
+        for name in _list_files(root / folder, _SUFFIXES)
+    ]
+    files = _best_files(data, found, root)
+    annotations = root / "Annotations"
+    if not files and data.layout in ("auto", "table") and annotations.is_dir() and _list_files(annotations, {".xml"}):
+        return [TagFile(annotations)]
+    return files
+
+
+def _list_files(folder: Path, suffixes: Iterable[str]) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(
+            entry.name
+            for entry in entries
+            if os.path.splitext(entry.name)[1].lower() in suffixes
+            and not entry.name.startswith(".")
+            and not _NO_TAGS.fullmatch(stem_of(entry.name))
+            and entry.is_file()
+        )
+
+
+def _best_files(data: DataConfig, found: Sequence[TagFile], folder: Path) -> list[TagFile]:
+    """Of the files that may be tags, those of the likeliest name."""
+    ranked: dict[int, list[TagFile]] = {}
+    for file in found:
+        stem = file.path.stem
+        if data.layout == "hf" and stem.lower() != "metadata":
+            continue
+        if data.layout not in ("auto", "hf") and READERS[file.kind].layout != data.layout:
+            continue
+        rank = next((i for i, pattern in enumerate(_STEMS) if re.fullmatch(pattern, stem, re.I)), len(_STEMS))
+        ranked.setdefault(rank, []).append(file)
+    if not ranked:
+        return []
+    best = ranked[min(ranked)]
+    sides = {file.side for file in best}
+    if len(best) > 1 and (UNSTATED in sides or len(sides) < len(best)):
+        raise AfaError(
+            f"{folder}: {path_below(best[0].path, folder)} and {path_below(best[1].path, folder)} may both be the "
+            "tags; set data.tags to one of them"
+        )
+    return best
+
+
+def _merged_classes(files: Sequence[TagFile], contents: Sequence[FoundTags]) -> tuple[str, ...]:
+    first = contents[0]
+    for file, content in zip(files, contents, strict=True):
+        if content.classes == first.classes:
+            continue
+        both = f"{files[0].path} and {file.path}"
+        if first.declared or content.declared:
+            raise AfaError(f"{both}: list different classes; make them the same")
+        classes = tuple(sorted({name for each in contents for name in each.classes}))
+        check_classes(classes, both)
+        return classes
+    return first.classes
+
+
+def _match(file: TagFile, entries: Iterable[TagEntry], images: ImageFiles, root: Path) -> list[tuple[str, TagEntry]]:
+    """The image of each entry, all of which must be there."""
+    folder, parent = images.folder, file.path.parent
+    drop = [f"{folder.name}/"] if folder != root else []
+    lacks = ""
+    if parent.is_relative_to(folder) and parent != folder:
+        lacks = f"{parent.relative_to(folder).as_posix()}/"
+    loose = file.kind == "labelstudio"
+    paths = [(images.find(entry.image, entry.where, lacks=lacks, drop=drop, loose=loose), entry) for entry in entries]
+    missing = [entry for path, entry in paths if path is None]
+    if missing:
+        raise AfaError(
+            f"{missing[0].where}: {folder} has no image {shown(missing[0].image)} ({len(missing)} of "
+            f"{len(paths)} images missing); add them, set data.image_dir, or take them out of the tags"
+        )
+    return [(path, entry) for path, entry in paths if path is not None]
+
+
+def _entry_side(entry: TagEntry) -> int:
+    """The side that an entry states: a word such as `val`, or nothing."""
+    if not entry.split or entry.split.lower() == "default":  # what CVAT writes where there are no subsets
+        return UNSTATED
+    side = side_of(entry.split)
+    if side == UNSTATED:
+        raise AfaError(f"{entry.where}: the split is {shown(entry.split)}; write train, val or test")
+    return side
+
+
+def _by_name(found: Iterable[TagEntry], classes: Sequence[str], kind: str) -> dict[str, TagEntry]:
+    """The entries by image name, with their tags in class order."""
+    entries: dict[str, TagEntry] = {}
+    ordered: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for entry in found:
+        name = image_name(entry.image)
+        if not name:
+            raise AfaError(f"{entry.where}: no image name; write image,tags")
+        if len(name) > _MAX_IMAGE_NAME or not is_plain(name):
+            raise AfaError(
+                f"{entry.where}: the image name {shown(name)} has control characters or more than "
+                f"{_MAX_IMAGE_NAME:,}; rename the image"
+            )
+        if name in entries:
+            unit = READERS[kind].unit
+            raise AfaError(f"{entry.where}: image {shown(name)} is there a second time; keep one {unit} of it")
+        if entry.tags not in ordered:
+            # The file of a VOC annotation names the image already.
+            origin = entry.where if kind == "voc_xml" else f"{entry.where}, image {shown(name)}"
+            ordered[entry.tags] = _in_class_order(entry.tags, classes, origin)
+        entries[name] = TagEntry(entry.where, entry.image, ordered[entry.tags], entry.split)
+    return entries
+
+
+def _in_class_order(names: Iterable[str], classes: Sequence[str], origin: str) -> tuple[str, ...]:
+    present = set(names)
+    unknown = sorted(present.difference(classes))
+    if unknown:
+        raise AfaError(f"{origin}: unknown tag {shown(unknown[0])}; {unknown_class(unknown[0][:100], classes)}")
+    return tuple(name for name in classes if name in present)
