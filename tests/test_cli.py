@@ -449,7 +449,7 @@ def test_report_is_written_anew(tiny_run: Path, tmp_path: Path, command: Command
         (["predict", "RUN", "image.jpg", "--out", "OUT"], ["RUN: not a run folder"]),
         (["pseudo", "RUN", "--data", "DIR", "--out", "OUT"], ["RUN: not a run folder"]),
         (["pseudo", "RUN", "--data", "DIR", "--out", "OUT", "--kind", "gold"], ["--kind", "'gold'", "refined"]),
-        (["report", "RUN"], ["RUN: no such run folder"]),
+        (["report", "RUN"], ["RUN: not a run folder"]),
         (["report", "."], [".: not a run folder"]),
         (["demo", "--demo.size", "3"], ["unknown key demo.size"]),
     ],

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from afa.report import collect
-from afa.report.collect import collect_report, read_metrics
+from afa.report.collect import collect_report
+from afa.runs.run import Run
 from mistakes import refused
 
 
@@ -45,7 +46,7 @@ def test_torn_and_repeated_lines(bare: Path) -> None:
     scores = [{"kind": "eval", "step": 2, "labels": kind, "miou": miou} for kind, miou in (("seg", 5.0), ("cam", 6.0))]
     torn = '{"kind": "train", "st{"kind": "train", "step": 3}'
     write_lines(bare, *losses[:2], torn, *scores, losses[2], '{"kind": "train", "step": 4, "loss": NaN}', torn[:9])
-    lines = read_metrics(bare)
+    lines = Run(bare).metrics()
     found = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
     assert found == [(1, 3.0), (2, 2.0), (4, None)]
     assert [line["miou"] for line in lines if line["kind"] == "eval"] == [5.0, 6.0]

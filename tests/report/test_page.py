@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from afa.report.collect import collect_report, read_metrics
+from afa.report.collect import collect_report
 from afa.report.page import collect_page, read_examples, write_report
+from afa.runs.run import Run
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -42,7 +43,7 @@ def written(run: Path) -> str:
 
 
 def shown(run: Path) -> dict[str, Any]:
-    return collect_page(collect_report(run), read_metrics(run), read_examples(run))
+    return collect_page(collect_report(run), Run(run).metrics(), read_examples(run))
 
 
 def test_what_a_finished_run_shows(full: Path) -> None:

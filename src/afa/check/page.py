@@ -14,7 +14,7 @@ from afa.data.images import read_image
 from afa.errors import AfaError
 from afa.report.charts import bar_chart
 from afa.report.render import data_uri, render_page
-from afa.training.checkpoint import write_atomically
+from afa.runs.files import write_whole
 
 _SHOWN_MESSAGES: Final = 200
 _SHOWN_GROUPS: Final = 6
@@ -33,9 +33,8 @@ def write_check(report: dict[str, Any], out: Path) -> Path:
     Returns:
         Path of the page.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "check.json", json.dumps(report, indent=2) + "\n")
-    write_atomically(out / "check.html", render_page("check", **collect_page(report)))
+    write_whole(out / "check.json", json.dumps(report, indent=2) + "\n")
+    write_whole(out / "check.html", render_page("check", **collect_page(report)))
     return out / "check.html"
 
 

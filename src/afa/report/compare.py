@@ -18,7 +18,8 @@ from afa.report.charts import bar_chart
 from afa.report.collect import collect_report
 from afa.report.paper_tables import PaperRow, PaperTable, find_table
 from afa.report.render import fixed, render_page
-from afa.training.checkpoint import write_atomically
+from afa.runs.files import write_whole
+from afa.runs.run import Run
 
 _LABELS: Final = ("seg", "cam", "propagated", "initial", "refined")
 _COLORS: Final = ("seg", "propagated", "cam")
@@ -255,12 +256,8 @@ def write_comparison(groups: Sequence[RunGroup], out: Path) -> Path:
     Raises:
         AfaError: The folder cannot be written.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "compare.json", json.dumps(to_json(groups), indent=2) + "\n")
-        write_atomically(out / "compare.html", render_page("compare", tables=collect_tables(groups)))
-    except OSError as error:
-        raise AfaError(f"{out}: cannot be written ({error.strerror or error}); choose another folder") from None
+    write_whole(out / "compare.json", json.dumps(to_json(groups), indent=2) + "\n")
+    write_whole(out / "compare.html", render_page("compare", tables=collect_tables(groups)))
     return out / "compare.html"
 
 
@@ -303,11 +300,10 @@ def _without_seed(config: dict[str, Any]) -> dict[str, Any]:
 
 def _read_scores(run: Path, config: dict[str, Any]) -> Iterator[tuple[Column, float]]:
     """Every evaluation in RUN/evaluation, whatever its file is called."""
-    for path in sorted((run / "evaluation").glob("*.json")):
+    for path, figures in Run(run).all_scores():
         try:
-            figures = json.loads(path.read_text(encoding="utf-8"))
             labels, miou = figures["labels"], figures["miou"]
-        except (ValueError, KeyError, TypeError):
+        except KeyError:
             raise AfaError(f"{path}: not what afa evaluate --json writes; write it again or delete it") from None
         if labels in _LABELS and miou is not None:
             split = "train" if "train" in Path(figures.get("list", config["data"]["val_list"])).stem else "val"

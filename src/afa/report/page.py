@@ -14,10 +14,10 @@ from PIL import Image
 
 from afa.data.palette import voc_palette
 from afa.report.charts import Series, bar_chart, line_chart
-from afa.report.collect import LABEL_KINDS, collect_report, read_metrics
+from afa.report.collect import LABEL_KINDS, collect_report
 from afa.report.pictures import PICTURES
 from afa.report.render import data_uri, render_page
-from afa.training.checkpoint import write_atomically
+from afa.runs.run import Run
 from afa.types import IGNORE_INDEX
 
 _KIND_NAMES: Final = {"seg": "segmentation", "propagated": "propagated CAM", "cam": "CAM"}
@@ -38,10 +38,10 @@ def write_report(run: Path) -> Path:
         AfaError: `run` is no run folder, or one of its files is broken.
     """
     report = collect_report(run)
-    page = render_page("report", **collect_page(report, read_metrics(run), read_examples(run)))
-    write_atomically(run / "report.json", json.dumps(report, indent=2) + "\n")
-    write_atomically(run / "report.html", page)
-    return run / "report.html"
+    folder = Run(run)
+    values = collect_page(report, folder.metrics(), read_examples(run))
+    folder.write_report(report, render_page("report", **values))
+    return folder.page
 
 
 def read_examples(run: Path) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ def read_examples(run: Path) -> list[dict[str, Any]]:
     Returns:
         `name`, `tags` and `pictures` (picture name -> data URI) of each example; empty without an index.
     """
-    folder = run / "examples"
+    folder = Run(run).examples
     if not (folder / "index.json").is_file():
         return []
     examples = []
@@ -71,7 +71,7 @@ def collect_page(
 
     Args:
         report: What `collect_report` gives.
-        metrics: What `read_metrics` gives.
+        metrics: What `Run.metrics` gives.
         examples: What `read_examples` gives.
 
     Returns:

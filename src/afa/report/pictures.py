@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from afa.config import Config, Propagation, PseudoConfig, load_config
+from afa.config import Config, Propagation, PseudoConfig
 from afa.data.dataset import MaskedImages, TaggedImages
 from afa.data.open import open_data
 from afa.errors import AfaError
@@ -28,9 +28,10 @@ from afa.pseudo.cam import multi_scale_cam
 from afa.pseudo.pipeline import infer_pseudo
 from afa.pseudo.walk import mean_attention_affinity
 from afa.report.drawing import DISPLAY_SIZE, Pixels, Token, blend_heat, blend_label, draw_star, draw_window, lay_out
-from afa.runs.build import load_run, read_classes
+from afa.runs.build import load_run
+from afa.runs.files import write_whole
+from afa.runs.run import Run
 from afa.runtime import pick_device, progress_bar
-from afa.training.checkpoint import write_atomically
 
 PICTURES: Final = {
     "image": "image",
@@ -76,7 +77,7 @@ def write_examples(
         device: Where the network runs.
         count: How many examples; fewer when there are fewer images with tags.
     """
-    folder = run / "examples"
+    folder = Run(run).examples
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     was_training = network.training
@@ -95,7 +96,7 @@ def write_examples(
         rows = [str(entry["folder"]) for entry in index[:_SHEET_ROWS]]
         draw_sheet([folder / row for row in rows]).save(folder / "sheet.png")
     # Last and in one piece: whoever finds an index finds all its pictures.
-    write_atomically(folder / "index.json", json.dumps(index, indent=1) + "\n")
+    write_whole(folder / "index.json", json.dumps(index, indent=1) + "\n")
 
 
 @torch.inference_mode()
@@ -127,8 +128,8 @@ def write_figures(
     Source:
         Paper Figures 1, 2, 4, 5 and 6.
     """
-    keys: dict[str, object] = {"data.class_subset": read_classes(run)}
-    config = load_config(run / "config.toml", keys if data is None else keys | {"data.root": data})
+    keys: dict[str, object] = {"data.class_subset": Run(run).classes()}
+    config = Run(run).config(keys if data is None else keys | {"data.root": data})
     network = load_run(run, pick_device(device)).network
     layout = open_data(config.data)
     images: TaggedImages = layout.masked() if layout.has_masks else layout.validation()
@@ -144,7 +145,7 @@ def write_figures(
             for name, sheet in rows.items():
                 sheet += draw[name](network, config, seen)
             bar.update(task, advance=1)
-    folder = run / "figures"
+    folder = Run(run).figures
     folder.mkdir(exist_ok=True)
     for name, captions in FIGURES.items():
         lay_out(rows[name], captions).save(folder / f"{name}.png")
