@@ -73,18 +73,18 @@ def _listed(problems: Iterable[Problem]) -> dict[str, Any]:
 
 
 def _describe_tags(opened: OpenedData) -> dict[str, Any]:
-    layout, per_image = opened.layout, opened.train_tags.sum(axis=1)
+    data, per_image = opened.data, opened.train_tags.sum(axis=1)
     counts = zip(opened.train_tags.sum(axis=0).tolist(), opened.validation_tags.sum(axis=0).tolist(), strict=True)
     return {
-        "layout": layout.describe(),
-        "kind": layout.kind,
+        "layout": data.describe(),
+        "kind": data.kind,
         "num_train": len(opened.train_tags),
         "num_validation": len(opened.validation_tags),
-        "num_untagged": len(layout.untagged),
+        "num_untagged": len(data.untagged),
         "scored": isinstance(opened.validation, MaskedImages),
         "classes": [
             {"name": name, "train": train, "validation": validation}
-            for name, (train, validation) in zip(layout.classes, counts, strict=True)
+            for name, (train, validation) in zip(data.classes, counts, strict=True)
         ],
         "together": together(opened.train_tags).tolist(),
         "tags_per_image": {"mean": float(per_image.mean()), "most": int(per_image.max())} if per_image.size else None,

@@ -80,11 +80,11 @@ def read_images(opened: OpenedData, limit: int | None, *, threads: int, progress
     with progress_bar(enabled=progress) as bar:
         task = bar.add_task("reading images", total=len(paths), rate="")
         scan = scan_images(paths, threads=threads, read_mask=read_mask, tell=lambda: bar.advance(task))
-    classes = opened.layout.classes
+    classes = opened.data.classes
     tags = [opened.train_tags[one] if one >= 0 else opened.validation_tags[other] for one, other in rows.tolist()]
     return ImageTable(
         total=total,
-        shown=tuple(path_below(path, opened.layout.root) for path in paths),
+        shown=tuple(path_below(path, opened.data.root) for path in paths),
         train=rows[:, 0] >= 0,
         validation=rows[:, 1] >= 0,
         tags=tuple(tuple(classes[c] for c in np.flatnonzero(row).tolist()) for row in tags),

@@ -47,7 +47,7 @@ class OpenedData:
     """The images that a run would use, opened but not read.
 
     Attributes:
-        layout: Where they are from.
+        data: Where they are from.
         train: Images to train on; None where there are none.
         validation: Images that the run is scored on, else those set aside by their tags; None where there are none.
         train_tags: (N, C), none of them without a tag.
@@ -55,7 +55,7 @@ class OpenedData:
         problems: What was wrong while opening.
     """
 
-    layout: DataSet
+    data: DataSet
     train: TaggedImages | None
     validation: TaggedImages | None
     train_tags: NDArray[np.bool_]
@@ -63,17 +63,17 @@ class OpenedData:
     problems: tuple[Problem, ...]
 
 
-def check_fast(layout: DataSet, config: Config) -> list[Problem]:
+def check_fast(data: DataSet, config: Config) -> list[Problem]:
     """Check lists, tags and counts; no image is opened.
 
     Args:
-        layout: The data set.
-        config: Settings; of `data` those that the layout was found with.
+        data: The data set.
+        config: Settings; of `data` those that it was opened with.
 
     Returns:
         Errors first. With none of them, the data is fit for training as far as tags tell.
     """
-    opened = open_sides(layout, config)
+    opened = open_sides(data, config)
     return by_severity([*opened.problems, *check_tags(opened, config)])
 
 
@@ -83,11 +83,11 @@ def by_severity(problems: Iterable[Problem]) -> list[Problem]:
     return sorted(problems, key=lambda problem: order.index(problem.severity))
 
 
-def open_sides(layout: DataSet, config: Config) -> OpenedData:
+def open_sides(data: DataSet, config: Config) -> OpenedData:
     """Open the images to train on and those for validation.
 
     Args:
-        layout: The data set.
+        data: The data set.
         config: Settings.
 
     Returns:
@@ -97,27 +97,27 @@ def open_sides(layout: DataSet, config: Config) -> OpenedData:
     train: TaggedImages | None = None
     validation: TaggedImages | None = None
     try:
-        train = layout.train()
+        train = data.train()
     except AfaError as error:
         problems.append(Problem("error", str(error)))
     # The rule of the training loop: without a word on the list, missing masks only mean that nothing is scored.
     asked = config.data.val_list and config.data.val_list != DataConfig().val_list
     try:
-        if asked or (config.data.val_list and layout.has_validation and layout.has_masks):
-            validation = layout.masked()
+        if asked or (config.data.val_list and data.has_validation and data.has_masks):
+            validation = data.masked()
     except AfaError as error:
         problems.append(Problem("error", str(error)))
     if validation is None and not problems:
-        missing = "no masks, so only tags" if layout.has_validation else "no images for validation, so nothing"
-        message = f"{layout.root}: {missing} will be scored; docs/data.md says how to add them"
+        missing = "no masks, so only tags" if data.has_validation else "no images for validation, so nothing"
+        message = f"{data.root}: {missing} will be scored; docs/data.md says how to add them"
         problems.append(Problem("note", message))
         try:
-            validation = layout.validation() if layout.has_validation else None
+            validation = data.validation() if data.has_validation else None
         except AfaError as error:
             problems.append(Problem("note", f"the images for validation are left alone: {error}"))
-    none = np.zeros((0, len(layout.classes)), dtype=bool)
+    none = np.zeros((0, len(data.classes)), dtype=bool)
     train_tags, validation_tags = (none if images is None else images.tagged for images in (train, validation))
-    return OpenedData(layout, train, validation, train_tags, validation_tags, tuple(problems))
+    return OpenedData(data, train, validation, train_tags, validation_tags, tuple(problems))
 
 
 def together(tags: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -147,10 +147,10 @@ def check_tags(opened: OpenedData, config: Config) -> Iterator[Problem]:
     Yields:
         What was found.
     """
-    layout, train, batch_size = opened.layout, opened.train, config.schedule.batch_size
+    data, train, batch_size = opened.data, opened.train, config.schedule.batch_size
     if train is not None:
-        yield from _check_counts(layout.classes, opened.train_tags)
-        yield from _check_pairs(layout.classes, opened.train_tags)
+        yield from _check_counts(data.classes, opened.train_tags)
+        yield from _check_pairs(data.classes, opened.train_tags)
         if len(train) < batch_size:
             message = f"schedule.batch_size is {batch_size}, with {len(train)} training images: each is in a step "
             yield Problem("note", message + "several times; lower it")
@@ -161,11 +161,11 @@ def check_tags(opened: OpenedData, config: Config) -> Iterator[Problem]:
             yield Problem("warning", message + "will be too high; take them off one of the lists")
         absent = opened.train_tags.any(axis=0) & ~opened.validation_tags.any(axis=0)
         if opened.validation_tags.any() and absent.any():
-            names = _some(_chosen(layout.classes, absent))
+            names = _some(_chosen(data.classes, absent))
             yield Problem("note", f"no image for validation has {names}: nothing tells how well it is learned")
-    if layout.untagged:
-        count, used = len(layout.untagged), 0 if train is None else len(train)
-        message = f"{counted(count, 'image')} without tags left out ({_some(layout.untagged, 3)}); tag them to use them"
+    if data.untagged:
+        count, used = len(data.untagged), 0 if train is None else len(train)
+        message = f"{counted(count, 'image')} without tags left out ({_some(data.untagged, 3)}); tag them to use them"
         yield Problem("warning" if count > used else "note", message)
 
 

@@ -131,11 +131,11 @@ def write_figures(
     keys: dict[str, object] = {"data.class_subset": Run(run).classes()}
     config = Run(run).config(keys if data is None else keys | {"data.root": data})
     network = load_run(run, pick_device(device)).network
-    layout = open_data(config.data)
-    images: TaggedImages = layout.masked() if layout.has_masks else layout.validation()
+    opened = open_data(config.data)
+    images: TaggedImages = opened.masked() if opened.has_masks else opened.validation()
     picks = evenly_spaced(images, count)
     if not picks:
-        raise AfaError(f"{layout.root}: no image with tags to draw; pass --data with another folder")
+        raise AfaError(f"{opened.root}: no image with tags to draw; pass --data with another folder")
     draw = {"affinity": _affinity_rows, "cam": _cam_rows, "labels": _label_rows, "results": _result_rows}
     rows: dict[str, list[_Row]] = {name: [] for name in FIGURES}
     with progress_bar(enabled=progress) as bar:
