@@ -24,13 +24,13 @@ def shown(value: object) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What a foreign exception says, cut to one line; its class where it says nothing."""
+    """Message of a foreign exception, cut to one line; its class if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
 def quiet(*loggers: str) -> Iterator[None]:
-    """Keep libraries from talking to the user about their own insides; their exceptions become ours.
+    """Keep libraries from printing messages about their internals; their exceptions become ours.
 
     Args:
         loggers: Names of loggers of which only errors are let through.

@@ -1,4 +1,4 @@
-"""What every image, read once, tells of a data set: broken files, sizes that do not suit, copies."""
+"""Checks every image of a data set, read once: broken files, unsuitable sizes, copies."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def read_images(opened: OpenedData, limit: int | None, *, threads: int, progress
 
 
 def check_images(table: ImageTable, augment: AugmentConfig) -> Iterator[Problem]:
-    """What single images tell, and copies.
+    """Problems of single images, and copies.
 
     Args:
         table: The images.
@@ -144,7 +144,7 @@ def _check_sizes(table: ImageTable, augment: AugmentConfig) -> Iterator[Problem]
 
 
 def _check_groups(table: ImageTable, groups: Sequence[list[int]], same: str, kind: str) -> Iterator[Problem]:
-    """What copies do: contradict each other, or stand on both sides."""
+    """Copies that contradict each other, or that are on both sides of the split."""
     conflicts, leaks = [], []
     for group in groups:
         tagged = [i for i in group if table.tags[i]]

@@ -1,4 +1,4 @@
-"""What tags, counts and lists tell of a data set before any image is opened: the check that training runs first."""
+"""Checks tags, counts and lists of a data set before any image is opened; training runs this check first."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ NEAR_EMPTY: Final = 5
 """A class with fewer training images is as good as absent."""
 
 FEW_APART: Final = 3
-"""Two classes of which one stands without the other in fewer training images cannot be told apart."""
+"""Two classes cannot be told apart if one appears without the other in fewer training images than this."""
 
-_SHARE_APART: Final = 0.1  # at most this share of the class: two images of four do tell a rare class apart
+_SHARE_APART: Final = 0.1  # and at most this share of the class, so that 2 of 4 images are enough
 _SHOWN: Final = 8
 
 
 class Problem(NamedTuple):
-    """Something to know of a data set.
+    """A finding about a data set.
 
     Attributes:
         severity: `error`: training fails; `warning`: the result suffers; `note`: good to know.
@@ -203,7 +203,7 @@ def _check_pairs(classes: Sequence[str], tags: NDArray[np.bool_]) -> Iterator[Pr
     close = known[:, None] & (both > 0) & (counts < len(tags)) & (apart < FEW_APART)
     close &= apart <= _SHARE_APART * counts[:, None]
     for one, other in np.argwhere(close).tolist():
-        # Of two that hardly stand apart either way, once: the one that does so least.
+        # If neither class appears without the other often, report the pair once: from the class that does so least.
         if one == other or (close[other, one] and (apart[other, one], other) < (apart[one, other], one)):
             continue
         name, partner, count, alone = classes[one], classes[other], int(counts[one]), int(apart[one, other])

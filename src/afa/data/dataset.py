@@ -1,4 +1,4 @@
-"""What rooms hand to each other of a data set: its table of tags, images with tags, and images with masks too.
+"""Forms of a data set: a table of tags, images with tags, and images with tags and masks.
 
 Training gets `TaggedImages`, which know no mask. Pixels are read, and checked, one image at a time.
 """
@@ -20,7 +20,7 @@ from afa.types import IGNORE_INDEX
 PRESENT: Final = 1
 ABSENT: Final = 0
 UNKNOWN: Final = -1
-"""Whether an image has a class: it has, it has not, or nothing is said of it."""
+"""Whether an image has a class: yes, no, or unknown."""
 
 
 class TaggedImages:
@@ -109,10 +109,10 @@ class MaskedImages(TaggedImages):
         origin: str,
         **images: Any,
     ) -> None:
-        """Take also what evaluation needs.
+        """Take, in addition, what evaluation needs.
 
         Args:
-            has_tags: (N,), whether something is said of the tags of each image.
+            has_tags: (N,), whether the tags have an entry for each image.
             mask_paths: N index PNGs.
             mask_values: (1 + number of classes in the files,) the value that each stored one becomes.
             origin: Where the tags came from, or should have, for messages.
@@ -175,7 +175,7 @@ class MaskedImages(TaggedImages):
 
 @dataclass(frozen=True, eq=False)
 class TagTable:
-    """What a reader finds in a folder: N images and what is said of them.
+    """What a reader finds in a folder: N images and their tags.
 
     Attributes:
         kind: `voc`, `table`, `imagefolder`, `hf`, `coco`, `labelstudio` or `cvat`.
@@ -187,8 +187,8 @@ class TagTable:
         paths: N paths.
         names: N names; different, unless the images are listed.
         colors: Class name -> (red, green, blue), where the class list has colors.
-        declared: Whether the classes were stated and not merely met.
-        every_path: Paths of all images of the folder, where those without tags are to be told.
+        declared: Whether the classes were stated, not just collected from the tags.
+        every_path: Paths of all images of the folder, if those without tags are to be reported.
         listed: Whether lists say which images train, and which are for validation: the VOC layout.
         tags_path: File or folder of tags of listed images, if there is one.
     """

@@ -34,8 +34,8 @@ _UPRIGHT: Final[dict[object, Image.Transpose]] = {
 
 _T = TypeVar("_T")
 
-# Pillow warns of oddities that it then reads well, such as broken EXIF. Images are decoded in threads, where a filter
-# cannot be set for one call only.
+# Pillow warns of oddities that it reads well nevertheless, such as broken EXIF. Images are decoded in threads, where a
+# filter cannot be set for one call only.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 

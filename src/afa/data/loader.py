@@ -276,7 +276,7 @@ def _resampled(
             current = torch.cuda.current_stream(device)
             current.wait_event(done)
             for tensor in (batch.image, batch.valid_box, *batch.frozen):
-                tensor.record_stream(current)  # else its memory could be reused while this stream still reads it
+                tensor.record_stream(current)  # otherwise its memory could be reused while this stream still reads it
         return batch
 
     with contextlib.closing(decoded):

@@ -1,7 +1,7 @@
-"""Opening a data set, once a command: which layout its folder has, and what it hands out.
+"""Opens a data set, once per command: finds the layout of its folder, and returns its images.
 
 Names are looked at and tags are read; no image is opened, and only `DataSet.masked` looks at the folder of masks.
-Everything that can be wrong with names is found when images are asked for.
+All errors in names are found when images are requested.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def data_root(data: DataConfig) -> Path:
 
 
 def _read(root: Path, data: DataConfig) -> TagTable:
-    """What the first reader that fits finds."""
+    """The table of the first reader that fits."""
     if data.layout == "voc" or (data.layout == "auto" and voc.has_lists(root, data)):
         return voc.read(root, data)
     table = None
@@ -77,7 +77,7 @@ def _read(root: Path, data: DataConfig) -> TagTable:
 
 
 class DataSet:
-    """A data set that was opened, for the whole of a command. Built by `open_data`.
+    """A data set that was opened once for a whole command. Built by `open_data`.
 
     Attributes:
         root: Folder of the data set.
@@ -88,7 +88,7 @@ class DataSet:
     """
 
     def __init__(self, data: DataConfig, root: Path, table: TagTable) -> None:
-        """Keep the classes that the settings keep, and split what is not split yet.
+        """Keep the classes that the settings choose, and make a split if there is none.
 
         Args:
             data: Settings.
@@ -106,7 +106,7 @@ class DataSet:
         self._lists: dict[str, tuple[str, ...]] = {}
         known, tags = table.classes, table.tags
         if not table.declared:
-            # Tags that only meet some classes say nothing of the others; a trained network may know more.
+            # Tags in which only some classes occur say nothing about the others; a trained network may know more.
             known += tuple(dict.fromkeys(name for name in data.class_subset if name not in known))
             tags = np.pad(tags, ((0, 0), (0, len(known) - len(table.classes))), constant_values=UNKNOWN)
         kept = kept_classes(data, known)
@@ -129,7 +129,7 @@ class DataSet:
 
     @property
     def has_masks(self) -> bool:
-        """Whether there is a folder of masks; what is in it is not looked at."""
+        """Whether there is a folder of masks; its contents are not checked."""
         return self._mask_folder is not None
 
     def describe(self) -> str:
@@ -242,7 +242,7 @@ class DataSet:
                 f"names missing); correct the list{remedy}"
             )
         rows = np.array([self._row_of[name] for name in names], dtype=np.int64)
-        if len(self._row_of) < len(table.names):  # several files of one name: that matters where a list has it
+        if len(self._row_of) < len(table.names):  # several files with one name; that matters only if a list has the name
             for row in sorted(set(range(len(table.names))).difference(self._row_of.values())):
                 if table.names[row] in names:
                     kept = table.paths[self._row_of[table.names[row]]]

@@ -1,6 +1,6 @@
 """Scores a network on a list of images: mIoU of its segmentation or of its pseudo labels.
 
-Opens no data set and writes no file; both are up to the caller.
+Opens no data set and writes no file; the caller does both.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ LABELS: Final = ("seg", *PSEUDO_LABELS)
 """What can be scored: the segmentation, or one of the pseudo labels made with the true tags."""
 
 GROUPS_AHEAD: Final = 4
-"""Full batches' worth of images that may wait for others of their size."""
+"""Number of images, in full batches, that may wait for others of their size."""
 
 BATCH_PIXELS: Final = 512 * 512
-"""Pixels of the images that a batch size is meant for; of larger ones fewer go into a batch."""
+"""Pixels of the images that a batch size is meant for; a batch holds fewer of larger images."""
 
 _AUTOMATIC_BATCH_SIZE: Final = {"cuda": 8}  # Elsewhere 1: a CPU gains a few percent at most.
 
@@ -169,7 +169,7 @@ def evaluate(
 
 
 class _Counts:
-    """What is counted on the way. On a GPU nothing is read before the end: that would synchronize it."""
+    """Counts during a pass. On a GPU nothing is read before the end, because reading synchronizes it."""
 
     def __init__(self, classes: tuple[str, ...], labels: str, device: torch.device, *, boundary: bool) -> None:
         num_classes = 1 + len(classes)
@@ -211,7 +211,7 @@ class _Counts:
             each.matrix = matrix.view_as(each.matrix)
 
     def scores(self) -> dict[str, Any]:
-        """What an `EvaluationResult` says of them."""
+        """These counts as fields of an `EvaluationResult`."""
         extras: dict[str, float | None] = {}
         hits, found, present = self.tags.tolist()
         decided, labeled = self.pixels.tolist()
@@ -316,7 +316,7 @@ def first_images(images: _Images, limit: int | None) -> _Images:
 
 
 def group_by_size(items: Iterable[_T], *, sizes: Callable[[_T], Sizes], batch_size: int) -> Iterator[list[_T]]:
-    """Collect images of equal sizes into batches, holding on to few.
+    """Collect images of equal sizes into batches, and hold few images at a time.
 
     A batch that is full goes at once. When `GROUPS_AHEAD` batches' worth of images wait, the oldest image goes with
     whatever else has its size, so that images of rare sizes neither wait forever nor crowd out the others.

@@ -1,6 +1,6 @@
-"""Scores the tags that a network finds, where there are no masks to score its segmentation by.
+"""Scores the tags that a network predicts, for data without masks to score its segmentation.
 
-Opens no data set and writes no file; both are up to the caller.
+Opens no data set and writes no file; the caller does both.
 """
 
 from __future__ import annotations

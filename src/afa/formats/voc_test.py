@@ -24,7 +24,7 @@ FOLDER: Final = "results/VOC2012/Segmentation/comp5_test_cls"
 """Where the masks are in the archive: competition 5, in which networks learn from VOC's data alone."""
 
 MAX_PROBLEMS: Final = 10
-"""So many problems of a kind are listed; the rest is counted."""
+"""At most this many problems of a kind are listed; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class SubmissionCheck:
         path: The archive.
         num_masks: Masks in it.
         problems: One line each; empty if all is well.
-        unchecked: What could not be looked at for want of a list or of images.
+        unchecked: What could not be checked without a list or without images.
     """
 
     path: Path
@@ -84,8 +84,8 @@ def check_voc_test(
 ) -> SubmissionCheck:
     """Look for everything that the server would refuse or score as nothing.
 
-    Masks must lie in `FOLDER`, one for each name and no other; be index PNGs with VOC's palette and values 0..20; and
-    have the size of their image. The archive is read once, one mask at a time.
+    The masks must be in `FOLDER`, one for each name and no other. They must be index PNGs with VOC's palette and values
+    0..20, and have the size of their image. The archive is read once, one mask at a time.
 
     Args:
         path: The archive, `.tgz` or any other tar.

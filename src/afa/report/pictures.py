@@ -1,4 +1,4 @@
-"""Pictures of what the network makes of some images: examples for the report, and the paper's figures.
+"""Pictures of the network's results for some images: examples for the report, and the paper's figures.
 
 Both run the network and write PNGs. How examples are laid out on the page is up to its template.
 """
@@ -95,7 +95,7 @@ def write_examples(
     if index:
         rows = [str(entry["folder"]) for entry in index[:_SHEET_ROWS]]
         draw_sheet([folder / row for row in rows]).save(folder / "sheet.png")
-    # Last and in one piece: whoever finds an index finds all its pictures.
+    # Last and in one piece, so that an index never lists a missing picture.
     write_whole(folder / "index.json", json.dumps(index, indent=1) + "\n")
 
 
@@ -246,7 +246,7 @@ def _example_pictures(network: AfaNetwork, config: Config, seen: _Seen) -> dict[
 def _shares(propagated: Tensor) -> Tensor:
     """(1 + C, h, w) walked scores -> (C, h, w) share of each class.
 
-    The walk weakens all scores of a lonely token alike; which class they favor is what the label will say.
+    The walk weakens all scores of an isolated token alike; the label depends only on the class that they favor.
     """
     return (propagated / propagated.sum(0, keepdim=True).clamp(min=1e-12))[1:]
 

@@ -1,6 +1,6 @@
-"""COCO instances: the categories of each image are its tags; where an object is, is dropped as the file is read.
+"""COCO instances: the categories of each image are its tags. Positions of objects are dropped while the file is read.
 
-Pixel masks are made of the same file by `afa.data.coco`, for evaluation.
+`afa.data.coco` makes pixel masks from the same file, for evaluation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from afa.errors import AfaError, shown
 
 
 class CocoFile(NamedTuple):
-    """What a file of instances holds, its references checked.
+    """Contents of a file of instances, with checked references.
 
     Attributes:
         names: Category id -> name, by ascending id.
@@ -38,7 +38,7 @@ def read(path: Path, content: Any, classes: Sequence[str]) -> tuple[tuple[str, .
 
     Returns:
         The names of the categories by ascending id, whatever gaps the ids have; and an entry for each image, without
-        tags where nothing is annotated. Crowds count, since the class is there.
+        tags if nothing is annotated. Crowds count, since the class is there.
 
     Raises:
         AfaError: As `parse`.

@@ -1,4 +1,4 @@
-"""CVAT for images 1.1: tags of images, and the labels of shapes, whose points are dropped."""
+"""CVAT for images 1.1: tags of images, and labels of shapes; the points of the shapes are dropped."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def read(path: Path, content: Any, classes: Sequence[str]) -> tuple[tuple[str, .
 
 
 class _CvatTarget:
-    """Collects the labels of a CVAT export as the XML goes by; nothing else is kept."""
+    """Collects the labels of a CVAT export while the XML is read; keeps nothing else."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -16,7 +16,7 @@ from afa.errors import AfaError, shown
 
 
 def read(root: Path, data: DataConfig) -> TagTable | None:
-    """Read the classes off the folders that the images are in.
+    """Read the class of each image from the name of its folder.
 
     Args:
         root: Folder of the data set.

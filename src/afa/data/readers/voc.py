@@ -26,7 +26,7 @@ _TAG_PLACES: Final = (
 
 
 def has_lists(root: Path, data: DataConfig) -> bool:
-    """Whether the lists are there, or asked for."""
+    """Whether the lists exist, or are set."""
     lists = (data.train_list, data.val_list)
     return data.train_list != DataConfig().train_list or any(name and (root / name).is_file() for name in lists)
 
@@ -39,7 +39,7 @@ def read(root: Path, data: DataConfig) -> TagTable:
         data: Settings.
 
     Returns:
-        A row for each image; of those without an entry nothing is known.
+        A row for each image; the tags of images without an entry are unknown.
 
     Raises:
         AfaError: There is no folder of images; `data.tags` is set and missing; tags or classes cannot be read.
