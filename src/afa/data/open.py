@@ -242,7 +242,7 @@ class DataSet:
                 f"names missing); correct the list{remedy}"
             )
         rows = np.array([self._row_of[name] for name in names], dtype=np.int64)
-        if len(self._row_of) < len(table.names):  # several files with one name; that matters only if a list has the name
+        if len(self._row_of) < len(table.names):  # several files with one name; only lists care
             for row in sorted(set(range(len(table.names))).difference(self._row_of.values())):
                 if table.names[row] in names:
                     kept = table.paths[self._row_of[table.names[row]]]
