@@ -119,7 +119,7 @@ def convert_coco(instances: Path, images: Path, out: Path, *, split: str, progre
             present = {part["category_id"] for part in found.annotations[number]}
             tags[stem] = tuple(name for category, name in found.names.items() if category in present)
         _write_tags(out / "lists" / "tags.csv", tags, classes)
-        _write_text(out / "lists" / f"{split}.txt", "".join(f"{stem}\n" for stem in stems.values()))
+        write_whole(out / "lists" / f"{split}.txt", "".join(f"{stem}\n" for stem in stems.values()))
     except OSError as error:
         raise AfaError(f"{out}: cannot be written ({error.strerror}); free space or choose another folder") from None
     return CocoSummary(len(stems), len(found.images) - len(stems), num_written)
@@ -321,7 +321,7 @@ def _write_classes(path: Path, classes: Sequence[str]) -> None:
     text = "".join(f"{name}\n" for name in classes)
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise AfaError(f"{path}: lists other classes; choose another OUT")
-    _write_text(path, text)
+    write_whole(path, text)
 
 
 def _write_tags(path: Path, tags: Mapping[str, tuple[str, ...]], classes: Sequence[str]) -> None:
@@ -331,11 +331,7 @@ def _write_tags(path: Path, tags: Mapping[str, tuple[str, ...]], classes: Sequen
     table = csv.writer(text, lineterminator="\n")
     table.writerow(("image", "tags"))
     table.writerows((name, ";".join(merged[name])) for name in sorted(merged))
-    _write_text(path, text.getvalue())
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_whole(path, text.getvalue())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

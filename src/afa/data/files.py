@@ -45,7 +45,7 @@ def walk_files(folder: Path, suffixes: Collection[str], *, skip: Callable[[str],
             if name.startswith(".") or name == "__MACOSX":
                 continue
             path = f"{below}{name}"
-            if os.path.splitext(name)[1].lower() in suffixes and entry.is_file():
+            if name[name.rfind(".") :].lower() in suffixes and entry.is_file():
                 yield path
             elif entry.is_dir() and not (skip is not None and skip(path)):
                 status = os.stat(folder / path)
@@ -58,10 +58,11 @@ def walk_files(folder: Path, suffixes: Collection[str], *, skip: Callable[[str],
 def stem_of(path: str) -> str:
     """A path without its last suffix.
 
-    >>> stem_of("a.b/c.d.jpg")
-    'a.b/c.d'
+    >>> stem_of("a.b/c.d.jpg"), stem_of("a.b/c")
+    ('a.b/c.d', 'a.b/c')
     """
-    return os.path.splitext(path)[0]
+    dot = path.rfind(".")
+    return path[:dot] if dot > path.rfind("/") + 1 else path
 
 
 def path_below(path: Path, root: Path) -> str:

@@ -103,7 +103,9 @@ def split_by_tags(tags: NDArray[np.bool_], names: Sequence[str], *, fraction: fl
     # Any order of the images leads to the same one here.
     order = np.array(sorted(range(num_images), key=names.__getitem__))
     order = order[np.random.default_rng(seed).permutation(num_images)]
-    present = [np.flatnonzero(row).tolist() for row in tags[order]]
+    classes_of = np.nonzero(tags[order])[1].tolist()
+    ends = tags[order].sum(axis=1).cumsum().tolist()
+    present = [classes_of[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
     images_of: list[list[int]] = [[] for _ in range(tags.shape[1])]
     for image, classes in enumerate(present):
         for index in classes:

@@ -101,6 +101,6 @@ def tag_rows(tags: Sequence[tuple[str, ...]], classes: Sequence[str]) -> NDArray
     chosen = [codes.setdefault(names, len(codes)) for names in tags]
     index = {name: position for position, name in enumerate(classes)}
     rows = np.full((len(codes), len(classes)), ABSENT, dtype=np.int8)
-    for row, names in enumerate(codes):
-        rows[row, [index[name] for name in names]] = PRESENT
+    lengths = [len(names) for names in codes]
+    rows[np.repeat(np.arange(len(codes)), lengths), [index[name] for names in codes for name in names]] = PRESENT
     return rows[np.array(chosen, dtype=np.int64)]

@@ -225,9 +225,8 @@ class _Cells:
 
     def tags(self, text: str, *, single: bool) -> tuple[str, ...]:
         if (text, single) not in self.known:
-            self.known[text, single] = tuple(
-                sys.intern(tag) for part in self._split(text, single) if (tag := part.strip())
-            )
+            tags = [sys.intern(tag) for part in self._split(text, single) if (tag := part.strip())]
+            self.known[text, single] = tuple(tags)
         return self.known[text, single]
 
     def _split(self, text: str, single: bool) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -324,6 +324,7 @@ def _entry_side(entry: TagEntry) -> int:
 
 def _by_name(found: Iterable[TagEntry], classes: Sequence[str], kind: str) -> dict[str, TagEntry]:
     """The entries by image name, with their tags in class order."""
+    places = {name: place for place, name in enumerate(classes)}
     entries: dict[str, TagEntry] = {}
     ordered: dict[tuple[str, ...], tuple[str, ...]] = {}
     for entry in found:
@@ -341,14 +342,16 @@ def _by_name(found: Iterable[TagEntry], classes: Sequence[str], kind: str) -> di
         if entry.tags not in ordered:
             # The file of a VOC annotation names the image already.
             origin = entry.where if kind == "voc_xml" else f"{entry.where}, image {shown(name)}"
-            ordered[entry.tags] = _in_class_order(entry.tags, classes, origin)
+            ordered[entry.tags] = _in_class_order(entry.tags, places, origin)
         entries[name] = TagEntry(entry.where, entry.image, ordered[entry.tags], entry.split)
     return entries
 
 
-def _in_class_order(names: Iterable[str], classes: Sequence[str], origin: str) -> tuple[str, ...]:
-    present = set(names)
-    unknown = sorted(present.difference(classes))
-    if unknown:
-        raise AfaError(f"{origin}: unknown tag {shown(unknown[0])}; {unknown_class(unknown[0][:100], classes)}")
-    return tuple(name for name in classes if name in present)
+def _in_class_order(names: Iterable[str], places: Mapping[str, int], origin: str) -> tuple[str, ...]:
+    try:
+        return tuple(sorted(set(names), key=places.__getitem__))
+    except KeyError:
+        unknown = min(set(names).difference(places))
+        raise AfaError(
+            f"{origin}: unknown tag {shown(unknown)}; {unknown_class(unknown[:100], list(places))}"
+        ) from None
