@@ -12,6 +12,7 @@ import afa
 from afa.cli import main
 from afa.config import config_to_dict
 from afa.data.images import read_mask
+from opened import Opened
 from tiny import assert_same_weights, tiny_config
 
 CPU = {"train.device": "cpu"}
@@ -75,3 +76,17 @@ def test_check_data_takes_a_folder_or_a_configuration(tiny_data: Path) -> None:
     assert (by_folder["num_train"], by_config["num_train"]) == (24, 24)
     subset = afa.check_data(tiny_config(tiny_data), fast=True, **{"data.split_seed": 3})
     assert subset["errors"] == 0
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_a_command_opens_its_data_set_once(tiny_table: Path, tmp_path: Path, command: str) -> None:
+    """The folder of images is listed once, and the tags are read once."""
+    with Opened.recorded() as paths:
+        if command == "check":
+            afa.check_data(tiny_table, fast=True, progress=False)
+        else:
+            once = {"schedule.max_steps": 1, "model.weights": "", "train.example_images": 0}
+            afa.train(tiny_table, tmp_path / "run", progress=False, **(CPU | once))
+    opened = [Path(path) for path in paths if path.startswith(str(tiny_table))]
+    assert opened.count(tiny_table / "images") == 1
+    assert opened.count(tiny_table / "tags.csv") == 1

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from afa.check import collect
 from afa.config import Config, DataConfig, config_to_dict, load_config
-from afa.data.open import open_data
+from afa.data.open import DataSet, open_data
 from afa.data.readers.tag_files import read_tags
 from afa.errors import AfaError
 from afa.evaluation import evaluate as evaluation
@@ -48,11 +48,12 @@ def train(
     Raises:
         AfaError: As `training_config` and `afa.recipe.train_and_report`.
     """
+    data = None
     if isinstance(source, Config):
         config = _changed(source, overrides)
     else:
         is_file = Path(source).suffix == ".toml" and not Path(source).is_dir()
-        config, choices = training_config(
+        config, choices, data = training_config(
             None if is_file else source,
             file=source if is_file else None,
             overrides=overrides,
@@ -60,7 +61,7 @@ def train(
         )
         for line in choices if progress else ():
             say(line)
-    train_and_report(config, Path(out), resume=resume, progress=progress)
+    train_and_report(config, Path(out), data=data, resume=resume, progress=progress)
     return Predictor.from_run(out, device=config.train.device, precision=config.train.precision)
 
 
@@ -71,7 +72,7 @@ def training_config(
     preset: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     run: Path | None = None,
-) -> tuple[Config, tuple[str, ...]]:
+) -> tuple[Config, tuple[str, ...], DataSet | None]:
     """Resolve the settings of a training.
 
     With a folder and neither file nor preset they are chosen by data and device, or are those of the run to go on with.
@@ -84,7 +85,8 @@ def training_config(
         run: Run folder to go on with.
 
     Returns:
-        The configuration, and what was chosen and why, a line each; no line where nothing was chosen.
+        The configuration; what was chosen and why, a line each; and the data set that it was chosen by. No line and no
+        data set where nothing was chosen.
 
     Raises:
         AfaError: As `load_config` and `choose_defaults`; no data set is named, or two are.
@@ -95,13 +97,14 @@ def training_config(
             raise AfaError(f"{folder} and data.root {keys['data.root']} both name the data set; leave one out")
         stored = run / "config.toml" if run is not None else None
         if file is None and preset is None and stored is not None and stored.is_file():
-            return load_config(stored, keys), ()
+            return load_config(stored, keys), (), None
     config = load_config(file, keys, preset=preset)
     if not config.data.root:
         raise AfaError("data.root is not set; pass the folder of the data set")
     if folder is None or file is not None or preset is not None:
-        return config, ()
-    return choose_defaults(open_data(config.data), pick_device(config.train.device), keys)
+        return config, (), None
+    data = open_data(config.data)
+    return *choose_defaults(data, pick_device(config.train.device), keys), data
 
 
 def evaluate(
@@ -304,6 +307,7 @@ def check_data(
     Raises:
         AfaError: No such folder; an unknown key or a value out of range; a device that is not there.
     """
+    opened = None
     if isinstance(data, Config):
         config = _changed(data, overrides)
     else:
@@ -312,8 +316,9 @@ def check_data(
         if file is None and preset is None:
             with contextlib.suppress(AfaError):  # what is wrong with the data set is the check's to tell
                 device = pick_device(config.train.device)
-                config, _ = choose_defaults(open_data(config.data), device, keys, need_weights=False)
-    return collect.check_data(config, fast=fast, limit=limit, progress=progress)
+                opened = open_data(config.data)
+                config, _ = choose_defaults(opened, device, keys, need_weights=False)
+    return collect.check_data(config, opened, fast=fast, limit=limit, progress=progress)
 
 
 def run_config(run: Path, overrides: Mapping[str, Any], *, data: str | Path | None = None) -> Config:

@@ -229,7 +229,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from afa.recipe import train_and_report
 
     run = Path(arguments.out)
-    config, choices = training_config(
+    config, choices, data = training_config(
         arguments.folder,
         file=arguments.config,
         preset=arguments.preset,
@@ -240,7 +240,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
         for line in choices:
             print(line, file=sys.stderr)
         print(config_to_toml(config), flush=True)
-    train_and_report(config, run, resume=arguments.resume)
+    train_and_report(config, run, data=data, resume=arguments.resume)
     return 0
 
 

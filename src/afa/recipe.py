@@ -30,7 +30,9 @@ _DEMO_IMAGE_SIZE = 128
 _SMOKE: dict[str, Any] = {"schedule.max_steps": 40, "schedule.cls_steps": 15, "schedule.refined_steps": 25}
 
 
-def train_and_report(config: Config, run: Path, *, resume: bool = False, progress: bool = True) -> None:
+def train_and_report(
+    config: Config, run: Path, *, data: DataSet | None = None, resume: bool = False, progress: bool = True
+) -> None:
     """Check the data, train, score segmentation, CAM and propagated CAM, and write the report.
 
     Scored are the images for validation that have masks; where none has, the tags of all of them.
@@ -38,6 +40,7 @@ def train_and_report(config: Config, run: Path, *, resume: bool = False, progres
     Args:
         config: Settings.
         run: Run folder.
+        data: The data set, if it is open already.
         resume: Go on with the run that the folder holds.
         progress: Show progress on standard error.
 
@@ -46,7 +49,7 @@ def train_and_report(config: Config, run: Path, *, resume: bool = False, progres
             `afa.evaluation.evaluate.evaluate`.
     """
     device = pick_device(config.train.device)
-    data = open_data(config.data)
+    data = data or open_data(config.data)
     warnings = _check(config, data)
     with process_group(device) as processes:
         for warning in warnings if processes.is_main else ():

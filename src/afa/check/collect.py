@@ -14,19 +14,20 @@ from afa.check.tags import OpenedData, Problem, by_severity, check_tags, open_si
 from afa.config import Config
 from afa.data.dataset import MaskedImages
 from afa.data.loader import resolve_workers
-from afa.data.open import data_root, open_data
+from afa.data.open import DataSet, data_root, open_data
 from afa.errors import AfaError
 from afa.report.render import gibibytes
 from afa.runtime import pick_device, say
 
 
 def check_data(
-    config: Config, *, fast: bool = False, limit: int | None = None, progress: bool = True
+    config: Config, data: DataSet | None = None, *, fast: bool = False, limit: int | None = None, progress: bool = True
 ) -> dict[str, Any]:
     """Check a data set for a training with these settings.
 
     Args:
         config: Settings; `data.root` names the data set.
+        data: The data set, if it is open already.
         fast: Open no image and try no training step.
         limit: Read only so many images, evenly spread; None reads all.
         progress: Show progress on standard error.
@@ -54,7 +55,7 @@ def check_data(
     report |= {"num_train": 0, "num_validation": 0, "num_untagged": 0, "scored": False}
     device = pick_device(config.train.device)
     try:
-        opened = open_sides(open_data(config.data), config)
+        opened = open_sides(data or open_data(config.data), config)
         report |= _describe_tags(opened)
     except AfaError as error:
         return report | _listed([Problem("error", str(error))])

@@ -6,6 +6,7 @@ All errors in names are found when images are requested.
 
 from __future__ import annotations
 
+import gc
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,13 @@ def open_data(data: DataConfig) -> DataSet:
             one twice, or one outside of the folder; names or classes are no good.
     """
     root = data_root(data)
-    return DataSet(data, root, _read(root, data))
+    collects = gc.isenabled()
+    gc.disable()  # hundreds of thousands of entries, none of which leads back to itself
+    try:
+        return DataSet(data, root, _read(root, data))
+    finally:
+        if collects:
+            gc.enable()
 
 
 def data_root(data: DataConfig) -> Path:
