@@ -180,7 +180,7 @@ def fill_polygons(polygons: Sequence[NDArray[np.float32]], height: int, width: i
         if left >= right or top >= bottom:
             continue
         canvas = Image.new("1", (int(right - left) * _FINE, int(bottom - top) * _FINE))
-        far = 4.0 * max(height, width)  # what lies farther out makes no difference that one could see
+        far = 4.0 * max(height, width)  # coordinates farther out make no visible difference
         points = (np.clip(polygon, -far, far) - (left, top)) * _FINE - 0.5
         ImageDraw.Draw(canvas).polygon([(float(x), float(y)) for x, y in points], fill=1)
         filled[top:bottom, left:right] |= np.asarray(canvas)[_FINE // 2 :: _FINE, _FINE // 2 :: _FINE]

@@ -1,4 +1,4 @@
-"""Which images lie below a folder, and which of them a list of tags means: one walk, no image opened."""
+"""Finds the images below a folder, and which of them an entry of tags means, in one walk that opens no image."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def path_below(path: Path, root: Path) -> str:
 
 
 class ImageFiles:
-    """The images below a folder, found by what people write for them."""
+    """The images below a folder, which can be found by the names that people write."""
 
     def __init__(self, folder: Path, *, skip: Callable[[str], bool] | None = None) -> None:
         """Walk the folder.
@@ -173,11 +173,11 @@ _VIEWS: Final[dict[str, Callable[[str], str]]] = {
     "last, suffix": lambda path: folded(path.rsplit("/", 1)[-1]),
     "last": lambda path: folded(_without_suffix(path.rsplit("/", 1)[-1])),
 }
-"""What of a path must agree, the strictest first."""
+"""The parts of a path that must agree, the strictest rule first."""
 
 
 def check_paths(paths: Iterable[str], folder: Path) -> tuple[str, ...]:
-    """The names of images: their paths without suffix, checked to stay apart as files on any system.
+    """The names of images: their paths without suffix, checked to be different files on any system.
 
     Args:
         paths: Paths of images below `folder`.

@@ -100,7 +100,7 @@ def split_by_tags(tags: NDArray[np.bool_], names: Sequence[str], *, fraction: fl
     aside = np.zeros(num_images, dtype=bool)
     if fraction <= 0 or num_images < 2:
         return aside
-    # Any order of the images leads to the same one here.
+    # Any order of the images gives the same order here.
     order = np.array(sorted(range(num_images), key=names.__getitem__))
     order = order[np.random.default_rng(seed).permutation(num_images)]
     classes_of = np.nonzero(tags[order])[1].tolist()

@@ -79,7 +79,7 @@ def predict_files(
 
     def infer(images: Sequence[PreparedImage]) -> list[Made]:
         maps = predictor.segment(images)
-        # Those of the CRF are large: nobody keeps them for nothing.
+        # The CRF's maps are large, so they are kept only if needed.
         kept = maps if scores else [None] * len(maps)
         return [Made(each.label(image.size), k) for each, image, k in zip(maps, images, kept, strict=True)]
 
@@ -217,7 +217,7 @@ def output_names(paths: Sequence[Path], out_dir: Path) -> dict[str, Path]:
         is_folder, root = path.is_dir(), path.resolve()
         own = [folder for folder in outputs if root in folder.parents]
         prefix = f"{root.name}/" if is_folder and several_folders else ""
-        # Folder by folder: to resolve the path of each file would take longer than all the rest.
+        # Folder by folder, because resolving the path of each file would take longer than everything else.
         for folder, images in groupby(find_images([path]), key=lambda file: file.parent):
             inside = folder.resolve()
             if any(output == inside or output in inside.parents for output in own):

@@ -1,6 +1,6 @@
 """The model card of a trained network: what it was trained on, what it scored, which license binds it.
 
-Every figure is read from the run; what the run does not tell is left out or said to be unknown. The words are in
+Every figure is read from the run; what the run does not contain is left out or called unknown. The words are in
 model_card.md.j2.
 """
 
@@ -94,7 +94,7 @@ def model_card(config: Config, classes: Sequence[str], figures: Mapping[str, Any
 
 
 def _weights_license(model: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """The license under which the encoder's initial weights are published, as it is called and as metadata has it."""
+    """License of the encoder's initial weights: its name, and its identifier in metadata."""
     weights = model.weights
     base: dict[str, Any] = {"base_model": weights} if is_hub_id(weights) else {}
     known = next((spec for spec in BACKBONES.values() if weights and spec.weights == weights), None)
@@ -126,5 +126,5 @@ def _training(config: Config, figures: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _inline(text: str) -> str:
-    """A name as text of one line that starts no markup of its own."""
+    """A name as one line of text without markup."""
     return re.sub(r"([\\`*_<>\[\]])", r"\\\1", " ".join(text.split()))

@@ -10,13 +10,13 @@ from afa.config import SUPERVISION_NAMES, config_to_dict
 from afa.runs.run import Run
 
 LABEL_KINDS = ("seg", "propagated", "cam")
-"""What evaluation scores: the segmentation, the propagated CAM, the CAM."""
+"""The labels that are scored: the segmentation, the propagated CAM, the CAM."""
 
 _ENVIRONMENT = ("device", "processes", "precision", "num_parameters", "torch", "python", "afa", "commit")
 
 
 def collect_report(run: Path) -> dict[str, Any]:
-    """Gather the figures of a run, finished or not; what the folder does not tell is None.
+    """Gather the figures of a run, finished or not; what the folder does not contain is None.
 
     Args:
         run: Run folder; only its config.toml must be there.
@@ -74,5 +74,5 @@ def source_commit() -> str | None:
         lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return None
-    # A virtual environment inside somebody else's repository would answer with their commit.
+    # In a virtual environment inside another repository, git would answer with the commit of that repository.
     return lines[1] if Path(lines[0]) / "src" / "afa" == package else None

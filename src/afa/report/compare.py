@@ -171,7 +171,7 @@ def table_rows(groups: Sequence[RunGroup], table: PaperTable) -> list[TableRow]:
 
 
 def broken_orders(lines: Sequence[TableRow]) -> tuple[int, list[str]]:
-    """Compare the order of the lines here with that in the paper, pair by pair.
+    """Compare the order of the lines with the order in the paper, pair by pair.
 
     Args:
         lines: What `table_rows` gives.

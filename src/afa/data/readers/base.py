@@ -1,4 +1,4 @@
-"""What readers share: the entry of an image in a file of tags, and JSON."""
+"""Code that readers share: the entry of an image in a file of tags, and JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OUTLINES: Final = ("segmentation", "bbox", "rle", "points")
 
 
 class TagEntry(NamedTuple):
-    """What a file of tags says of one image.
+    """Entry of one image in a file of tags.
 
     Attributes:
         where: File and line, for messages.
@@ -37,7 +37,7 @@ def load_json(path: Path, shrink: Callable[[dict[str, Any]], object]) -> Any:
 
     Args:
         path: File in UTF-8, with or without a byte order mark.
-        shrink: Takes out of each object, as it is read, what is not needed: outlines, which are most of the file.
+        shrink: Removes from each object, while it is read, what is not needed: outlines, which are most of the file.
 
     Returns:
         A list or a dictionary.
@@ -63,7 +63,7 @@ def load_json(path: Path, shrink: Callable[[dict[str, Any]], object]) -> Any:
         raise AfaError(f"{path}: not a text file in UTF-8 ({error.reason}); save it as JSON in UTF-8") from None
     except json.JSONDecodeError as error:
         raise AfaError(f"{path}: not valid JSON near character {error.pos}: {error.msg}; save it anew") from None
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists in lists
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deeply nested lists
         raise AfaError(f"{path}: not valid JSON: cannot be decoded ({error}); save it anew") from None
     except OSError as error:
         raise AfaError(f"{path}: cannot be read ({error.strerror})") from None
@@ -73,7 +73,7 @@ def load_json(path: Path, shrink: Callable[[dict[str, Any]], object]) -> Any:
 
 
 def drop_outlines(part: dict[str, Any]) -> None:
-    """Take out of an annotation of COCO or Label Studio what says where an object is."""
+    """Remove from an annotation of COCO or Label Studio where the object is."""
     if "category_id" in part or any(key.endswith("labels") for key in part):
         for key in _OUTLINES:
             if isinstance(part.get(key), (list, dict)):

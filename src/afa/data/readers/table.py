@@ -1,6 +1,6 @@
 """Tables of tags: CSV, TSV, JSON and JSON Lines, as people and other tools write them.
 
-A table names an image per row, in a column such as `file` or `image`. Its tags stand in a column such as `tags`
+A table names an image per row, in a column such as `file` or `image`. Its tags are in a column such as `tags`
 (several, separated) or `label` (one), or every class has a column of zeros and ones.
 """
 
@@ -86,7 +86,7 @@ def read(path: Path, content: Any, classes: Sequence[str]) -> tuple[tuple[str, .
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, none of them boundless."""
+    """The lines of a text file, with a limit on their length."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         number = 0
         while line := file.readline(_MAX_LINE + 1):
@@ -146,7 +146,7 @@ def _csv_rows(
 
 
 def _json_objects(path: Path, content: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a list, or those that an object from image to tags stands for."""
+    """The objects of a list, or the equivalent of an object that maps images to tags."""
     for number, (key, value) in enumerate(elements(content), start=1):
         where = f"{path}, entry {number}"
         if key:

@@ -1,4 +1,4 @@
-"""Files of tags: which files of a folder they are, what each says, and which images it means."""
+"""Finds and reads the files of tags in a folder, and finds the images of their entries."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ READERS: Final = {
     "voc_xml": Reader("a folder of VOC XML", voc_xml.read, "annotation"),
     "npy": Reader("a dictionary of one-hot vectors", npy.read),
 }
-"""What a file of tags may be."""
+"""Kinds of files of tags."""
 
 _SUFFIXES: Final = frozenset((".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xml", ".npy"))
 _FOLDERS: Final = ("", "lists", "annotations")
@@ -79,7 +79,7 @@ class TagFile:
 
     @cached_property
     def content(self) -> Any:
-        """What it holds if it is JSON, without the outlines of objects."""
+        """Its contents if it is JSON, without the outlines of objects."""
         return load_json(self.path, drop_outlines) if self.path.suffix.lower() == ".json" else None
 
     @cached_property
@@ -106,7 +106,7 @@ class TagFile:
 
 
 class FoundTags(NamedTuple):
-    """What a file of tags holds.
+    """Contents of a file of tags.
 
     Attributes:
         classes: The class names: as given, as the file declares them in its order, or else sorted.
@@ -258,7 +258,7 @@ def _list_files(folder: Path, suffixes: Iterable[str]) -> list[str]:
 
 
 def _best_files(data: DataConfig, found: Sequence[TagFile], folder: Path) -> list[TagFile]:
-    """Of the files that may be tags, those of the likeliest name."""
+    """The files with the likeliest name among those that may be tags."""
     ranked: dict[int, list[TagFile]] = {}
     for file in found:
         stem = file.path.stem
