@@ -31,10 +31,7 @@ class CocoFile(NamedTuple):
 def read(path: Path, content: Any, classes: Sequence[str]) -> tuple[tuple[str, ...], list[TagEntry]]:
     """Read the categories of each image.
 
-    Args:
-        path: The file, for messages.
-        content: Its JSON, with `images`, `annotations` and `categories`.
-        classes: Not needed.
+    Arguments as of `Reader.read`.
 
     Returns:
         The names of the categories by ascending id, whatever gaps the ids have; and an entry for each image, without

@@ -15,10 +15,7 @@ from afa.errors import AfaError, shown
 def read(path: Path, content: Any, classes: Sequence[str]) -> tuple[tuple[str, ...], list[TagEntry]]:
     """Read the tags of each image.
 
-    Args:
-        path: XML whose outermost element is `annotations`.
-        content: Not needed.
-        classes: Not needed.
+    Arguments as of `Reader.read`.
 
     Returns:
         The labels of the project in its order, none where the file does not say; and an entry for each image.

@@ -30,10 +30,7 @@ _TAG_RESULTS: Final = (
 def read(path: Path, content: Any, classes: Sequence[str]) -> tuple[tuple[str, ...], list[TagEntry]]:
     """Read the choices of each task from an export, JSON or JSON-MIN.
 
-    Args:
-        path: The file, for messages.
-        content: Its JSON, a list of tasks.
-        classes: Not needed.
+    Arguments as of `Reader.read`.
 
     Returns:
         No class names, as the export has no list of them; and an entry for each task. Addresses of the tool's own

@@ -23,10 +23,7 @@ from afa.errors import AfaError
 def read(path: Path, content: Any, classes: Sequence[str]) -> tuple[tuple[str, ...], list[TagEntry]]:
     """Read the vectors.
 
-    Args:
-        path: The file.
-        content: Not needed.
-        classes: C class names in index order.
+    Arguments as of `Reader.read`.
 
     Returns:
         The classes, and an entry for each key: a name, or a whole number for VOC's names.

@@ -21,10 +21,7 @@ class _TagTree(ET.TreeBuilder):
 def read(path: Path, content: Any, classes: Sequence[str]) -> tuple[tuple[str, ...], list[TagEntry]]:
     """Read the names of the objects of each annotation.
 
-    Args:
-        path: The folder.
-        content: Not needed.
-        classes: Not needed.
+    Arguments as of `Reader.read`.
 
     Returns:
         No class names, and an entry for each file.
