@@ -74,7 +74,11 @@ def load_json(path: Path, shrink: Callable[[dict[str, Any]], object]) -> Any:
 
 def drop_outlines(part: dict[str, Any]) -> None:
     """Remove from an annotation of COCO or Label Studio where the object is."""
-    if "category_id" in part or any(key.endswith("labels") for key in part):
+    if "category_id" in part and isinstance(part.get("image_id"), int):
+        kept = {"image_id": part["image_id"], "category_id": part["category_id"]}
+        part.clear()  # which frees its memory, as taking out single keys does not
+        part.update(kept)
+    elif any(key.endswith("labels") for key in part):
         for key in _OUTLINES:
             if isinstance(part.get(key), (list, dict)):
                 del part[key]
