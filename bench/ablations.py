@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import tomllib
@@ -29,13 +28,13 @@ from typing import Any, Final
 
 import torch
 
-from afa.api import evaluate
+from afa.api import evaluate, train_and_report
 from afa.config import Config, config_to_dict, load_config
 from afa.data.open import open_data
 from afa.demo.shapes import DEFAULT_STYLE
 from afa.demo.write import write_shapes
 from afa.errors import AfaError
-from afa.recipe import train_and_report
+from afa.runs.run import Run
 from afa.runtime import pick_device, say
 from afa.training.loop import train
 
@@ -187,7 +186,7 @@ def pretrained_encoder(out: Path, *, steps: int) -> Path:
     config = load_config(None, keys, preset="demo")
     device = pick_device(config.train.device)
     data = open_data(config.data)
-    resume = (run / "config.toml").is_file()
+    resume = Run(run).exists
     result = train(config, data, run, device=device, resume=resume, progress=False)
     network: Any = result.network.cpu()
     partial = encoder.with_name("encoder.partial")
@@ -202,9 +201,9 @@ def run_of(row: Row, *, out: Path, encoder: Path, seed: int, steps: int) -> Path
     write_shapes(root, num_train=NUM_TRAIN, num_val=NUM_VAL, image_size=IMAGE_SIZE, seed=seed)
     config = row_config(row.config, root=root, weights=str(encoder), seed=seed, steps=steps)
     run = encoder.parent / f"steps{steps}" / run_name(config) / f"seed{seed}"
-    if not (run / "report.json").is_file():
+    if not Run(run).report():
         say(f"table {row.table}, {row.name}, seed {seed}: {run}")
-        train_and_report(config, run, resume=(run / "config.toml").is_file(), progress=False)
+        train_and_report(config, run, resume=Run(run).exists, progress=False)
     return run
 
 
@@ -212,15 +211,16 @@ def score_of(row: Row, run: Path) -> float:
     """Percent mIoU of a row on the images for validation; kept in the run's folder."""
     plain = row.protocol == "single" and not row.refinement
     name = row.labels if plain else f"{row.labels}_{row.refinement or row.protocol}"
-    path = run / "evaluation" / f"{name}.json"
-    if not path.is_file():
+    figures = Run(run).scores(name)
+    if not figures:
         keys: dict[str, Any] = {"pseudo.refinement": row.refinement} if row.refinement else {}
-        root = load_config(run / "config.toml").data.root
+        root = Run(run).config().data.root
         result = evaluate(
             run, root, labels=row.labels, protocol=row.protocol, refine=bool(row.refinement), progress=False, **keys
         )
-        path.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
-    return float(json.loads(path.read_text(encoding="utf-8"))["miou"])
+        figures = result.to_json()
+        Run(run).write_scores(name, figures)
+    return float(figures["miou"])
 
 
 def mean_text(values: Sequence[float], form: str = ".1f") -> str:

@@ -31,7 +31,7 @@ from afa.config import Config, load_config
 from afa.data.dataset import TaggedImages
 from afa.data.loader import train_batches
 from afa.data.pixel_cache import PixelCache
-from afa.runs.build import build_network
+from afa.runs.network import build_network
 from afa.runtime import pick_device
 from afa.training.engine import TrainingEngine
 from afa.training.feature_cache import FeatureReader, prepare_features

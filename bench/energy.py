@@ -30,7 +30,7 @@ from torch import Tensor
 
 from afa.demo.shapes import draw_shapes
 from afa.losses.energy import energy_loss
-from afa.runs.build import build_network
+from afa.runs.network import build_network
 from afa.training.schedule import phase
 from afa.types import Batch
 from step import STEPS, WARMUPS, OurStep, seconds_of, step_config  # type: ignore[import-not-found]

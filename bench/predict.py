@@ -23,7 +23,7 @@ from torch.nn.functional import interpolate
 from afa.config import ModelConfig
 from afa.evaluation.protocols import image_tensor
 from afa.inference.predictor import Predictor
-from afa.runs.build import build_network
+from afa.runs.network import build_network
 from afa.types import normalize_image
 
 NUM_CLASSES = 20

@@ -40,7 +40,7 @@ from afa.config import Config, load_config
 from afa.errors import AfaError
 from afa.model.mit import MIT_SIZES
 from afa.model.network import AfaNetwork
-from afa.runs.build import build_network
+from afa.runs.network import build_network
 from afa.runtime import autocast, pick_device
 from afa.training.engine import TrainingEngine
 from afa.training.optimizer import set_learning_rate

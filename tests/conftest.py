@@ -35,7 +35,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run through all three phases on `tiny_data`. Not to be written to."""
-    from afa.recipe import train_and_report
+    from afa.api import train_and_report
     from tiny import tiny_config
 
     run = tmp_path_factory.mktemp("tiny") / "run"

@@ -14,7 +14,7 @@ import pytest
 
 from afa.config import load_config
 from afa.report.paper_tables import PAPER_TABLES
-from afa.runs.build import build_network
+from afa.runs.network import build_network
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_finished_runs_and_scores_are_kept(
         (run / "evaluation").mkdir(parents=True, exist_ok=True)
         for labels in ("seg", "cam", "propagated"):
             (run / "evaluation" / f"{labels}.json").write_text(json.dumps({"miou": 50.0 + config.train.seed}))
-        (run / "report.json").write_text("{}")
+        (run / "report.json").write_text('{"miou": 50.0}')
 
     def pretrain(config: Any, data: Any, run: Path, **_: Any) -> Any:
         pretrained.append(run)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from afa.kernels.walk import window_mask
-from afa.runs.build import build_network
+from afa.runs.network import build_network
 from afa.training.schedule import phase
 
 CPU = torch.device("cpu")

@@ -149,9 +149,9 @@ def test_check_estimates_the_training_that_the_folder_alone_would_get(
     seen: list[Config] = []
     check = collect.check_data
 
-    def spy(config: Config, **flags: Any) -> dict[str, Any]:
+    def spy(config: Config, *data: Any, **flags: Any) -> dict[str, Any]:
         seen.append(config)
-        return check(config, **flags)
+        return check(config, *data, **flags)
 
     monkeypatch.setattr(collect, "check_data", spy)
     for flags in ([], ["--preset", "paper"]):
@@ -500,7 +500,7 @@ def test_missing_data(tiny_run: Path, tiny_data: Path, tmp_path: Path, command: 
     (tmp_path / "empty.txt").write_text("\n")
     assert_mistake(command(*evaluate, tiny_data, "--list", tmp_path / "empty.txt"), "empty.txt: the list is empty")
     (tmp_path / "wrong.txt").write_text("val_00000\nval_99999\n")
-    assert_mistake(command(*evaluate, tiny_data, "--list", tmp_path / "wrong.txt"), "no file for 'val_99999' (1 of 2")
+    assert_mistake(command(*evaluate, tiny_data, "--list", tmp_path / "wrong.txt"), "'val_99999' (1 of 2")
     answer = command("predict", tiny_run, tmp_path / "none.jpg", "--out", tmp_path / "out")
     assert_mistake(answer, "none.jpg")
     train = tiny_flags(tiny_data, {"data.tags": "none.csv"})

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from afa.config import Config, config_to_toml, load_config
 from afa.data.open import open_data
-from afa.runs.build import build_network
+from afa.runs.network import build_network
 from afa.training.loop import TrainResult, train
 
 SETTINGS: dict[str, Any] = {

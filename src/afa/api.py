@@ -1,4 +1,6 @@
-"""The commands as functions: train, evaluate, predict, pseudo labels, check. `afa.train` is `afa.api.train`.
+"""The commands as functions: train, demo, evaluate, predict, pseudo labels, check, export, report.
+
+`afa.train` is `afa.api.train`. Only this module composes rooms: a room below it does one thing.
 
 The command line calls these and prints what they return, so that nothing is done there that Python cannot do.
 """
@@ -7,27 +9,49 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from afa.check import collect
+from afa.check.tags import check_fast
 from afa.config import Config, DataConfig, config_to_dict, load_config
+from afa.data.classes import read_lines
 from afa.data.open import DataSet, open_data
 from afa.data.readers.tag_files import read_tags
+from afa.demo.write import MARKER_NAME, write_shapes
 from afa.errors import AfaError
 from afa.evaluation import evaluate as evaluation
 from afa.evaluation.evaluate import EvaluationResult, first_images
 from afa.evaluation.protocols import CRF
 from afa.evaluation.tags import TagResult, evaluate_tags
+from afa.formats.voc_test import SubmissionCheck, check_voc_test
 from afa.formats.write import mask_items, parse_formats, write_format
 from afa.inference import files as prediction
+from afa.inference.hub import load_pretrained, save_pretrained
 from afa.inference.masks import PredictSummary
+from afa.inference.onnx import ExportCheck, export_onnx, export_torch, read_check_images
 from afa.inference.predictor import Predictor
-from afa.recipe import train_and_report
+from afa.model.network import AfaNetwork
+from afa.report.compare import compare_runs, render_text, write_comparison
+from afa.report.page import write_report
+from afa.report.pictures import write_examples, write_figures
 from afa.runs.auto import choose_defaults
-from afa.runs.build import load_run, read_classes
-from afa.runtime import pick_device, process_group, say
+from afa.runs.network import load_run
+from afa.runs.run import Run
+from afa.runtime import Processes, pick_device, process_group, say
+from afa.training import loop
+
+SCORED_LABELS = ("seg", "cam", "propagated")
+"""Kinds of labels that a finished run is scored by."""
+
+_DEMO_IMAGE_SIZE = 128
+
+_SMOKE: dict[str, Any] = {"schedule.max_steps": 40, "schedule.cls_steps": 15, "schedule.refined_steps": 25}
 
 
 def train(
@@ -46,7 +70,7 @@ def train(
         The trained network, ready for images.
 
     Raises:
-        AfaError: As `training_config` and `afa.recipe.train_and_report`.
+        AfaError: As `training_config` and `train_and_report`.
     """
     data = None
     if isinstance(source, Config):
@@ -61,8 +85,143 @@ def train(
         )
         for line in choices if progress else ():
             say(line)
-    train_and_report(config, Path(out), data=data, resume=resume, progress=progress)
+    train_and_report(config, out, data=data, resume=resume, progress=progress)
     return Predictor.from_run(out, device=config.train.device, precision=config.train.precision)
+
+
+def train_and_report(
+    config: Config, run: str | Path, *, data: DataSet | None = None, resume: bool = False, progress: bool = True
+) -> None:
+    """Check the data, train, score segmentation, CAM and propagated CAM, and write the report.
+
+    Scored are the images for validation that have masks; where none has, the tags of all of them.
+
+    Args:
+        config: Settings.
+        run: Run folder.
+        data: The data set, if it is open already.
+        resume: Go on with the run that the folder holds.
+        progress: Show progress on standard error.
+
+    Raises:
+        AfaError: The data is not fit for training; as `afa.training.loop.train` and
+            `afa.evaluation.evaluate.evaluate`.
+    """
+    run, device = Path(run), pick_device(config.train.device)
+    data = data or open_data(config.data)
+    warnings = _check(config, data)
+    with process_group(device) as processes:
+        for warning in warnings if processes.is_main else ():
+            say(f"warning: {warning}")
+        progress = progress and processes.is_main
+        result = loop.train(config, data, run, device=device, processes=processes, resume=resume, progress=progress)
+        scored = loop.open_validation(config, data)
+        if scored is None:
+            _score_tags(config, data, run, result.network, processes=processes, progress=progress)
+        else:
+            tagged = all(scored.has_tags(index) for index in range(len(scored)))
+            if not tagged and processes.is_main:
+                say("some validation images have no tags: CAM and propagated CAM, which need them, are not scored")
+            for labels in SCORED_LABELS if tagged else SCORED_LABELS[:1]:
+                figures = evaluation.evaluate(
+                    result.network,
+                    scored,
+                    config,
+                    labels=labels,
+                    processes=processes,
+                    progress=progress,
+                )
+                if processes.is_main:
+                    Run(run).write_scores(labels, figures.to_json())
+                    say(f"{labels}: mIoU {figures.miou:.2f} on {figures.num_images} images")
+            if processes.is_main and config.train.example_images:
+                write_examples(
+                    result.network,
+                    scored,
+                    run,
+                    config=config,
+                    device=device,
+                    count=config.train.example_images,
+                )
+        if processes.is_main:
+            page = write_report(run)
+            say(f"run folder {run}; open {page}")
+
+
+def _check(config: Config, data: DataSet) -> list[str]:
+    """The warnings of the fast check; its errors are one error."""
+    problems = check_fast(data, config)
+    errors = [problem.message for problem in problems if problem.severity == "error"]
+    if len(errors) > 1:
+        raise AfaError(f"{errors[0]} (and {len(errors) - 1} more; afa check {config.data.root} lists them)")
+    if errors:
+        raise AfaError(errors[0])
+    return [problem.message for problem in problems if problem.severity == "warning"]
+
+
+def _score_tags(
+    config: Config,
+    data: DataSet,
+    run: Path,
+    network: AfaNetwork,
+    *,
+    processes: Processes,
+    progress: bool,
+) -> None:
+    """Score what can be scored without masks."""
+    if not config.data.val_list or not data.has_validation:
+        return
+    try:
+        images = data.validation()
+    except AfaError as error:
+        if processes.is_main:
+            say(f"tags are not scored: {error}")
+        return
+    figures = evaluate_tags(
+        network,
+        images,
+        config,
+        processes=processes,
+        progress=progress,
+    )
+    if processes.is_main:
+        Run(run).write_scores("tags", figures.to_json())
+        score = "none" if figures.tag_f1 is None else f"{figures.tag_f1:.2f}"
+        say(f"tags: F1 {score} on {figures.num_images} images; there are no masks to tell the mIoU by")
+
+
+def run_demo(
+    run: str | Path, *, smoke: bool = False, resume: bool = False, overrides: dict[str, Any] | None = None
+) -> None:
+    """Generate `shapes`, train on its tags, and report.
+
+    An earlier demo run in the folder is replaced: the same command makes it again.
+
+    Args:
+        run: Run folder; the data set is written to its `data` folder.
+        smoke: A few steps on a few images, to see that everything runs.
+        resume: Go on with the run that the folder holds.
+        overrides: Dotted configuration keys that win over the demo's.
+
+    Raises:
+        AfaError: The folder holds something that is not a demo run.
+    """
+    began, run = time.perf_counter(), Path(run)
+    num_train, num_val = (64, 16) if smoke else (1600, 200)
+    data = Run(run).data
+    config = load_config(None, {"data.root": str(data)} | (_SMOKE if smoke else {}) | (overrides or {}), preset="demo")
+    if not resume and run.exists() and any(run.iterdir()):
+        if not (data / MARKER_NAME).is_file():
+            raise AfaError(f"{run}: holds something that is not a demo run; pass another --out")
+        shutil.rmtree(run)
+    say(f"writing {num_train} training and {num_val} validation images to {data}")
+    write_shapes(data, num_train=num_train, num_val=num_val, image_size=_DEMO_IMAGE_SIZE)
+    train_and_report(config, run, resume=resume)
+    figures = Run(run).report()
+    say(
+        f"demo done in {time.perf_counter() - began:.0f} s: segmentation mIoU {figures['miou']:.1f}, "
+        f"CAM {figures['cam_miou']:.1f}, propagated CAM {figures['propagated_miou']:.1f}"
+    )
 
 
 def training_config(
@@ -71,7 +230,7 @@ def training_config(
     file: str | Path | None = None,
     preset: str | None = None,
     overrides: Mapping[str, Any] | None = None,
-    run: Path | None = None,
+    run: str | Path | None = None,
 ) -> tuple[Config, tuple[str, ...], DataSet | None]:
     """Resolve the settings of a training.
 
@@ -95,9 +254,8 @@ def training_config(
     if folder is not None:
         if keys.setdefault("data.root", str(folder)) != str(folder):
             raise AfaError(f"{folder} and data.root {keys['data.root']} both name the data set; leave one out")
-        stored = run / "config.toml" if run is not None else None
-        if file is None and preset is None and stored is not None and stored.is_file():
-            return load_config(stored, keys), (), None
+        if file is None and preset is None and run is not None and Run(run).exists:
+            return Run(run).config(keys), (), None
     config = load_config(file, keys, preset=preset)
     if not config.data.root:
         raise AfaError("data.root is not set; pass the folder of the data set")
@@ -321,6 +479,98 @@ def check_data(
     return collect.check_data(config, opened, fast=fast, limit=limit, progress=progress)
 
 
+def check_voc(
+    archive: str | Path, *, list_file: str | Path | None = None, images: str | Path | None = None
+) -> SubmissionCheck:
+    """Check an archive for PASCAL VOC's test server, as `afa check-voc`.
+
+    Args:
+        archive: The archive.
+        list_file: Names of the test images, one a line.
+        images: Folder of the test images, for their sizes.
+
+    Returns:
+        What was found.
+
+    Raises:
+        AfaError: As `afa.formats.voc_test.check_voc_test`; no such list.
+    """
+    names = read_lines(Path(list_file)) if list_file is not None else None
+    return check_voc_test(Path(archive), names=names, images=Path(images) if images is not None else None)
+
+
+def export(
+    run: str | Path, out: str | Path, *, format: str, check: str | Path | None = None, opset: int | None = None
+) -> Path | ExportCheck:
+    """Write the network as a file for other programs, or as a folder to pass on, as `afa export`.
+
+    Args:
+        run: Run folder, folder of `save_pretrained`, or hub id.
+        out: File .onnx or .pt2, or folder (`hf`).
+        format: `onnx`, `torch` or `hf`.
+        check: Folder of images to compare with PyTorch on; None compares on generated ones.
+        opset: Version of ONNX's operators.
+
+    Returns:
+        What was written.
+
+    Raises:
+        AfaError: An option that the format does not know; as `save_pretrained`, `export_onnx` and `export_torch`.
+    """
+    if opset and format != "onnx":
+        raise AfaError(f"--opset is {opset}, which --format {format} does not know; leave it out")
+    if format == "hf":
+        if check:
+            raise AfaError("--check compares exported files, --format hf writes none; leave it out")
+        return save_pretrained(str(run), out)
+    loaded = load_pretrained(str(run), torch.device("cpu"))
+    settings: dict[str, Any] = {
+        "classes": loaded.classes,
+        "images": read_check_images(Path(check)) if check else (),
+        "short_side": loaded.config.evaluation.short_side,
+    }
+    if format == "onnx":
+        return export_onnx(loaded.network, Path(out), opset=opset, **settings)
+    return export_torch(loaded.network, Path(out), **settings)
+
+
+def report(run: str | Path, *, figures: bool = False, data: str | None = None) -> list[Path]:
+    """Write report.html and report.json anew, as `afa report`.
+
+    Args:
+        run: Run folder.
+        figures: Also draw the paper's figures.
+        data: For the figures: folder of the data set; None is that of the run.
+
+    Returns:
+        The figures and, last, the page.
+
+    Raises:
+        AfaError: As `write_report` and `write_figures`.
+    """
+    drawn = write_figures(Path(run), data=data) if figures else []
+    return [*drawn, write_report(Path(run))]
+
+
+def compare(runs: Sequence[str | Path], *, out: str | Path | None = None) -> str:
+    """Put runs beside each other and the paper's tables, as `afa report --compare`.
+
+    Args:
+        runs: Run folders.
+        out: Folder for compare.html and compare.json.
+
+    Returns:
+        The tables as text.
+
+    Raises:
+        AfaError: As `compare_runs` and `write_comparison`.
+    """
+    groups = compare_runs([Path(run) for run in runs])
+    if out is not None:
+        say(str(write_comparison(groups, Path(out))))
+    return render_text(groups)
+
+
 def run_config(run: Path, overrides: Mapping[str, Any], *, data: str | Path | None = None) -> Config:
     """The configuration of a run under other keys, with its own classes.
 
@@ -332,10 +582,10 @@ def run_config(run: Path, overrides: Mapping[str, Any], *, data: str | Path | No
     Raises:
         AfaError: Not a run folder; as `load_config`.
     """
-    keys: dict[str, Any] = {"data.class_subset": read_classes(run)}
+    keys: dict[str, Any] = {"data.class_subset": Run(run).classes()}
     if data is not None:
         keys["data.root"] = str(data)
-    return load_config(run / "config.toml", keys | dict(overrides))
+    return Run(run).config(keys | dict(overrides))
 
 
 def _changed(config: Config, overrides: Mapping[str, Any]) -> Config:

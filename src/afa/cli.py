@@ -191,11 +191,9 @@ def _positive(text: str) -> int:
 
 
 def _demo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from pathlib import Path
+    from afa.api import run_demo
 
-    from afa.recipe import run_demo
-
-    run_demo(Path(arguments.out), smoke=arguments.smoke, resume=arguments.resume, overrides=overrides)
+    run_demo(arguments.out, smoke=arguments.smoke, resume=arguments.resume, overrides=overrides)
     return 0
 
 
@@ -222,25 +220,21 @@ def _check(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from pathlib import Path
-
-    from afa.api import training_config
+    from afa.api import train_and_report, training_config
     from afa.config import config_to_toml
-    from afa.recipe import train_and_report
 
-    run = Path(arguments.out)
     config, choices, data = training_config(
         arguments.folder,
         file=arguments.config,
         preset=arguments.preset,
         overrides=overrides,
-        run=run if arguments.resume else None,
+        run=arguments.out if arguments.resume else None,
     )
     if _is_main():
         for line in choices:
             print(line, file=sys.stderr)
         print(config_to_toml(config), flush=True)
-    train_and_report(config, run, data=data, resume=arguments.resume)
+    train_and_report(config, arguments.out, data=data, resume=arguments.resume)
     return 0
 
 
@@ -321,83 +315,45 @@ def _pseudo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 def _check_voc(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from pathlib import Path
+    _refuse_keys("check-voc", overrides)
+    from afa.api import check_voc
 
-    from afa.data.classes import read_lines
-    from afa.formats.voc_test import check_voc_test
-
-    if overrides:
-        raise AfaError(f"--{next(iter(overrides))}: afa check-voc takes no configuration keys")
-    found = check_voc_test(
-        Path(arguments.archive),
-        names=read_lines(Path(arguments.list)) if arguments.list else None,
-        images=Path(arguments.images) if arguments.images else None,
-    )
+    found = check_voc(arguments.archive, list_file=arguments.list, images=arguments.images)
     print(found)
     return 1 if found.problems else 0
 
 
 def _export(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from pathlib import Path
+    _refuse_keys("export", overrides)
+    from afa.api import export
 
-    if overrides:
-        raise AfaError(f"--{next(iter(overrides))}: afa export takes no configuration keys")
-    if arguments.opset and arguments.format != "onnx":
-        raise AfaError(f"--opset is {arguments.opset}, which --format {arguments.format} does not know; leave it out")
-    if arguments.check and arguments.format == "hf":
-        raise AfaError("--check compares exported files, --format hf writes none; leave it out")
-    if arguments.format == "hf":
-        from afa.inference.hub import save_pretrained
-
-        print(save_pretrained(arguments.folder, arguments.out))
-        return 0
-    import torch
-
-    from afa.inference.hub import load_pretrained
-    from afa.inference.onnx import export_onnx, export_torch, read_check_images
-
-    loaded = load_pretrained(arguments.folder, torch.device("cpu"))
-    settings: dict[str, Any] = {
-        "classes": loaded.classes,
-        "images": read_check_images(Path(arguments.check)) if arguments.check else (),
-        "short_side": loaded.config.evaluation.short_side,
-    }
-    if arguments.format == "onnx":
-        print(export_onnx(loaded.network, Path(arguments.out), opset=arguments.opset, **settings))
-    else:
-        print(export_torch(loaded.network, Path(arguments.out), **settings))
+    words = {"format": arguments.format, "check": arguments.check, "opset": arguments.opset}
+    print(export(arguments.folder, arguments.out, **words))
     return 0
 
 
 def _report(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from pathlib import Path
-
-    if overrides:
-        raise AfaError(f"--{next(iter(overrides))}: afa report takes no configuration keys")
-    runs = [Path(folder) for folder in arguments.folders]
-    if arguments.compare:
-        from afa.report.compare import compare_runs, render_text, write_comparison
-
-        if arguments.figures or arguments.data:
-            raise AfaError("--figures and --data are for a single run; leave them out with --compare")
-        groups = compare_runs(runs)
-        sys.stdout.write(render_text(groups))
-        if arguments.out:
-            print(write_comparison(groups, Path(arguments.out)), file=sys.stderr)
-        return 0
-    if len(runs) > 1 or arguments.out:
+    _refuse_keys("report", overrides)
+    runs = arguments.folders
+    if arguments.compare and (arguments.figures or arguments.data):
+        raise AfaError("--figures and --data are for a single run; leave them out with --compare")
+    if not arguments.compare and (len(runs) > 1 or arguments.out):
         raise AfaError(f"{'several runs are' if len(runs) > 1 else '--out is'} for --compare; add it")
-    if arguments.figures:
-        from afa.report.pictures import write_figures
-
-        for path in write_figures(runs[0], data=arguments.data):
-            print(path)
-    elif arguments.data:
+    if arguments.data and not arguments.figures:
         raise AfaError("--data is for --figures; add it")
-    from afa.report.page import write_report
+    from afa.api import compare, report
 
-    print(write_report(runs[0]))
+    if arguments.compare:
+        sys.stdout.write(compare(runs, out=arguments.out))
+        return 0
+    for path in report(runs[0], figures=arguments.figures, data=arguments.data):
+        print(path)
     return 0
+
+
+def _refuse_keys(command: str, overrides: dict[str, Any]) -> None:
+    if overrides:
+        raise AfaError(f"--{next(iter(overrides))}: afa {command} takes no configuration keys")
 
 
 def _is_main() -> bool:
@@ -410,13 +366,11 @@ def _write_json(figures: dict[str, Any], place: str | None) -> bool:
     import json
     from pathlib import Path
 
-    from afa.training.checkpoint import write_atomically
+    from afa.runs.files import write_whole
 
     text = json.dumps(figures, indent=2) + "\n"
     if place == "-":
         sys.stdout.write(text)
     elif place:
-        path = Path(place)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
+        write_whole(Path(place), text)
     return place == "-"

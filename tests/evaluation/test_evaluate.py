@@ -28,7 +28,7 @@ from afa.evaluation.evaluate import (
     resolve_batch_size,
 )
 from afa.model.network import AfaNetwork
-from afa.runs.build import build_network
+from afa.runs.network import build_network
 from afa.runtime import Processes, read_ahead
 from afa.types import IMAGE_MEAN, IMAGE_STD, NetworkOutput
 from mistakes import refused

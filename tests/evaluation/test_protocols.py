@@ -21,7 +21,7 @@ from afa.evaluation.protocols import (
 )
 from afa.filtering.crf import CrfSettings, dense_crf
 from afa.model.network import AfaNetwork
-from afa.runs.build import build_network
+from afa.runs.network import build_network
 from afa.types import NetworkOutput, normalize_image
 
 

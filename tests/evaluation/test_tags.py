@@ -20,7 +20,7 @@ from afa.evaluation.evaluate import evaluate, first_images
 from afa.evaluation.protocols import logit_maps
 from afa.evaluation.tags import TagResult, evaluate_tags
 from afa.model.network import AfaNetwork
-from afa.runs.build import build_network
+from afa.runs.network import build_network
 from tiny import tiny_config
 
 

@@ -17,7 +17,7 @@ from afa.config import load_config
 from afa.errors import AfaError
 from afa.inference.hub import find_pretrained, load_pretrained, push_to_hub, save_pretrained
 from afa.inference.model_card import model_card
-from afa.runs.build import load_run
+from afa.runs.network import load_run
 from mistakes import refused
 from tiny import write_untrained
 

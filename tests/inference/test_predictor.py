@@ -13,7 +13,7 @@ from afa.config import Config, EvaluationConfig
 from afa.errors import AfaError
 from afa.evaluation.protocols import LogitMaps, logit_maps
 from afa.inference.predictor import Prediction, Predictor, image_array
-from afa.runs.build import load_run
+from afa.runs.network import load_run
 from colors import CLASSES, ColorNetwork
 from mistakes import refused
 from tiny import write_untrained

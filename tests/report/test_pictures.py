@@ -22,7 +22,7 @@ from afa.evaluation.protocols import logit_maps, pseudo_labels
 from afa.report import pictures
 from afa.report.drawing import DISPLAY_SIZE, blend_heat, blend_label, heat_colors
 from afa.report.pictures import FIGURES, PICTURES, draw_sheet, write_examples, write_figures
-from afa.runs.build import build_network, load_run
+from afa.runs.network import build_network, load_run
 from afa.types import NetworkOutput, normalize_image
 from mistakes import refused
 

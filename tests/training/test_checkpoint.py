@@ -17,14 +17,12 @@ import torch
 from torch import nn
 
 from afa.errors import AfaError
-from afa.runs.build import find_weights
+from afa.runs.run import Run
 from afa.training import checkpoint as checkpoint_module
 from afa.training.checkpoint import (
-    latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
     save_weights,
-    write_atomically,
 )
 from mistakes import refused
 
@@ -61,8 +59,8 @@ def test_round_trip(tmp_path: Path) -> None:
     assert folder == tmp_path / "checkpoints" / "step_00000500"
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "training_state.pt"}
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000500\n"
-    assert latest_checkpoint(tmp_path) == folder
-    assert find_weights(tmp_path) == folder / "model.safetensors"
+    assert Run(tmp_path).latest_checkpoint() == folder
+    assert Run(tmp_path).newest_weights() == folder / "model.safetensors"
     assert_good(folder, 500)
     state = torch.load(folder / "training_state.pt", weights_only=True)
     assert state.keys() == {"optimizer", "scaler", "seconds", "step"}
@@ -72,19 +70,19 @@ def test_the_last_two_are_kept_and_nothing_else(tmp_path: Path) -> None:
     for step in (5, 90, 100, 20_000):
         save(tmp_path, step)
     assert entries(tmp_path) == {"step_00000100", "step_00020000", "latest"}
-    assert_good(latest_checkpoint(tmp_path), 20_000)
+    assert_good(Run(tmp_path).latest_checkpoint(), 20_000)
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step_00000005").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_00000005" / "junk").touch()
     save(tmp_path, 5)
-    assert_good(latest_checkpoint(tmp_path), 5)
+    assert_good(Run(tmp_path).latest_checkpoint(), 5)
     assert not (tmp_path / "checkpoints" / "step_00000005" / "junk").exists()
 
 
 def test_no_checkpoint_yet(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path) is None
+    assert Run(tmp_path).latest_checkpoint() is None
 
 
 @pytest.mark.parametrize("missing", ["model.safetensors", "training_state.pt", "step_00000020"])
@@ -95,7 +93,7 @@ def test_what_is_not_complete_is_no_checkpoint(tmp_path: Path, missing: str) -> 
         folder.rename(folder.with_name(".partial_00000020"))
     else:
         (folder / missing).unlink()
-    assert_good(latest_checkpoint(tmp_path), 10)
+    assert_good(Run(tmp_path).latest_checkpoint(), 10)
     # The next save clears what a killed one left behind.
     save(tmp_path, 30)
     assert not any(name.startswith(".partial") for name in entries(tmp_path))
@@ -151,9 +149,9 @@ def test_last_good_checkpoint_survives_a_failed_write(
     assert entries(tmp_path) == before
     monkeypatch.undo()
     if earlier:
-        assert_good(latest_checkpoint(tmp_path), earlier[-1])
+        assert_good(Run(tmp_path).latest_checkpoint(), earlier[-1])
     save(tmp_path, 30)
-    assert_good(latest_checkpoint(tmp_path), 30)
+    assert_good(Run(tmp_path).latest_checkpoint(), 30)
 
 
 @contextmanager
@@ -175,7 +173,7 @@ def test_last_good_checkpoint_survives_a_real_failed_write(tmp_path: Path, num_b
     with largest_file(num_bytes), pytest.raises(AfaError, match=r"cannot write .*step_00000010"):
         save(tmp_path, 20)
     assert entries(tmp_path) == {"step_00000010", "latest"}
-    assert_good(latest_checkpoint(tmp_path), 10)
+    assert_good(Run(tmp_path).latest_checkpoint(), 10)
 
 
 def test_final_weights_survive_a_real_failed_write(tmp_path: Path) -> None:
@@ -199,7 +197,7 @@ class Killed(BaseException):
 
 WRITES = {
     (checkpoint_module, "save_file"),
-    (checkpoint_module, "write_atomically"),
+    (checkpoint_module, "write_whole"),
     (checkpoint_module, "_sync"),
     (torch, "save"),
     (Path, "mkdir"),
@@ -234,13 +232,13 @@ def test_a_kill_between_any_two_writes_leaves_a_good_checkpoint(
             try:
                 save(run, 30)
             except Killed:
-                outcomes.append(int((latest_checkpoint(run) or run).name.removeprefix("step_")))
-                assert_good(latest_checkpoint(run), outcomes[-1])
+                outcomes.append(int((Run(run).latest_checkpoint() or run).name.removeprefix("step_")))
+                assert_good(Run(run).latest_checkpoint(), outcomes[-1])
             else:
                 break
         # What a resumed run does next.
         save(run, 30)
-        assert_good(latest_checkpoint(run), 30)
+        assert_good(Run(run).latest_checkpoint(), 30)
         assert len(entries(run)) == 3
     assert {20, 30} == set(outcomes)
     assert outcomes == sorted(outcomes)
@@ -258,7 +256,7 @@ def test_broken_training_state_is_one_line(tmp_path: Path) -> None:
     with refused(f"{path}: broken", "delete step_00000020"):
         load_checkpoint(folder, network_of(0.0))
     shutil.rmtree(folder)
-    assert_good(latest_checkpoint(tmp_path), 10)
+    assert_good(Run(tmp_path).latest_checkpoint(), 10)
 
 
 def test_training_state_of_something_else_is_one_line(tmp_path: Path) -> None:
@@ -283,16 +281,3 @@ def test_weights_of_another_network_are_one_line(tmp_path: Path) -> None:
     folder = save(tmp_path, 20)
     with pytest.raises(AfaError, match=r"model\.safetensors: 'bias' .*\(50,\)"):
         load_checkpoint(folder, nn.Linear(50, 49))
-
-
-def test_write_atomically_keeps_the_old_text_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "latest"
-    write_atomically(path, "old\n")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full_disk)
-        with pytest.raises(OSError, match="No space"):
-            write_atomically(path, "new\n")
-    assert path.read_text() == "old\n"
-    write_atomically(path, "new\n")
-    assert path.read_text() == "new\n"
-    assert list(tmp_path.iterdir()) == [path]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from afa.recipe import SCORED_LABELS, train_and_report
+from afa.api import SCORED_LABELS, train_and_report
+from afa.runs.run import Run
 from afa.runtime import Processes
-from afa.training.log import read_metrics
 from tiny import NO_DROPOUT, final_weights, start_python, tiny_config, tiny_flags
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -76,7 +76,7 @@ def test_two_processes_equal_one(tiny_data: Path, tmp_path: Path, monkeypatch: p
     assert len(relative) > 0.85 * len(differences)
     assert max(d for key, d in differences.items() if IDLE.search(key)) < 1e-3
 
-    lines, others = (read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "two"))
+    lines, others = (Run(tmp_path / run).metrics() for run in ("one", "two"))
     assert [(line["kind"], line["step"]) for line in lines] == [(line["kind"], line["step"]) for line in others]
     for line, other in zip(lines, others, strict=True):
         for key in line.keys() - {"seconds", "images_per_second"}:

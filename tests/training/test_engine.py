@@ -13,7 +13,7 @@ from torch import Tensor
 
 from afa.config import Config
 from afa.kernels import dispatch as kernels
-from afa.runs.build import build_network
+from afa.runs.network import build_network
 from afa.training.engine import TrainingEngine
 from afa.training.schedule import phase
 from afa.training.step import compute_losses, gradients_are_finite

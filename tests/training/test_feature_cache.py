@@ -22,7 +22,7 @@ from afa.data.open import open_data
 from afa.errors import AfaError
 from afa.model.network import AfaNetwork
 from afa.model.vit import TokenBackbone
-from afa.runs.build import build_network
+from afa.runs.network import build_network
 from afa.training import feature_cache, feature_store
 from afa.training.engine import TrainingEngine
 from afa.training.feature_cache import FeatureReader, feature_key, prepare_features

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from afa.runs.run import Run
 from afa.training import log as metrics_module
-from afa.training.log import MetricsLog, read_metrics
+from afa.training.log import MetricsLog
 
 
 def line(step: int, kind: str = "train", **values: Any) -> dict[str, Any]:
@@ -21,11 +22,10 @@ def steps(path: Path) -> list[int]:
 
 def test_lines_are_appended_at_once(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, resume_step=0, tensorboard=False)
-    assert log.path == tmp_path / "metrics.jsonl"
     written = [line(1, loss=0.5, seg_loss=None), line(2, kind="eval", miou=12.5)]
     for number, one in enumerate(written, start=1):
         log.write(one)
-        assert read_metrics(log.path) == written[:number]
+        assert Run(tmp_path).metrics() == written[:number]
     log.close()
 
 
@@ -52,7 +52,7 @@ def test_a_fresh_run_starts_an_empty_log(tmp_path: Path) -> None:
     path.write_text(json.dumps(line(7)) + "\n")
     MetricsLog(tmp_path, resume_step=0, tensorboard=False)
     assert path.read_text() == ""
-    assert read_metrics(tmp_path / "absent.jsonl") == []
+    assert Run(tmp_path / "absent").metrics() == []
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    assert json.loads(log.path.read_text(), parse_constant=refuse) == line(
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse) == line(
         1, loss=None, cls_loss=None, learning_rate=0.5
     )
 

@@ -18,11 +18,10 @@ from torch import Tensor
 from afa.config import config_to_toml, load_config
 from afa.data.dataset import TaggedImages
 from afa.data.open import open_data
+from afa.runs.run import Run
 from afa.runtime import interrupts
 from afa.training import engine as engine_module
 from afa.training import loop as loop_module
-from afa.training.checkpoint import latest_checkpoint
-from afa.training.log import read_metrics
 from afa.training.schedule import learning_rate
 from afa.training.step import StepLosses, compute_losses
 from mistakes import refused
@@ -94,7 +93,7 @@ def test_run_folder_of_training(tiny_data: Path, tmp_path: Path) -> None:
 def test_logged_losses_are_means_since_the_last_line(tiny_data: Path, tmp_path: Path) -> None:
     for log_steps in (1, 2):
         train_tiny(tiny_config(tiny_data, {"train.log_steps": log_steps}), tmp_path / str(log_steps))
-    single, double = (read_metrics(tmp_path / str(steps) / "metrics.jsonl") for steps in (1, 2))
+    single, double = (Run(tmp_path / str(steps)).metrics() for steps in (1, 2))
     assert [line["step"] for line in double] == [2, 4, 6]
     for key in ("cls_loss", "seg_loss", "aff_loss"):
         pairs = [(single[i][key], single[i + 1][key]) for i in (0, 2, 4)]
@@ -191,7 +190,7 @@ def test_an_unreadable_image_is_one_line_and_the_run_can_go_on(tiny_data: Path, 
     path.write_bytes(whole[: len(whole) // 2])
     with refused(path):
         train_tiny(config, run)
-    assert (latest_checkpoint(run) or run).name == "step_00000003"
+    assert (Run(run).latest_checkpoint() or run).name == "step_00000003"
     path.write_bytes(whole)
     train_tiny(config, run, resume=True)
     train_tiny(config, tmp_path / "straight")
@@ -239,11 +238,11 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(
         with refused("step 3 of 6; ", "--resume"):
             train_tiny(config, run)
     assert signal.getsignal(signal.SIGINT) is handler
-    assert (latest_checkpoint(run) or run).name == "step_00000003"
+    assert (Run(run).latest_checkpoint() or run).name == "step_00000003"
     assert not (run / "model.safetensors").exists()
     train_tiny(config, run, resume=True)
     assert_same_weights(run, tmp_path / "straight")
-    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in Run(run).metrics()] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.fixture
@@ -302,7 +301,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(
     changed = [name for name, before in snapshots[bad_step + 1].items() if not torch.equal(before, snapshots[-1][name])]
     assert len(changed) > 10  # and the run went on
     assert all(tensor.isfinite().all() for tensor in final_weights(tmp_path).values())
-    lines = read_metrics(tmp_path / "metrics.jsonl")
+    lines = Run(tmp_path).metrics()
     assert [line["step"] for line in lines if line["cls_loss"] is None] == [bad_step + 1]
 
 
@@ -317,7 +316,7 @@ def test_a_run_that_stays_not_finite_gives_up(tiny_data: Path, tmp_path: Path, m
     config = tiny_config(tiny_data, steps)
     with refused("last 3 steps up to step 8 ", "lower schedule.learning_rate", "--precision fp32"):
         train_tiny(config, tmp_path)
-    checkpoint = latest_checkpoint(tmp_path)
+    checkpoint = Run(tmp_path).latest_checkpoint()
     assert checkpoint is not None
     shutil.copy(checkpoint / "model.safetensors", tmp_path / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in final_weights(tmp_path).values())
@@ -327,7 +326,7 @@ def test_half_precision_trains(tiny_data: Path, tmp_path: Path) -> None:
     keys = {"schedule.max_steps": 2, "schedule.cls_steps": 1, "schedule.refined_steps": 1}
     train_tiny(tiny_config(tiny_data, keys | {"train.precision": "fp16"}), tmp_path / "fp16")
     train_tiny(tiny_config(tiny_data, keys), tmp_path / "fp32")
-    half, full = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("fp16", "fp32"))
+    half, full = (Run(tmp_path / name).metrics() for name in ("fp16", "fp32"))
     assert [line["phase"] for line in half] == ["cls", "initial"]
     # The first step, before any update, is the same loss but for rounding.
     assert half[0]["cls_loss"] == pytest.approx(full[0]["cls_loss"], rel=0.05)
@@ -349,5 +348,5 @@ def test_gray_images_of_one_color_train(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, {"data.val_list": "", "augment.scale_min": 0.1, "augment.scale_max": 3.0})
     train_tiny(config, tmp_path / "run")
     assert all(tensor.isfinite().all() for tensor in final_weights(tmp_path / "run").values())
-    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    lines = Run(tmp_path / "run").metrics()
     assert all(line["loss"] is not None for line in lines)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from afa.config import ModelConfig, ScheduleConfig
 from afa.model.network import AfaNetwork
-from afa.runs.build import build_network
+from afa.runs.network import build_network
 from afa.training.optimizer import build_optimizer, set_learning_rate, trained_parameters
 
 

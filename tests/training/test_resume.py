@@ -15,9 +15,9 @@ import torch
 
 from afa.config import Config
 from afa.errors import AfaError
+from afa.runs.run import Run
 from afa.training import loop as loop_module
-from afa.training.checkpoint import latest_checkpoint, load_checkpoint
-from afa.training.log import read_metrics
+from afa.training.checkpoint import load_checkpoint
 from tiny import assert_same_weights, final_weights, start_python, tiny_config, tiny_flags, train_tiny
 
 DROPOUT = {"model.drop_path": 0.3, "model.decoder_dropout": 0.2}
@@ -62,7 +62,7 @@ def test_stopping_after_every_single_step_changes_nothing(
         run_until_saved(monkeypatch, config, tmp_path, step=step, resume=step > 1)
     result = train_tiny(config, tmp_path, resume=True)
     assert_same_weights(tmp_path, straight)
-    lines, others = read_metrics(tmp_path / "metrics.jsonl"), read_metrics(straight / "metrics.jsonl")
+    lines, others = Run(tmp_path).metrics(), Run(straight).metrics()
     timed = ("seconds", "images_per_second")
     assert [{key: line[key] for key in line if key not in timed} for line in lines] == [
         {key: line[key] for key in line if key not in timed} for line in others
@@ -89,7 +89,7 @@ def test_two_steps_and_two_steps_are_four(tiny_data: Path, tmp_path: Path, monke
         patch.setattr(loop_module, "compute_losses", counted)
         with pytest.raises(Crash):
             train_tiny(config, tmp_path / "run")
-        assert (latest_checkpoint(tmp_path / "run") or tmp_path).name == "step_00000002"
+        assert (Run(tmp_path / "run").latest_checkpoint() or tmp_path).name == "step_00000002"
         train_tiny(config, tmp_path / "run", resume=True)
     assert steps == ["cls", "cls", "initial", "initial", "initial", "initial"]
     assert_same_weights(tmp_path / "run", tmp_path / "straight")
@@ -131,7 +131,7 @@ def test_a_checkpoint_of_another_network_is_one_line(tiny_data: Path, tmp_path: 
 
 def test_the_state_of_a_checkpoint_is_whole(straight: Path, tiny_data: Path) -> None:
     """The last checkpoint holds the final weights, the step and AdamW's moments, without any pickled code."""
-    folder = latest_checkpoint(straight)
+    folder = Run(straight).latest_checkpoint()
     assert folder is not None
     network = train_network(tiny_data)
     state = load_checkpoint(folder, network)

@@ -17,7 +17,7 @@ from afa.config import Config, ModelConfig, load_config
 from afa.losses.energy import energy_loss
 from afa.model.network import AfaNetwork
 from afa.pseudo import pipeline, refiner
-from afa.runs.build import build_network
+from afa.runs.network import build_network
 from afa.runtime import Processes, autocast
 from afa.training import step as step_module
 from afa.training.schedule import phase

@@ -19,8 +19,8 @@ from afa.data.loader import train_batches
 from afa.data.open import open_data
 from afa.data.transforms import draw_crop, resample_image
 from afa.errors import AfaError
+from afa.runs.run import Run
 from afa.runtime import Processes
-from afa.training.log import read_metrics
 from afa.training.schedule import phase
 from afa.training.supervised import MaskedBatch, open_masked, supervised_losses, with_mask, with_masks
 from afa.types import IGNORE_INDEX, Batch, NetworkOutput
@@ -139,7 +139,7 @@ def run_training(root: Path, run: Path, **keys: Any) -> None:
 
 def test_a_run_learns_from_masks_says_so_and_resumes_exactly(tiny_data: Path, tmp_path: Path) -> None:
     run_training(tiny_data, tmp_path / "run")
-    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    lines = Run(tmp_path / "run").metrics()
     assert {line["phase"] for line in lines} == {"masks"}
     for line in lines:
         assert line["loss"] == pytest.approx(line["cls_loss"] + line["seg_loss"])

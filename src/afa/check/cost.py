@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from afa.config import Config
 from afa.data.pixel_cache import free_memory, resolve_cache
 from afa.errors import AfaError
-from afa.runs.build import build_network
+from afa.runs.network import build_network
 from afa.training.engine import TrainingEngine
 from afa.training.schedule import phase
 from afa.types import Batch

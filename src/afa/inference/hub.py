@@ -23,7 +23,8 @@ from afa import __version__
 from afa.config import Config, config_from_dict, config_to_dict
 from afa.errors import AfaError, first_line
 from afa.inference.model_card import is_hub_id, model_card, read_figures
-from afa.runs.build import LoadedRun, build_network, load_run, load_weights
+from afa.model.weights import load_weights
+from afa.runs.network import LoadedRun, build_network, load_run
 from afa.runs.run import Run
 from afa.types import IMAGE_MEAN, IMAGE_STD
 

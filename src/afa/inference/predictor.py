@@ -26,7 +26,7 @@ from afa.evaluation.evaluate import group_by_size, resolve_batch_size
 from afa.evaluation.protocols import PROTOCOLS, LogitMaps, check_choice, group_sizes, host_tensor, logit_maps
 from afa.inference.hub import find_pretrained, load_pretrained, push_to_hub, save_pretrained
 from afa.model.network import AfaNetwork
-from afa.runs.build import LoadedRun, load_run
+from afa.runs.network import LoadedRun, load_run
 from afa.runtime import pick_device, read_ahead
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8]

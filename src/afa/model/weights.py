@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -198,3 +200,29 @@ def _check_keys(
         raise AfaError(
             f"{origin}: {key!r} has shape {tuple(found)}, the backbone needs {tuple(needed)}; check model.backbone"
         )
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Load a safetensors file into a network, all keys or none.
+
+    Raises:
+        AfaError: The file is missing or broken, or a key or shape does not match (the message names it).
+    """
+    try:
+        state = load_file(path)
+    except FileNotFoundError:
+        raise AfaError(f"{path}: no such weights file") from None
+    except (SafetensorError, OSError) as error:
+        raise AfaError(f"{path}: broken weights file ({error}); restore it or train again") from None
+    expected = network.state_dict()
+    odd = sorted(expected.keys() ^ state.keys())
+    if odd:
+        what = "lacks" if odd[0] in expected else "has the unmatched"
+        raise AfaError(f"{path}: {what} key {odd[0]!r} ({len(odd)} in all); it belongs to another network")
+    for key, tensor in state.items():
+        if tensor.shape != expected[key].shape:
+            raise AfaError(
+                f"{path}: {key!r} has shape {tuple(tensor.shape)}, the network needs "
+                f"{tuple(expected[key].shape)}; it belongs to another network"
+            )
+    network.load_state_dict(state)

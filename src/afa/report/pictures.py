@@ -28,8 +28,8 @@ from afa.pseudo.cam import multi_scale_cam
 from afa.pseudo.pipeline import infer_pseudo
 from afa.pseudo.walk import mean_attention_affinity
 from afa.report.drawing import DISPLAY_SIZE, Pixels, Token, blend_heat, blend_label, draw_star, draw_window, lay_out
-from afa.runs.build import load_run
 from afa.runs.files import write_whole
+from afa.runs.network import load_run
 from afa.runs.run import Run
 from afa.runtime import pick_device, progress_bar
 

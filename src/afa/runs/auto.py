@@ -1,6 +1,6 @@
 """Settings for a data set of which only the folder is given, and why: encoder, schedule and scores.
 
-What a user states wins over what is chosen here. The training itself is up to `afa.recipe`.
+What a user states wins over what is chosen here. The training itself is up to `afa.api`.
 """
 
 from __future__ import annotations

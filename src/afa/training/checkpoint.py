@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from afa.errors import AfaError, first_line
-from afa.runs.build import load_weights
+from afa.model.weights import load_weights
+from afa.runs.files import write_whole
+from afa.runs.run import Run
 
 KEPT_CHECKPOINTS = 2
 """How many of the newest checkpoints stay."""
@@ -35,25 +37,25 @@ def save_checkpoint(run: Path, *, step: int, network: nn.Module, state: Mapping[
     Raises:
         AfaError: The disk is full or refuses; the message names the last good checkpoint.
     """
-    folder = run / "checkpoints"
+    folder = Run(run).checkpoints
     final = folder / f"step_{step:08d}"
     partial = folder / f".partial_{step:08d}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file(_contiguous(network.state_dict()), partial / "model.safetensors")
-        torch.save(dict(state) | {"step": step}, partial / "training_state.pt")
+        save_file(_contiguous(network.state_dict()), Run.weights_of(partial))
+        torch.save(dict(state) | {"step": step}, Run.state_of(partial))
         for path in (*partial.iterdir(), partial):
             _sync(path)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
         _sync(folder)
-        write_atomically(folder / "latest", final.name + "\n")
-    except (OSError, RuntimeError, SafetensorError) as error:
+        write_whole(Run(run).latest_file, final.name + "\n", durable=True)
+    except (OSError, RuntimeError, SafetensorError, AfaError) as error:
         # torch.save reports a full disk as RuntimeError, safetensors as its own exception or OSError.
         shutil.rmtree(partial, ignore_errors=True)
-        good = latest_checkpoint(run)
+        good = Run(run).latest_checkpoint()
         kept = f"the last good one is {good.name}" if good else "there is none yet"
         raise AfaError(
             f"{final}: cannot write the checkpoint ({first_line(error)}); {kept}; free space, then --resume"
@@ -63,24 +65,14 @@ def save_checkpoint(run: Path, *, step: int, network: nn.Module, state: Mapping[
     return final
 
 
-def latest_checkpoint(run: Path) -> Path | None:
-    """Folder of the newest complete checkpoint of a run, or None."""
-    complete = [
-        path
-        for path in sorted((run / "checkpoints").glob("step_*"))
-        if (path / "model.safetensors").is_file() and (path / "training_state.pt").is_file()
-    ]
-    return complete[-1] if complete else None
-
-
 def load_checkpoint(folder: Path, network: nn.Module) -> dict[str, Any]:
     """Load a checkpoint's weights into the network and return the rest of its state.
 
     Raises:
         AfaError: A file is broken or belongs to another network.
     """
-    load_weights(network, folder / "model.safetensors")
-    path = folder / "training_state.pt"
+    load_weights(network, Run.weights_of(folder))
+    path = Run.state_of(folder)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -93,7 +85,7 @@ def load_checkpoint(folder: Path, network: nn.Module) -> dict[str, Any]:
 
 
 def save_weights(path: Path, network: nn.Module) -> None:
-    """Write a network's weights as safetensors, atomically.
+    """Write a network's weights as safetensors, whole or not at all.
 
     Args:
         path: File to write.
@@ -102,24 +94,7 @@ def save_weights(path: Path, network: nn.Module) -> None:
     Raises:
         AfaError: The disk is full or refuses.
     """
-    partial = path.with_name(f".partial_{path.name}")
-    try:
-        save_file(_contiguous(network.state_dict()), partial)
-        _sync(partial)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise AfaError(f"{path}: cannot write the weights ({first_line(error)}); free space, then --resume") from None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old contents or the new ones, never a part."""
-    partial = path.with_name(f".partial_{path.name}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_whole(path, save(_contiguous(network.state_dict())), durable=True, remedy="free space, then --resume")
 
 
 def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

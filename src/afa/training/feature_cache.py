@@ -32,6 +32,7 @@ from afa.model.backbone import FrozenTokens
 from afa.model.network import AfaNetwork
 from afa.model.vit import TokenBackbone
 from afa.pseudo.cam import ViewScore, scale_view
+from afa.runs.run import Run
 from afa.runtime import ALONE, Processes, autocast, duration, image_progress, interrupts, say
 from afa.training.feature_store import FeatureStore, format_gib, remove_store
 from afa.training.schedule import Phase, phase
@@ -241,7 +242,7 @@ def prepare_features(
             "take a plain vision transformer, such as dinov2_small_reg, or set it to false"
         )
     key = feature_key(backbone, images, config)
-    base = Path(config.data.feature_dir or run / "features")
+    base = Path(config.data.feature_dir or Run(run).features)
     folder = base / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     store = FeatureStore.open(folder)
     if processes.is_main and (store is None or not store.is_complete):

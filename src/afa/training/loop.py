@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import time
 from collections.abc import Generator
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from afa import __version__
-from afa.config import SUPERVISION_NAMES, Config, DataConfig, config_to_dict, config_to_toml, load_config
+from afa.config import SUPERVISION_NAMES, Config, DataConfig, config_to_dict
 from afa.data.dataset import MaskedImages, TaggedImages
 from afa.data.loader import train_batches
 from afa.data.open import DataSet
@@ -23,15 +22,10 @@ from afa.data.pixel_cache import PixelCache, resolve_cache
 from afa.errors import AfaError
 from afa.evaluation.evaluate import evaluate, first_images
 from afa.model.network import AfaNetwork
-from afa.runs.build import build_network, read_classes
+from afa.runs.network import build_network
+from afa.runs.run import Run
 from afa.runtime import ALONE, Processes, image_progress, interrupts, say
-from afa.training.checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    save_weights,
-    write_atomically,
-)
+from afa.training.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from afa.training.engine import TrainingEngine
 from afa.training.feature_cache import prepare_features
 from afa.training.log import LOSSES, MetricsLog, affinity_warning, describe
@@ -136,7 +130,7 @@ def train(
         seconds = loop.run(_batches(engine, images, start, cache))
     network.eval()
     if processes.is_main:
-        save_weights(run / "model.safetensors", network)
+        save_weights(Run(run).weights, network)
         _write_environment(run, engine, seconds)
     processes.wait()
     return TrainResult(network, images.classes, seconds)
@@ -144,7 +138,7 @@ def train(
 
 def _restore(run: Path, engine: TrainingEngine) -> tuple[int, float]:
     """Go on from the newest checkpoint, if there is one: the steps done and the seconds that they took."""
-    checkpoint = latest_checkpoint(run)
+    checkpoint = Run(run).latest_checkpoint()
     if checkpoint is None:
         return 0, 0.0
     state = load_checkpoint(checkpoint, engine.network)
@@ -324,22 +318,20 @@ def open_validation(config: Config, data: DataSet, *, tell: bool = False) -> Mas
 
 
 def _prepare_run(run: Path, config: Config, classes: tuple[str, ...], *, resume: bool) -> None:
-    stored_path = run / "config.toml"
-    if stored_path.is_file() and not resume:
+    folder = Run(run)
+    if folder.exists and not resume:
         raise AfaError(f"{run}: holds a run already; pass --resume to go on with it, or another --out")
-    if stored_path.is_file():
-        stored, wanted = _flat(load_config(stored_path)), _flat(config)
+    if folder.exists:
+        stored, wanted = _flat(folder.config()), _flat(config)
         for key, value in wanted.items():
             if key not in _FREE_KEYS and stored[key] != value:
                 raise AfaError(
                     f"{run}: was started with {key} = {stored[key]}, not {value}; resume it with the same settings "
                     "or start another --out"
                 )
-        if (stored_classes := read_classes(run)) != classes:
+        if (stored_classes := folder.classes()) != classes:
             raise AfaError(f"{run}: was started with the classes {stored_classes}, not {classes}; check --data.root")
-    run.mkdir(parents=True, exist_ok=True)
-    write_atomically(run / "classes.txt", "".join(f"{name}\n" for name in classes))
-    write_atomically(stored_path, config_to_toml(config))
+    folder.start(config, classes)
 
 
 def _flat(config: Config) -> dict[str, Any]:
@@ -361,4 +353,4 @@ def _write_environment(run: Path, engine: TrainingEngine, seconds: float) -> Non
         "precision": engine.config.train.precision,
         "threads": torch.get_num_threads(),
     }
-    write_atomically(run / "environment.json", json.dumps(environment, indent=2) + "\n")
+    Run(run).write_environment(environment)

@@ -13,7 +13,9 @@ from torch import Tensor
 from afa.config import Config, ModelConfig, config_to_toml
 from afa.errors import AfaError
 from afa.model.network import AfaNetwork
-from afa.runs.build import build_network, find_weights, load_run, load_weights, read_classes
+from afa.model.weights import load_weights
+from afa.runs.network import build_network, load_run
+from afa.runs.run import Run
 from mistakes import refused
 
 CPU = torch.device("cpu")
@@ -105,7 +107,7 @@ def test_an_unfinished_run_loads_its_latest_checkpoint(tmp_path: Path) -> None:
     }
     for step, state in states.items():
         (run / "checkpoints" / "latest").write_text(f"{step}\n")
-        assert find_weights(run) == run / "checkpoints" / step / "model.safetensors"
+        assert Run(run).newest_weights() == run / "checkpoints" / step / "model.safetensors"
         assert_holds(load_run(run, CPU).network, state)
 
 
@@ -115,7 +117,7 @@ def test_not_a_run_folder(tmp_path: Path, missing: str) -> None:
     if missing != "run":
         write_run(run)
         (run / missing).unlink()
-    for read in (lambda: load_run(run, CPU), lambda: read_classes(run)):
+    for read in (lambda: load_run(run, CPU), lambda: Run(run).classes()):
         with refused(f"{run}: not a run folder", "config.toml", "classes.txt", "afa train"):
             read()
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from afa import recipe
+from afa import api
+from afa.api import SCORED_LABELS, run_demo, train_and_report
 from afa.config import config_to_dict, load_config
 from afa.errors import AfaError
 from afa.model.network import AfaNetwork
-from afa.recipe import SCORED_LABELS, run_demo, train_and_report
 from tiny import SETTINGS, assert_same_weights, tiny_config
 
 REPORT_KEYS = {
@@ -161,7 +161,7 @@ def test_bad_masks_are_found_before_training(tiny_data: Path, tmp_path: Path) ->
     shutil.copytree(tiny_data, root)
     path = root / "SegmentationClassAug" / "val_00003.png"
     path.unlink()
-    with pytest.raises(AfaError, match=r"has no file for 'val_00003'"):
+    with pytest.raises(AfaError, match=r"no val_00003\.png"):
         train_and_report(tiny_config(root), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
@@ -215,8 +215,8 @@ def test_the_full_demo_is_larger_than_the_smoke_one(tmp_path: Path, monkeypatch:
     def sizes(root: Path, *, num_train: int, num_val: int, **_: Any) -> None:
         calls.append((num_train, num_val, 0))
 
-    monkeypatch.setattr(recipe, "write_shapes", sizes)
-    monkeypatch.setattr(recipe, "train_and_report", stop)
+    monkeypatch.setattr(api, "write_shapes", sizes)
+    monkeypatch.setattr(api, "train_and_report", stop)
     for smoke in (True, False):
         with pytest.raises(StopError):
             run_demo(tmp_path, smoke=smoke)

@@ -1,0 +1,78 @@
+"""From configuration to network, and from a run folder back to the network it trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from afa.config import Config, ModelConfig
+from afa.model.network import AfaNetwork
+from afa.model.registry import build_backbone
+from afa.model.weights import load_weights
+from afa.runs.run import Run
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained network and what it was trained with.
+
+    Attributes:
+        network: In evaluation mode, on the device asked for.
+        config: Resolved configuration of the run.
+        classes: Names of the C foreground classes.
+        origin: Folder that it was loaded from.
+    """
+
+    network: AfaNetwork
+    config: Config
+    classes: tuple[str, ...]
+    origin: Path
+
+
+def build_network(model: ModelConfig, num_classes: int, *, pretrained: bool = True) -> AfaNetwork:
+    """Build the network that a configuration describes.
+
+    Args:
+        model: Settings.
+        num_classes: C.
+        pretrained: Load `model.weights` into the encoder; off, it starts random.
+
+    Raises:
+        AfaError: As `build_backbone`.
+    """
+    backbone = build_backbone(
+        model.backbone,
+        model.weights if pretrained else "",
+        drop_path=model.drop_path,
+        attention_blocks=model.affinity_blocks,
+        freeze_blocks=model.freeze_blocks,
+        feature_levels=model.feature_levels,
+    )
+    return AfaNetwork(
+        backbone,
+        num_classes,
+        pooling=model.pooling,
+        pooling_percent=model.pooling_percent,
+        decoder_width=model.decoder_width,
+        decoder_dropout=model.decoder_dropout,
+        attention_scaling=model.attention_scaling,
+    )
+
+
+def load_run(run: Path, device: torch.device) -> LoadedRun:
+    """Load the network of a run folder: its final weights, or its last checkpoint's if it is not finished.
+
+    Args:
+        run: Run folder.
+        device: Where the network goes.
+
+    Raises:
+        AfaError: Not a run folder; no weights yet; weights that are broken or of another network.
+    """
+    folder = Run(run)
+    classes, config = folder.classes(), folder.config()
+    network = build_network(config.model, len(classes), pretrained=False)
+    load_weights(network, folder.newest_weights())
+    return LoadedRun(network.to(device).eval(), config, classes, run)
