@@ -62,7 +62,7 @@ def train(
     Args:
         source: Folder of a data set, for settings that are chosen by data and device; a TOML file; or a configuration.
         out: Run folder.
-        resume: Go on with the run that the folder holds.
+        resume: Continue the run in the folder.
         progress: Show progress on standard error.
         overrides: Keys of the configuration that win, `**{"schedule.max_steps": 1000}`.
 
@@ -94,13 +94,13 @@ def train_and_report(
 ) -> None:
     """Check the data, train, score segmentation, CAM and propagated CAM, and write the report.
 
-    Scored are the images for validation that have masks; where none has, the tags of all of them.
+    Scores the validation images that have masks; if none has a mask, scores the tags of all of them.
 
     Args:
         config: Settings.
         run: Run folder.
         data: The data set, if it is open already.
-        resume: Go on with the run that the folder holds.
+        resume: Continue the run in the folder.
         progress: Show progress on standard error.
 
     Raises:
@@ -200,7 +200,7 @@ def run_demo(
     Args:
         run: Run folder; the data set is written to its `data` folder.
         smoke: A few steps on a few images, to see that everything runs.
-        resume: Go on with the run that the folder holds.
+        resume: Continue the run in the folder.
         overrides: Dotted configuration keys that win over the demo's.
 
     Raises:
@@ -447,7 +447,7 @@ def check_data(
     progress: bool = True,
     **overrides: Any,
 ) -> dict[str, Any]:
-    """Look a data set over before a training, as `afa check`.
+    """Check a data set before training, as `afa check`.
 
     Args:
         data: Folder of the data set, or the configuration of the training to come.

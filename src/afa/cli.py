@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("afa: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has gone; what is left to say has no reader.
+        # The reader of our output has gone, so the rest of the output has no reader.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -166,7 +166,7 @@ def _add(commands: Any, name: str, run: Any, text: str, *, network: bool = True)
 def _take_keys(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Take `--section.key value` out of the arguments: what is left, and the values by dotted key.
 
-    First of all, because argparse, which does not know these flags, would take their values for its own arguments.
+    This comes first, because argparse does not know these flags and would take their values for its own arguments.
     """
     left: list[str] = []
     overrides: dict[str, Any] = {}
@@ -357,7 +357,7 @@ def _refuse_keys(command: str, overrides: dict[str, Any]) -> None:
 
 
 def _is_main() -> bool:
-    """Whether this process talks, of those that torchrun started."""
+    """Whether this process prints, of those that torchrun started."""
     return int(os.environ.get("RANK", "0")) == 0
 
 

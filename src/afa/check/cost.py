@@ -21,7 +21,7 @@ from afa.training.engine import TrainingEngine
 from afa.training.schedule import phase
 from afa.types import Batch
 
-_PROBE_SECONDS: Final = 10.0  # a step of the whole batch that would take longer is estimated from smaller ones
+_PROBE_SECONDS: Final = 10.0  # if a step of the whole batch would take longer, it is estimated from smaller steps
 _TIMED_STEPS: Final = 3
 _TIMED_SECONDS: Final = 3.0  # on a CPU no further step is timed after this
 _GPU_WARMUP: Final = 3  # the third step of a kind is recorded, later ones are replayed
@@ -44,7 +44,7 @@ class PhaseCost:
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """Cost of a training, without decoding, evaluation and the time of the start.
+    """Cost of training, without decoding, evaluation and start-up.
 
     Attributes:
         device: Where it was measured.
@@ -107,7 +107,7 @@ def phase_steps(config: Config) -> list[tuple[int, int]]:
 def measure_cost(config: Config, tags: NDArray[np.bool_], *, device: torch.device) -> TrainingCost:
     """Take a few steps of each phase with random weights and pixels.
 
-    Where a step would take long, as on a CPU, steps of two images stand for those of the batch, in proportion.
+    If a step would take long, as on a CPU, it times steps of two images and scales the time up to the batch.
 
     Args:
         config: Settings.

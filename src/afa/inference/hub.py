@@ -74,7 +74,7 @@ def save_pretrained(source: str | Path | LoadedRun, folder: str | Path) -> Path:
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
         folder.mkdir(parents=True, exist_ok=True)
-        # config.json comes last: where it is, everything else is.
+        # config.json comes last: if it exists, everything else exists.
         for name in (_WEIGHTS, *texts):
             (partial / name).replace(folder / name)
     except (OSError, SafetensorError) as error:

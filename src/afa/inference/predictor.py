@@ -37,7 +37,7 @@ _Image = TypeVar("_Image", bound=ImageLike)
 
 
 class Prediction:
-    """What the network makes of one image.
+    """Prediction of the network for one image.
 
     Args:
         label: (H, W) uint8 class indices.

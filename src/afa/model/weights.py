@@ -28,7 +28,7 @@ _FOREIGN: Final = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """An encoder that is known before its weights are.
+    """The architecture of an encoder, before its weights are loaded.
 
     Attributes:
         name: As in `model.backbone`, for messages.

@@ -1,4 +1,4 @@
-"""Settings for a data set of which only the folder is given, and why: encoder, schedule and scores.
+"""Chooses settings for a data set of which only the folder is given: encoder, schedule and scores. Says why.
 
 What a user states wins over what is chosen here. The training itself is up to `afa.api`.
 """
@@ -19,10 +19,10 @@ from afa.model.registry import BACKBONES, BackboneSpec, backbone_of
 from afa.runtime import resolve_precision
 
 BACKBONE: Final = "dinov2_small_reg"
-"""Encoder where none is asked for: its weights are free to use, and know objects better than any other small ones."""
+"""Default encoder: its weights are free to use, and know objects better than those of any other small encoder."""
 
 EPOCHS: Final = 40
-"""How often each image is seen, unless that takes more than the most steps or fewer than the least."""
+"""How often each image is seen, as long as the number of steps stays within its limits."""
 
 MIN_STEPS: Final = 300
 """Fewest steps: with fewer, the phases have no time to follow each other."""
@@ -99,13 +99,13 @@ def can_fetch(hub_id: str) -> bool:
         huggingface_hub.get_hf_file_metadata(
             huggingface_hub.hf_hub_url(hub_id, "config.json"), timeout=_HUB_SECONDS, token=False
         )
-    except Exception:  # whatever goes wrong between here and the hub
+    except Exception:  # any failure on the way to the hub
         return False
     return True
 
 
 def _choose_encoder(stated: Mapping[str, Any], *, need_weights: bool) -> dict[str, Any]:
-    """`model.backbone` and `model.weights`; of the two, what is stated decides the other."""
+    """`model.backbone` and `model.weights`; if one of them is stated, it decides the other."""
     weights, backbone = stated.get("model.weights"), stated.get("model.backbone")
     if weights is not None:
         found = backbone or (backbone_of(weights) or BACKBONE if weights else "mit_tiny")
@@ -124,7 +124,7 @@ def _choose_encoder(stated: Mapping[str, Any], *, need_weights: bool) -> dict[st
 
 
 def _crop(spec: BackboneSpec, device: torch.device) -> dict[str, Any]:
-    """Crops of so many tokens that the device can learn from them in reasonable time, and what goes with them."""
+    """Crops with as many tokens as the device can learn from in reasonable time, and the settings that go with them."""
     size, on_gpu = spec.size, device.type == "cuda"
     stride = 16 if isinstance(size, MitSize) else size.patch
     tokens = (32 if on_gpu else 24) if stride <= 16 else (16 if on_gpu else 12)

@@ -19,7 +19,7 @@ from afa.runs.files import write_whole
 from afa.runs.run import Run
 
 KEPT_CHECKPOINTS = 2
-"""How many of the newest checkpoints stay."""
+"""Number of checkpoints to keep, the newest ones."""
 
 
 def save_checkpoint(run: Path, *, step: int, network: nn.Module, state: Mapping[str, Any]) -> Path:

@@ -1,4 +1,4 @@
-"""What the frozen part of an encoder makes of the training images, computed once and kept.
+"""The output of the frozen part of an encoder for the training images, computed once and kept.
 
 Training with `train.feature_cache` sees few views of each image: as a whole, plain or mirrored, and both at the scales
 of the CAM. The frozen blocks run over each of them before the first step; from then on every pass of the network
@@ -65,7 +65,7 @@ class FeaturePart:
 
 
 class FeatureReader:
-    """Hands out what the cache has of a batch.
+    """Returns what the cache has of a batch.
 
     A step takes only what its phase needs: `read` is told the step, the others the phase, and they agree on it.
 
@@ -215,9 +215,9 @@ def prepare_features(
     cache: PixelCache | None = None,
     progress: bool = True,
 ) -> FeatureReader:
-    """Open the feature cache of a run, or make what is missing of it.
+    """Open the feature cache of a run, and compute what is missing.
 
-    What was made for other weights, images or settings is never used. One of those in the run's own folder is deleted.
+    A cache for other weights, images or settings is never used; one in the run's own folder is deleted.
 
     Args:
         network: Its encoder's frozen part is run, where it is.
@@ -250,7 +250,7 @@ def prepare_features(
             _remove_others(base, folder, key)
         maker = _Maker(backbone, images, config, processes, cache)
         store = maker.make(folder, key, store, progress=progress)
-    while store is None or not store.is_complete:  # Not a barrier, which would give up after some minutes.
+    while store is None or not store.is_complete:  # Not a barrier, which would time out after some minutes.
         time.sleep(1)
         store = FeatureStore.open(folder)
     processes.wait()
@@ -294,9 +294,9 @@ class _Maker:
         self.scales = sorted({1.0, *self.config.pseudo.scales})
 
     def make(self, folder: Path, key: dict[str, Any], store: FeatureStore | None, *, progress: bool) -> FeatureStore:
-        """Make a store, or what is missing of it, after saying how large it gets."""
+        """Make a store, or what is missing of it, and say first how large it gets."""
         size = self.config.augment.crop_size
-        # Two images tell what there is to keep, and how long it takes.
+        # Two images show what to keep and how long it takes.
         sample = torch.zeros(2 if self.device.type == "cpu" else self.batch_size, 3, size, size, dtype=torch.uint8)
         parts = [part for part, _ in self._arrays(sample, key)]
         row_size = sum(math.prod(part.shape) for part in parts)

@@ -14,7 +14,7 @@ LOSSES: Final = ("cls_loss", "seg_loss", "aff_loss", "reg_loss")
 """Keys of the losses in metrics.jsonl, beside their weighted sum."""
 
 _UNLEARNT_AFFINITY: Final = 0.47
-"""Balanced affinity loss from which on an affinity counts as unlearnt: 0.5 is that of any constant one."""
+"""From this balanced affinity loss on, the affinity has learned nothing; any constant affinity has 0.5."""
 
 
 class MetricsLog:
@@ -54,7 +54,7 @@ def describe(line: Mapping[str, Any]) -> str:
 
 
 def affinity_warning(line: Mapping[str, Any], config: Config) -> str | None:
-    """What to say of an affinity that labels are made from before it has learnt anything, if a line shows one."""
+    """A warning if a line shows that labels are made from an affinity that has not learned anything."""
     walks = line["phase"] == "refined" and config.pseudo.propagation == "affinity"
     known = walks and config.loss.affinity_form == "balanced" and line["aff_loss"] is not None
     if not known or line["aff_loss"] < _UNLEARNT_AFFINITY:

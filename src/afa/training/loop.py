@@ -38,12 +38,12 @@ _FREE_KEYS = frozenset(
     | {"train.device", "train.cuda_graphs", "train.compile", "train.log_steps", "train.eval_steps"}
     | {"train.eval_images", "train.feature_cache_gib", "train.save_steps", "train.example_images", "train.tensorboard"}
 )
-"""Keys that may differ between a run and its resumption: none of them changes the weights."""
+"""Keys that may differ between a run and its resumption, because they do not change the weights."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run leaves in memory.
+    """Result of a finished run, in memory.
 
     Attributes:
         network: Trained network, in evaluation mode.
@@ -112,7 +112,7 @@ def train(
     images, compute = _open_training(config, data, tell=processes.is_main)
     scored = open_validation(config, data, tell=processes.is_main)
     torch.manual_seed(config.train.seed)
-    # Before the run folder is made: weights that cannot be had leave nothing behind.
+    # This comes before the run folder is made, so that missing weights leave nothing behind.
     network = build_network(config.model, len(images.classes)).to(device)
     if processes.is_main:
         _prepare_run(run, config, images.classes, resume=resume)
@@ -212,7 +212,7 @@ class _Loop:
         total, batch_size = self.config.schedule.max_steps, self.config.schedule.batch_size
         self.engine.network.train()
         bar = image_progress("step", total=total, done=self.step, images=batch_size, enabled=self.progress, lines=True)
-        # An error keeps this frame alive, and with it whatever still prepares batches, unless that is ended here.
+        # An error keeps this frame alive, and with it the threads that prepare batches, unless they are stopped here.
         with bar as advance, interrupts() as asked_to_stop, contextlib.closing(batches):
             for batch in batches:
                 self.sums.add(self.engine.take_step(self.step, batch))
@@ -221,7 +221,7 @@ class _Loop:
                 if self.step % train.log_steps == 0 or last:
                     self._log()
                 advance(1, self.rate, self.words)
-                # What belongs to a step is logged before it is saved: a resumed run never comes back to it.
+                # A step is logged before it is saved, because a resumed run does not repeat it.
                 if train.eval_steps and self.step % train.eval_steps == 0 and not last:
                     self._evaluate()
                 stop = processes.any(asked_to_stop(), self.engine.device)
@@ -276,12 +276,12 @@ class _Loop:
             keys = ("labels", "protocol", "miou", "num_images", "seconds")
             self.log.write({"kind": "eval", "step": self.step} | {key: figures[key] for key in keys})
             say(f"step {self.step}: segmentation mIoU {figures['miou']:.1f} on {figures['num_images']} images")
-        # Evaluation is not training: neither the clock nor the rate counts it.
+        # Neither the training time nor the rate includes evaluation.
         self._began += time.perf_counter() - paused
 
 
 def _open_training(config: Config, data: DataSet, *, tell: bool) -> tuple[TaggedImages, LossFunction]:
-    """What a run learns from, and how; masks are within reach only where the configuration asks for them."""
+    """What a run learns from, and how; masks can be read only if the configuration asks for them."""
     if config.train.supervision == "tags":
         return data.train(), compute_losses
     from afa.training.supervised import open_masked, supervised_losses
@@ -297,7 +297,7 @@ def open_validation(config: Config, data: DataSet, *, tell: bool = False) -> Mas
     Args:
         config: Its `data` section applies.
         data: The data set.
-        tell: Say so when there are none.
+        tell: Print a line when there are none.
 
     Returns:
         None when `data.val_list` is empty, or is left at its default and the data set has no such list or no masks.
