@@ -23,11 +23,12 @@ from PIL import Image
 import afa
 from afa.cli import build_parser, main
 from afa.config import config_to_dict, load_config
+from afa.config.keys import COMMON, all_keys
 from afa.data.images import read_mask
 from tiny import SETTINGS, assert_same_weights, final_weights, tiny_config, tiny_flags
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("demo", "check", "train", "evaluate", "predict", "pseudo", "export", "report")
+COMMANDS = ("demo", "check", "train", "evaluate", "predict", "pseudo", "export", "check-voc", "report", "keys")
 LABELS = ("seg", "cam", "propagated", "initial", "refined")
 SCORE_KEYS = {"miou", "per_class", "protocol", "labels", "num_images", "seconds"}
 
@@ -78,7 +79,7 @@ def test_help(name: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert text.startswith(f"usage: afa {name or ''}".rstrip())
     if name is None:
-        assert all(re.search(rf"^ +{command} ", text, re.MULTILINE) for command in COMMANDS)
+        assert all(re.search(rf"^ +{command}( |$)", text, re.MULTILINE) for command in COMMANDS)
         assert "--SECTION.KEY" in text
 
 
@@ -95,7 +96,29 @@ def test_the_documented_flags_are_those_of_the_parser() -> None:
     for name in COMMANDS:
         flags = {option for option in subparsers.choices[name]._option_string_actions if option.startswith("--")}
         assert flags - shared == documented[name], name
-        assert (shared <= flags) == (name not in ("export", "report"))
+        assert (shared <= flags) == (name not in ("export", "check-voc", "report", "keys"))
+
+
+def test_help_of_train_shows_the_keys_that_are_changed_most(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    shown = [line.split()[0] for line in lines if re.match(r"  --\w+\.\w+ ", line)]
+    assert shown == [f"--{name}" for name in COMMON]
+    assert len(shown) == 20
+
+
+def test_keys(command: Command) -> None:
+    keys = [key.name for key in all_keys()]
+    for words, names in (([], keys), (["loss"], [name for name in keys if name.startswith("loss.")])):
+        answer = command("keys", *words)
+        assert (answer.status, re.findall(r"^--([\w.]+)  \(default ", answer.out, re.MULTILINE)) == (0, names)
+    assert "--schedule.max_steps  (default 20000; a whole number, 1 or more)\n    Training steps.\n" in (
+        command("keys", "max_steps").out
+    )
+    assert_mistake(command("keys", "nothing_like_it"), "no key has 'nothing_like_it'")
+    assert_mistake(command("keys", "--loss.affinity_weight", "1"), "takes no configuration keys")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -431,7 +454,7 @@ def test_report_is_written_anew(tiny_run: Path, tmp_path: Path, command: Command
         (["train", "--out", "RUN", "--schedule.max_step", "9"], ["schedule.max_step", "did you mean max_steps?"]),
         (["train", "--out", "RUN", "--shedule.max_steps", "9"], ["shedule.max_steps", "did you mean"]),
         (["train", "--out", "RUN", "--schedule.max_steps", "many"], ["schedule.max_steps is 'many'", "whole number"]),
-        (["train", "--out", "RUN", "--schedule.max_steps", "0"], ["schedule.max_steps is 0; use 1 or more"]),
+        (["train", "--out", "RUN", "--schedule.max_steps", "0"], ["schedule.max_steps is 0; use", "1 or more"]),
         (["train", "--out", "RUN", "--pseudo.refinement", "pra"], ["pseudo.refinement is 'pra'", "par_color"]),
         (["train", "--out", "RUN", "--augment.crop_size", "100"], ["augment.crop_size is 100", "multiple of 32"]),
         (["train", "--out", "RUN", "--preset", "best"], ["preset is 'best'", "paper_coco"]),
@@ -471,7 +494,7 @@ def test_mistakes(
         (b"[schedule]\nsteps = 3\n", "unknown key schedule.steps; "),
         (b"[shedule]\n", "[shedule]; did you mean schedule?"),
         (b"schedule = 3\n", "write a table [schedule]"),
-        (b'[schedule]\nmax_steps = "many"\n', "schedule.max_steps is 'many'; give"),
+        (b'[schedule]\nmax_steps = "many"\n', "schedule.max_steps is 'many'; use"),
         (b"[schedule]\ncls_steps = 9\nrefined_steps = 3\n", "refined_steps is 3, before schedule.cls_steps"),
         (None, "cannot be read"),
     ],

@@ -17,9 +17,9 @@ from afa.config import (
     config_from_dict,
     config_to_dict,
     config_to_toml,
-    field_docs,
     load_config,
 )
+from afa.config.keys import COMMON, all_keys, find_keys
 from afa.errors import AfaError
 from afa.report.paper_tables import PAPER_TABLES, find_table
 from mistakes import refused
@@ -65,6 +65,7 @@ def test_flags_win_over_file_wins_over_preset(tmp_path: Path) -> None:
         ("schedule.max_steps", "1_000", 1000),
         ("schedule.learning_rate", "1e-4", 1e-4),
         ("schedule.learning_rate", "1", 1.0),
+        ("loss.energy_weight", ".5", 0.5),
         ("schedule.freeze_norms", "False", False),
         ("model.pooling", "gap", "gap"),
         ("model.weights", "", ""),
@@ -90,27 +91,27 @@ def test_flag_text_becomes_the_type_of_the_field(key: str, text: str, value: obj
         ({"shedule.max_steps": "1"}, "shedule.max_steps; did you mean schedule.max_steps?"),
         ({"max_steps": "1"}, "unknown key max_steps;"),
         ({"schedule.": "1"}, "unknown key schedule.;"),
-        ({"schedule.max_steps": "many"}, "schedule.max_steps is 'many'; give a whole number"),
-        ({"schedule.max_steps": 1.5}, "schedule.max_steps is 1.5; give a whole number"),
-        ({"schedule.max_steps": True}, "schedule.max_steps is True; give a whole number"),
-        ({"schedule.max_steps": "0"}, "schedule.max_steps is 0; use 1 or more"),
-        ({"schedule.learning_rate": "fast"}, "schedule.learning_rate is 'fast'; give a number"),
-        ({"schedule.learning_rate": "nan"}, "schedule.learning_rate is 'nan'; give a finite number"),
-        ({"schedule.learning_rate": "inf"}, "schedule.learning_rate is 'inf'; give a finite number"),
-        ({"schedule.learning_rate": "-1"}, "schedule.learning_rate is -1.0; use 0.0 to 10.0"),
+        ({"schedule.max_steps": "many"}, "schedule.max_steps is 'many'; use a whole number"),
+        ({"schedule.max_steps": 1.5}, "schedule.max_steps is 1.5; use a whole number"),
+        ({"schedule.max_steps": True}, "schedule.max_steps is True; use a whole number"),
+        ({"schedule.max_steps": "0"}, "schedule.max_steps is 0; use a whole number, 1 or more"),
+        ({"schedule.learning_rate": "fast"}, "schedule.learning_rate is 'fast'; use a number"),
+        ({"schedule.learning_rate": "nan"}, "schedule.learning_rate is nan; use a number, 0 to 10"),
+        ({"schedule.learning_rate": "inf"}, "schedule.learning_rate is inf; use a number, 0 to 10"),
+        ({"schedule.learning_rate": "-1"}, "schedule.learning_rate is -1; use a number, 0 to 10"),
         ({"schedule.freeze_norms": "maybe"}, "schedule.freeze_norms is 'maybe'; use true or false"),
         ({"schedule.freeze_norms": 1}, "schedule.freeze_norms is 1; use true or false"),
-        ({"schedule.betas": "0.9"}, "schedule.betas has 1 values; give 2"),
+        ({"schedule.betas": "0.9"}, "schedule.betas is [0.9]; use 2 values"),
         ({"model.pooling": "max"}, "model.pooling is 'max'; use one of gmp, gap, topk"),
-        ({"pseudo.scales": 1.0}, "pseudo.scales is 1.0; give a list"),
-        ({"pseudo.scales": "1,9"}, "pseudo.scales is 9.0; use 0.1 to 4.0"),
+        ({"pseudo.scales": 1.0}, "pseudo.scales is 1.0; use a list"),
+        ({"pseudo.scales": "1,9"}, "pseudo.scales is [1, 9]; use a list, such as 1,2,3, each a number, 0.1 to 4"),
         ({"pseudo.scales": ""}, "pseudo.scales is empty"),
         ({"pseudo.dilations": ""}, "pseudo.dilations is empty"),
         ({"train.supervision": "mask"}, "train.supervision is 'mask'; use one of tags, masks"),
         ({"pseudo.refinement": "crf", "pseudo.label_rule": "threshold"}, "label_rule is threshold, which has no"),
         ({"train.supervision": "masks", "train.feature_cache": True}, "train.feature_cache is true, and train.superv"),
         ({"evaluation.scales": ""}, "evaluation.scales is empty"),
-        ({"data.root": 3}, "data.root is 3; give a text"),
+        ({"data.root": 3}, "data.root is 3; use a text"),
         ({"pseudo.background_low": 0.6}, "pseudo.background_low is 0.6, above pseudo.background_high (0.55)"),
         ({"augment.scale_min": 3}, "augment.scale_min is 3.0, above augment.scale_max (2.0)"),
         ({"augment.crop_size": 100}, "augment.crop_size is 100; use a multiple of 32"),
@@ -133,7 +134,7 @@ def test_a_wrong_flag_is_one_clear_line(overrides: dict[str, Any], message: str)
         ("preset = 'papr'\n", "preset is 'papr'; use one of paper"),
         ("preset = 3\n", "preset is 3; use one of"),
         ("[model\n", "not valid TOML"),
-        ("[schedule]\nmax_steps = '2.5'\n", "schedule.max_steps is '2.5'; give a whole number"),
+        ("[schedule]\nmax_steps = '2.5'\n", "schedule.max_steps is 2.5; use a whole number"),
     ],
 )
 def test_a_wrong_file_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
@@ -186,12 +187,33 @@ def test_a_configuration_cannot_be_changed() -> None:
         config.schedule.max_steps = 3  # type: ignore[misc]
 
 
-def test_field_docs_lists_every_key_once() -> None:
-    docs = field_docs()
-    sections = [f.name for f in dataclasses.fields(Config) if f.name != "preset"]
-    assert {key.split(".")[0] for key in docs} == set(sections)
-    assert docs["schedule.max_steps"] == ("int", 20_000)
-    assert len(docs) == sum(len(dataclasses.fields(type(getattr(Config(), section)))) for section in sections)
+def test_the_list_of_keys_has_every_key_once() -> None:
+    keys = {key.name: key for key in all_keys()}
+    assert list(keys) == [f"{s}.{key}" for s, part in config_to_dict(Config()).items() if s != "preset" for key in part]
+    assert len(keys) == len(all_keys())
+    assert keys["schedule.max_steps"][1:] == ("a whole number, 1 or more", "20000", "Training steps.")
+    assert keys["pseudo.refinement"].allowed == "one of par, par_color, pamr, crf, none"
+    assert keys["data.classes"].default == "[]"
+    assert all(key.text for key in keys.values())
+    assert set(COMMON) <= set(keys)
+
+
+def test_keys_are_found_by_section_and_by_word() -> None:
+    assert {key.name.split(".")[0] for key in find_keys("loss")} == {"loss"}
+    assert [key.name for key in find_keys("BETA_H")] == ["pseudo.background_high"]
+    assert [key.name for key in find_keys("max_steps")] == ["schedule.max_steps"]
+    with refused("'modell'", "did you mean model?"):
+        find_keys("modell")
+
+
+def test_protocols_say_whether_they_have_scales_and_the_crf() -> None:
+    evaluation = load_config(overrides={"evaluation.protocol": "multiscale+crf"}).evaluation
+    assert (evaluation.multiscale, evaluation.crf) == (True, True)
+    assert evaluation.with_crf(True) == evaluation
+    plain = evaluation.with_crf(False)
+    assert (plain.protocol, plain.multiscale, plain.crf) == ("multiscale", True, False)
+    assert plain.with_crf(True) == evaluation
+    assert Config().evaluation.with_crf(True).protocol == "single+crf"
 
 
 def test_every_default_passes_its_own_check() -> None:
@@ -201,10 +223,8 @@ def test_every_default_passes_its_own_check() -> None:
 
 @pytest.mark.parametrize("cls", [AugmentConfig, ScheduleConfig])
 def test_numeric_fields_state_a_range(cls: type[Any]) -> None:
-    hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        if hints[f.name] in (int, float):
-            assert "low" in f.metadata, f.name
+    hints = typing.get_type_hints(cls, include_extras=True)
+    assert not [name for name, kind in hints.items() if kind in (int, float)]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

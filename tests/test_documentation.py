@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from afa.config import field_docs
+from afa.config.keys import all_keys, keys_markdown
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src" / "afa").rglob("*.py"))
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-SECTIONS = sorted({key.split(".")[0] for key in field_docs()})
+SECTIONS = sorted({key.name.split(".")[0] for key in all_keys()})
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -97,12 +97,17 @@ def test_every_configuration_field_has_a_text_under_it() -> None:
                 is_text = isinstance(follower, ast.Expr) and isinstance(follower.value, ast.Constant)
                 assert is_text, f"{node.name}.{ast.unparse(member.target)}"
                 checked += 1
-    assert checked == len(field_docs()) + 1, "every field of every section, and the preset"
+    assert checked == len(all_keys()) + 1, "every field of every section, and the preset"
+
+
+def test_the_page_of_keys_is_what_the_schema_says() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == keys_markdown(), "afa keys --markdown > docs/configuration.md"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=relative)
 def test_pages_name_only_existing_configuration_keys(path: Path) -> None:
-    known = set(field_docs())
+    known = {key.name for key in all_keys()}
     pattern = rf"(?<![\w./])({'|'.join(SECTIONS)})\.([a-z_0-9]+)\b(?!\()"
     for section, key in re.findall(pattern, path.read_text(encoding="utf-8")):
         is_file = key in {"txt", "csv", "json", "jsonl", "toml", "md", "py", "npz", "png"}

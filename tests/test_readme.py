@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from afa.cli import build_parser
-from afa.config import field_docs, load_config
+from afa.config import load_config
+from afa.config.keys import all_keys
 from afa.inference.predictor import Prediction
 from afa.runs import auto as defaults
 
@@ -56,7 +57,7 @@ def test_afa_commands_are_accepted(arguments: list[str]) -> None:
     rest, overrides = [], {}
     words = iter(arguments)
     for word in words:
-        if word.removeprefix("--") in field_docs():
+        if word.removeprefix("--") in {key.name for key in all_keys()}:
             overrides[word.removeprefix("--")] = next(words)
         else:
             rest.append(word)

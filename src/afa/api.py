@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -27,7 +27,6 @@ from afa.demo.write import MARKER_NAME, write_shapes
 from afa.errors import AfaError
 from afa.evaluation import evaluate as evaluation
 from afa.evaluation.evaluate import EvaluationResult, first_images
-from afa.evaluation.protocols import CRF
 from afa.evaluation.tags import TagResult, evaluate_tags
 from afa.formats.voc_test import SubmissionCheck, check_voc_test
 from afa.formats.write import mask_items, parse_formats, write_format
@@ -368,8 +367,7 @@ def predict(
     config = run_config(run, overrides)
     loaded = load_run(run, pick_device(config.train.device))
     if crf:
-        refined = cast(Any, config.evaluation.protocol.removesuffix(CRF) + CRF)
-        config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, protocol=refined))
+        config = dataclasses.replace(config, evaluation=config.evaluation.with_crf(True))
     predictor = Predictor(loaded.network, loaded.classes, config=config)
     summary = prediction.predict_files(
         predictor,

@@ -62,104 +62,148 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise AfaError(f"{message}; see {self.prog} --help")
 
+    def format_help(self) -> str:
+        text = super().format_help()
+        if self.prog != "afa train":
+            return text
+        from afa.config.keys import common_text
+
+        return f"{text}\n{common_text()}\n"
+
+
+def _argument(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return names, settings
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+_RUN = _argument("folder", metavar="RUN", help="run folder")
+_OUT_RUN = _argument("--out", required=True, metavar="RUN", help="run folder")
+_DATA = _argument("--data", required=True, metavar="DIR", help="folder of the data set")
+_PRESET = _argument("--preset", metavar="NAME", help="starting values: paper, paper_coco, rrm or demo")
+_JSON = _argument("--json", metavar="FILE", help="also write the figures here; - is standard output")
+_FORMATS = _argument("--format", metavar="NAMES", help=_FORMAT_HELP)
+
+_NETWORK = (
+    _argument("--device", metavar="auto|cpu|cuda|mps", help="where to compute (default: auto)"),
+    _argument("--seed", metavar="N", help="seed of everything random"),
+    _argument("--precision", metavar="auto|fp32|bf16|fp16", help="arithmetic of the network"),
+)
+"""Flags of every command that runs the network."""
+
+_DEMO = (
+    _argument("--out", default="runs/demo", metavar="RUN", help="run folder (default: %(default)s)"),
+    _argument("--smoke", action="store_true", help="a few steps only, to see that everything runs"),
+    _argument("--resume", action="store_true", help="go on with the run in RUN"),
+)
+_CHECK = (
+    _argument("data", metavar="DIR", help="folder of the data set, in any layout of docs/data.md"),
+    _argument("--config", metavar="FILE", help="TOML configuration of the training to come"),
+    _PRESET,
+    _argument("--out", metavar="OUT", help="also write check.html and check.json there"),
+    _JSON,
+    _argument("--fast", action="store_true", help="tags and counts only: read no image, try no training step"),
+    _argument("--limit", type=_positive, metavar="N", help="read only N images, evenly spread"),
+)
+_TRAIN = (
+    _argument("folder", nargs="?", metavar="DIR", help="folder of the data set; alone, it decides all settings"),
+    _argument("--config", metavar="FILE", help="TOML configuration"),
+    _PRESET,
+    _OUT_RUN,
+    _argument("--resume", action="store_true", help="go on with the run in RUN, exactly"),
+)
+_EVALUATE = (
+    _RUN,
+    _DATA,
+    _argument("--list", metavar="FILE", help="image names, one a line (default: those for validation)"),
+    _argument(
+        "--protocol", choices=("single", "multiscale", "single+crf", "multiscale+crf"), help="default: that of the run"
+    ),
+    _argument(
+        "--labels",
+        choices=("seg", "cam", "propagated", "initial", "refined"),
+        default="seg",
+        help="what is scored; all but seg use the images' true tags (default: %(default)s)",
+    ),
+    _argument("--refine", action="store_true", help="refine cam or propagated scores by the image first"),
+    _argument("--boundary", action="store_true", help="also score the boundary IoU"),
+    _argument("--limit", type=_positive, metavar="N", help="only the first N images"),
+    _JSON,
+)
+_PREDICT = (
+    _RUN,
+    _argument("images", nargs="+", metavar="IMAGES", help="image files or folders"),
+    _argument("--out", required=True, metavar="DIR", help="folder of the results"),
+    _argument("--tags", metavar="FILE", help="tags of the images: only tagged classes are predicted"),
+    _argument("--scores", action="store_true", help="also write class scores"),
+    _argument("--crf", action="store_true", help="refine the masks by the dense CRF"),
+    _argument("--resume", action="store_true", help="go on with the masks that are in --out already"),
+    _argument("--no-overlay", action="store_true", help="write no color overlays"),
+    _FORMATS,
+)
+_PSEUDO = (
+    _RUN,
+    _DATA,
+    _argument("--out", required=True, metavar="DIR", help="folder of the labels"),
+    _argument("--list", metavar="FILE", help="image names, one a line (default: those to train on)"),
+    _argument("--kind", choices=("refined", "initial", "propagated", "cam"), default="refined"),
+    _FORMATS,
+)
+_EXPORT = (
+    _argument("folder", metavar="RUN", help="run folder, or a folder or hub id of save_pretrained"),
+    _argument("--format", required=True, choices=("onnx", "torch", "hf"), help="hf is a folder"),
+    _argument("--out", required=True, metavar="PATH", help="file .onnx or .pt2, or folder (hf)"),
+    _argument("--check", metavar="DIR", help="images to compare with PyTorch on (default: generated ones)"),
+    _argument("--opset", type=_positive, metavar="N", help="version of ONNX's operators, 18 or newer"),
+)
+_CHECK_VOC = (
+    _argument("archive", metavar="ARCHIVE", help="what --format voc_test wrote, or any other"),
+    _argument("--list", metavar="FILE", help="names of the test images, one a line"),
+    _argument("--images", metavar="DIR", help="folder of the test images, for their sizes"),
+)
+_REPORT = (
+    _argument("folders", nargs="+", metavar="RUN", help="run folder; several with --compare"),
+    _argument("--compare", action="store_true", help="tables of the runs' figures beside the paper's"),
+    _argument("--out", metavar="DIR", help="--compare: also write compare.html and compare.json there"),
+    _argument("--figures", action="store_true", help="also draw the paper's figures, as RUN/figures/*.png"),
+    _argument("--data", metavar="DIR", help="--figures: folder of the data set (default: that of the run)"),
+)
+_KEYS = (
+    _argument("word", nargs="?", metavar="SECTION|WORD", help="only the keys of a section, or those with a word"),
+    _argument("--markdown", action="store_true", help="the page docs/configuration.md"),
+)
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Parser of everything but `--SECTION.KEY VALUE`, which `main` takes out before."""
     parser = _Parser(
         prog="afa",
         description="Image-level tags in, segmentation masks out.",
-        epilog="Any key of the configuration is a flag: --SECTION.KEY VALUE, such as --schedule.max_steps 1000.",
+        epilog="Any key of the configuration is a flag: --SECTION.KEY VALUE, such as --schedule.max_steps 1000; "
+        "afa keys lists them.",
     )
     parser.add_argument("--version", action="version", version=f"afa {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    demo = _add(commands, "demo", _demo, "train on generated images and write a report; a few minutes on a laptop")
-    demo.add_argument("--out", default="runs/demo", metavar="RUN", help="run folder (default: %(default)s)")
-    demo.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
-    demo.add_argument("--resume", action="store_true", help="go on with the run in RUN")
-
-    check = _add(commands, "check", _check, "look a data set over: tags, every image, what training would cost here")
-    check.add_argument("data", metavar="DIR", help="folder of the data set, in any layout of docs/data.md")
-    check.add_argument("--config", metavar="FILE", help="TOML configuration of the training to come")
-    check.add_argument("--preset", metavar="NAME", help="starting values: paper, paper_coco or demo")
-    check.add_argument("--out", metavar="OUT", help="also write check.html and check.json there")
-    check.add_argument("--json", metavar="FILE", help="also write the figures here; - is standard output")
-    check.add_argument("--fast", action="store_true", help="tags and counts only: read no image, try no training step")
-    check.add_argument("--limit", type=_positive, metavar="N", help="read only N images, evenly spread")
-
-    train = _add(commands, "train", _train, "train from tags, evaluate, report")
-    train.add_argument(
-        "folder", nargs="?", metavar="DIR", help="folder of the data set; alone, it decides all settings"
-    )
-    train.add_argument("--config", metavar="FILE", help="TOML configuration")
-    train.add_argument("--preset", metavar="NAME", help="starting values: paper, paper_coco or demo")
-    train.add_argument("--out", required=True, metavar="RUN", help="run folder")
-    train.add_argument("--resume", action="store_true", help="go on with the run in RUN, exactly")
-
-    evaluate = _add(commands, "evaluate", _evaluate, "score a run against masks")
-    evaluate.add_argument("folder", metavar="RUN", help="run folder")
-    evaluate.add_argument("--data", required=True, metavar="DIR", help="folder of the data set")
-    evaluate.add_argument("--list", metavar="FILE", help="image names, one a line (default: those for validation)")
-    protocols = ("single", "multiscale", "single+crf", "multiscale+crf")
-    evaluate.add_argument("--protocol", choices=protocols, help="default: that of the run")
-    evaluate.add_argument(
-        "--labels",
-        choices=("seg", "cam", "propagated", "initial", "refined"),
-        default="seg",
-        help="what is scored; all but seg use the images' true tags (default: %(default)s)",
-    )
-    evaluate.add_argument("--refine", action="store_true", help="refine cam or propagated scores by the image first")
-    evaluate.add_argument("--boundary", action="store_true", help="also score the boundary IoU")
-    evaluate.add_argument("--limit", type=_positive, metavar="N", help="only the first N images")
-    evaluate.add_argument("--json", metavar="FILE", help="also write the figures here; - is standard output")
-
-    predict = _add(commands, "predict", _predict, "segment images")
-    predict.add_argument("folder", metavar="RUN", help="run folder")
-    predict.add_argument("images", nargs="+", metavar="IMAGES", help="image files or folders")
-    predict.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
-    predict.add_argument("--tags", metavar="FILE", help="tags of the images: only tagged classes are predicted")
-    predict.add_argument("--scores", action="store_true", help="also write class scores")
-    predict.add_argument("--crf", action="store_true", help="refine the masks by the dense CRF")
-    predict.add_argument("--resume", action="store_true", help="go on with the masks that are in --out already")
-    predict.add_argument("--no-overlay", action="store_true", help="write no color overlays")
-    predict.add_argument("--format", metavar="NAMES", help=_FORMAT_HELP)
-
-    pseudo = _add(commands, "pseudo", _pseudo, "write pseudo labels of tagged images")
-    pseudo.add_argument("folder", metavar="RUN", help="run folder")
-    pseudo.add_argument("--data", required=True, metavar="DIR", help="folder of the data set")
-    pseudo.add_argument("--out", required=True, metavar="DIR", help="folder of the labels")
-    pseudo.add_argument("--list", metavar="FILE", help="image names, one a line (default: those to train on)")
-    pseudo.add_argument("--kind", choices=("refined", "initial", "propagated", "cam"), default="refined")
-    pseudo.add_argument("--format", metavar="NAMES", help=_FORMAT_HELP)
-
-    check_voc = _add(commands, "check-voc", _check_voc, "check an archive for PASCAL VOC's test server", network=False)
-    check_voc.add_argument("archive", metavar="ARCHIVE", help="what --format voc_test wrote, or any other")
-    check_voc.add_argument("--list", metavar="FILE", help="names of the test images, one a line")
-    check_voc.add_argument("--images", metavar="DIR", help="folder of the test images, for their sizes")
-
-    export = _add(commands, "export", _export, "write the network as a file for other programs", network=False)
-    export.add_argument("folder", metavar="RUN", help="run folder, or a folder or hub id of save_pretrained")
-    export.add_argument("--format", required=True, choices=("onnx", "torch", "hf"), help="hf is a folder")
-    export.add_argument("--out", required=True, metavar="PATH", help="file .onnx or .pt2, or folder (hf)")
-    export.add_argument("--check", metavar="DIR", help="images to compare with PyTorch on (default: generated ones)")
-    export.add_argument("--opset", type=_positive, metavar="N", help="version of ONNX's operators, 18 or newer")
-
-    report = _add(commands, "report", _report, "write report.html and report.json anew", network=False)
-    report.add_argument("folders", nargs="+", metavar="RUN", help="run folder; several with --compare")
-    report.add_argument("--compare", action="store_true", help="tables of the runs' figures beside the paper's")
-    report.add_argument("--out", metavar="DIR", help="--compare: also write compare.html and compare.json there")
-    report.add_argument("--figures", action="store_true", help="also draw the paper's figures, as RUN/figures/*.png")
-    report.add_argument("--data", metavar="DIR", help="--figures: folder of the data set (default: that of the run)")
-    return parser
-
-
-def _add(commands: Any, name: str, run: Any, text: str, *, network: bool = True) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(run=run)
-    if network:
-        parser.add_argument("--device", metavar="auto|cpu|cuda|mps", help="where to compute (default: auto)")
-        parser.add_argument("--seed", metavar="N", help="seed of everything random")
-        parser.add_argument("--precision", metavar="auto|fp32|bf16|fp16", help="arithmetic of the network")
+    for name, run, text, arguments in (
+        ("demo", _demo, "train on generated images and write a report; a few minutes on a laptop", _DEMO + _NETWORK),
+        ("check", _check, "look a data set over: tags, every image, what training would cost here", _CHECK + _NETWORK),
+        ("train", _train, "train from tags, evaluate, report", _TRAIN + _NETWORK),
+        ("evaluate", _evaluate, "score a run against masks", _EVALUATE + _NETWORK),
+        ("predict", _predict, "segment images", _PREDICT + _NETWORK),
+        ("pseudo", _pseudo, "write pseudo labels of tagged images", _PSEUDO + _NETWORK),
+        ("check-voc", _check_voc, "check an archive for PASCAL VOC's test server", _CHECK_VOC),
+        ("export", _export, "write the network as a file for other programs", _EXPORT),
+        ("report", _report, "write report.html and report.json anew", _REPORT),
+        ("keys", _keys, "list the keys of the configuration: default, range, unit, source", _KEYS),
+    ):
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command.set_defaults(run=run)
+        for names, settings in arguments:
+            command.add_argument(*names, **settings)
     return parser
 
 
@@ -182,12 +226,6 @@ def _take_keys(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
                 raise AfaError(f"--{key} has no value; write --{key} VALUE")
         overrides[key] = value
     return left, overrides
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def _demo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
@@ -348,6 +386,17 @@ def _report(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
         return 0
     for path in report(runs[0], figures=arguments.figures, data=arguments.data):
         print(path)
+    return 0
+
+
+def _keys(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    _refuse_keys("keys", overrides)
+    from afa.config.keys import all_keys, find_keys, keys_markdown, keys_text
+
+    if arguments.markdown:
+        sys.stdout.write(keys_markdown())
+    else:
+        sys.stdout.write(keys_text(find_keys(arguments.word) if arguments.word else all_keys()))
     return 0
 
 

@@ -1,7 +1,7 @@
 """Every knob of afa, typed: a preset, then a TOML file, then flags, give one frozen `Config`."""
 
+from afa.config.load import PRESETS, check_config, config_from_dict, config_to_dict, config_to_toml, load_config
 from afa.config.schema import (
-    PRESETS,
     SUPERVISION_NAMES,
     AugmentConfig,
     Config,
@@ -13,17 +13,12 @@ from afa.config.schema import (
     Pooling,
     Precision,
     Propagation,
+    Protocol,
     PseudoConfig,
     Refinement,
     ScheduleConfig,
     Supervision,
     TrainConfig,
-    check_config,
-    config_from_dict,
-    config_to_dict,
-    config_to_toml,
-    field_docs,
-    load_config,
 )
 
 __all__ = [
@@ -39,6 +34,7 @@ __all__ = [
     "Pooling",
     "Precision",
     "Propagation",
+    "Protocol",
     "PseudoConfig",
     "Refinement",
     "ScheduleConfig",
@@ -48,6 +44,5 @@ __all__ = [
     "config_from_dict",
     "config_to_dict",
     "config_to_toml",
-    "field_docs",
     "load_config",
 ]

@@ -9,14 +9,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from afa.config import Config, EvaluationConfig
+from afa.config import Config, EvaluationConfig, Protocol
 from afa.errors import AfaError
 from afa.filtering.crf import CrfSettings, dense_crf
 from afa.model.network import AfaNetwork
@@ -24,11 +24,8 @@ from afa.pseudo.pipeline import infer_pseudo
 from afa.runtime import autocast
 from afa.types import NetworkOutput, normalize_image
 
-PROTOCOLS: Final = ("single", "multiscale", "single+crf", "multiscale+crf")
+PROTOCOLS: Final = get_args(Protocol)
 """Names of the segmentation protocols."""
-
-CRF: Final = "+crf"
-"""End of the names of protocols whose softmax goes through the dense CRF."""
 
 PSEUDO_LABELS: Final = ("cam", "propagated", "initial", "refined")
 """Kinds of pseudo label: CAM, propagated CAM, refined CAM (initial), refined propagated CAM (refined)."""
@@ -121,17 +118,17 @@ def view_sizes(size: tuple[int, int], config: Config) -> tuple[tuple[int, int], 
     """
     height, width = size
     evaluation = config.evaluation
-    if evaluation.protocol.removesuffix(CRF) == "single":
-        factors = [evaluation.short_side / min(size) if evaluation.short_side else 1.0]
-    else:
+    if evaluation.multiscale:
         factors = [scale * evaluation.long_side / max(size) for scale in evaluation.scales]
+    else:
+        factors = [evaluation.short_side / min(size) if evaluation.short_side else 1.0]
     return tuple((max(MIN_SIDE, round(height * f)), max(MIN_SIDE, round(width * f))) for f in factors)
 
 
 def group_sizes(size: tuple[int, int], config: Config) -> tuple[tuple[int, int], ...]:
     """Sizes by which images are put into batches: `view_sizes`, and for the CRF the image's own, its largest work."""
     sizes = view_sizes(size, config)
-    return (*sizes, size) if config.evaluation.protocol.endswith(CRF) else sizes
+    return (*sizes, size) if config.evaluation.crf else sizes
 
 
 @torch.inference_mode()
@@ -165,8 +162,7 @@ def logit_maps(
     Source:
         docs/method.md, "Evaluation".
     """
-    protocol = config.evaluation.protocol
-    check_choice(protocol, PROTOCOLS, what="protocol")
+    check_choice(config.evaluation.protocol, PROTOCOLS, what="protocol")
     device = next(network.parameters()).device
     pixels = [normalize_image(image_tensor(image, device=device)) for image in images]  # (1, 3, H, W) each
     sizes = {view_sizes((image.shape[2], image.shape[3]), config) for image in pixels}
@@ -176,7 +172,7 @@ def logit_maps(
     maps = [LogitMaps(tuple(scale[i] for scale, _ in passes), image_logits[i]) for i in range(len(images))]
     allowed = allowed or [None] * len(maps)
     maps = [each.allow(classes) for each, classes in zip(maps, allowed, strict=True)]
-    if not protocol.endswith(CRF):
+    if not config.evaluation.crf:
         return maps
     # Repeated after the CRF, which gives every class at least a small probability.
     refined = _through_crf(maps, images, config=config.evaluation)
@@ -187,7 +183,7 @@ def _view_logits(
     network: AfaNetwork, pixels: Sequence[Tensor], size: tuple[int, int], config: Config
 ) -> tuple[Tensor, Tensor]:
     """(B, K, h, w) segmentation and (B, C) image logits of normalized images seen at one size."""
-    multiscale = config.evaluation.protocol.removesuffix(CRF) == "multiscale"
+    multiscale = config.evaluation.multiscale
     view = torch.cat([_resize(image, size, antialias=not multiscale) for image in pixels])  # (B, 3, H', W')
     if multiscale:
         view = torch.cat([view, view.flip(-1)])  # (2 B, 3, H', W')

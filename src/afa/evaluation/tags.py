@@ -15,7 +15,7 @@ import torch
 from afa.config import Config
 from afa.data.dataset import TaggedImages
 from afa.evaluation.evaluate import image_batches, rounded
-from afa.evaluation.protocols import CRF, PROTOCOLS, check_choice, logit_maps
+from afa.evaluation.protocols import PROTOCOLS, check_choice, logit_maps
 from afa.model.network import AfaNetwork
 from afa.runtime import ALONE, Processes
 
@@ -77,8 +77,7 @@ def evaluate_tags(
         AfaError: Unknown protocol; class counts differ; an image is broken.
     """
     check_choice(config.evaluation.protocol, PROTOCOLS, what="protocol")
-    protocol: Any = config.evaluation.protocol.removesuffix(CRF)
-    config = replace(config, evaluation=replace(config.evaluation, protocol=protocol))
+    config = replace(config, evaluation=config.evaluation.with_crf(False))
     started = time.monotonic()
     device = next(network.parameters()).device
     counts = torch.zeros(3, network.num_classes, dtype=torch.int64, device=device)  # hits, found, true
@@ -97,7 +96,7 @@ def evaluate_tags(
             name: _f1(hit, count)
             for name, hit, count in zip(images.classes, hits.tolist(), either.tolist(), strict=True)
         },
-        protocol=protocol,
+        protocol=config.evaluation.protocol,
         num_images=len(images),
         seconds=time.monotonic() - started,
     )

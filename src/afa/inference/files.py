@@ -25,7 +25,6 @@ from afa.data.images import find_images, image_name
 from afa.errors import AfaError
 from afa.evaluation.evaluate import resolve_batch_size
 from afa.evaluation.protocols import (
-    CRF,
     PSEUDO_LABELS,
     check_choice,
     host_tensor,
@@ -178,14 +177,14 @@ def _pseudo_task(
 
 def _prediction_stamp(predictor: Predictor, tags: Mapping[str, Sequence[str]], *, scores: bool) -> dict[str, Any]:
     config = predictor.config.evaluation
-    views = ("short_side",) if config.protocol.removesuffix(CRF) == "single" else ("long_side", "scales")
+    views = ("long_side", "scales") if config.multiscale else ("short_side",)
     known = sorted((name, sorted(found)) for name, found in tags.items())
     return {
         "made": "predictions",
         "weights": _weights_digest(predictor.network),
         "protocol": config.protocol,
         **{key: getattr(config, key) for key in views},
-        **(_crf_settings(config) if config.protocol.endswith(CRF) else {}),
+        **(_crf_settings(config) if config.crf else {}),
         "max_side": predictor.max_side,
         "precision": predictor.config.train.precision,
         "tags": hashlib.sha256(json.dumps(known).encode()).hexdigest() if known else None,

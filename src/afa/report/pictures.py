@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Final
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from afa.config import Config, Propagation, PseudoConfig
 from afa.data.dataset import MaskedImages, TaggedImages
 from afa.data.open import open_data
 from afa.errors import AfaError
-from afa.evaluation.protocols import CRF, image_tensor, logit_maps, pseudo_view
+from afa.evaluation.protocols import image_tensor, logit_maps, pseudo_view
 from afa.model.network import AfaNetwork
 from afa.pseudo.cam import multi_scale_cam
 from afa.pseudo.pipeline import infer_pseudo
@@ -216,10 +216,9 @@ class _Seen:
         """(C,) the tagged classes."""
         return self.tags[0] > 0
 
-    def segment(self, network: AfaNetwork, config: Config, protocol: str) -> Tensor:
-        """(H, W) mask under a protocol, in full precision."""
-        evaluation = replace(config.evaluation, protocol=cast(Any, protocol))
-        train = replace(config.train, precision="fp32")
+    def segment(self, network: AfaNetwork, config: Config, *, crf: bool) -> Tensor:
+        """(H, W) mask under the protocol, with the dense CRF or without it, in full precision."""
+        evaluation, train = config.evaluation.with_crf(crf), replace(config.train, precision="fp32")
         (maps,) = logit_maps(network, [self.pixels], replace(config, evaluation=evaluation, train=train))
         return maps.label((self.pixels.shape[0], self.pixels.shape[1]))
 
@@ -238,7 +237,7 @@ def _example_pictures(network: AfaNetwork, config: Config, seen: _Seen) -> dict[
         "cam": blend_heat(seen.picture, pseudo["cam"][seen.present]),
         "propagated": blend_heat(seen.picture, _shares(pseudo["propagated"])[seen.present]),
         "pseudo": blend_label(seen.picture, pseudo["refined_label"]),
-        "prediction": blend_label(seen.picture, seen.segment(network, config, config.evaluation.protocol)),
+        "prediction": blend_label(seen.picture, seen.segment(network, config, crf=config.evaluation.crf)),
     }
     return drawn if seen.truth is None else drawn | {"truth": blend_label(seen.picture, seen.truth)}
 
@@ -289,8 +288,7 @@ def _label_rows(network: AfaNetwork, config: Config, seen: _Seen) -> Iterator[_R
 
 
 def _result_rows(network: AfaNetwork, config: Config, seen: _Seen) -> Iterator[_Row]:
-    protocol = config.evaluation.protocol.removesuffix(CRF)
-    labels = [seen.segment(network, config, each) for each in (protocol, protocol + CRF)]
+    labels = [seen.segment(network, config, crf=crf) for crf in (False, True)]
     yield _labeled(seen, [*labels, seen.truth])
 
 

@@ -1,0 +1,240 @@
+"""A preset, then a TOML file, then flags give one checked `Config`, and back.
+
+Unknown keys, wrong types and values out of range are errors that name the key, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import json
+import tomllib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from afa.config.schema import Config
+from afa.errors import AfaError
+
+PRESETS = ("paper", "paper_coco", "rrm", "demo")
+"""Names of starting values, each a file in presets/."""
+
+
+def load_config(
+    path: str | Path | None = None, overrides: Mapping[str, Any] | None = None, *, preset: str | None = None
+) -> Config:
+    """Build the configuration: preset, then TOML file, then overrides.
+
+    Args:
+        path: TOML file with `preset` and one table per section, or None.
+        overrides: Dotted keys, such as `{"schedule.max_steps": 100}`; texts are parsed as the field's type.
+        preset: Name that wins over the file's `preset`.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        AfaError: The file is missing or not TOML; a key is unknown; a value has the wrong type or is out of range.
+    """
+    origin = "configuration" if path is None else str(path)
+    tree = {} if path is None else _read_toml(Path(path))
+    name = tree.pop("preset", "paper") if preset is None else preset
+    tree.pop("preset", None)
+    if name not in PRESETS:
+        raise AfaError(f"{origin}: preset is {name!r}; use one of {', '.join(PRESETS)}")
+    merged = _read_toml(Path(__file__).parent / "presets" / f"{name}.toml")
+    for section, values in tree.items():
+        if section not in sections():
+            raise AfaError(f"{origin}: unknown section [{section}]; {nearest(section, list(sections()))}")
+        if not isinstance(values, dict):
+            raise AfaError(f"{origin}: {section} is {values!r}; write a table [{section}] with keys")
+        merged.setdefault(section, {}).update(values)
+    for key, value in (overrides or {}).items():
+        section, _, field = key.partition(".")
+        if section not in sections() or not field:
+            allowed = [f"{name}.{f.name}" for name, cls in sections().items() for f in dataclasses.fields(cls)]
+            raise AfaError(f"unknown key {key}; {nearest(key, allowed)}")
+        merged.setdefault(section, {})[field] = value
+    return config_from_dict(merged | {"preset": name}, origin=origin)
+
+
+def config_from_dict(tree: Mapping[str, Any], *, origin: str) -> Config:
+    """Rebuild a configuration from what `config_to_dict` gave.
+
+    Args:
+        tree: Nested dictionary; what it leaves out has its default.
+        origin: File it came from, for messages.
+
+    Raises:
+        AfaError: As `load_config`.
+    """
+    unknown = set(tree) - set(sections()) - {"preset"}
+    if unknown:
+        raise AfaError(f"{origin}: unknown section {min(unknown)!r}; {nearest(min(unknown), list(sections()))}")
+    built: dict[str, Any] = {}
+    for section, cls in sections().items():
+        kinds = typing.get_type_hints(cls, include_extras=True)
+        values = tree.get(section, {})
+        for key in values:
+            if key not in kinds:
+                raise AfaError(f"{origin}: unknown key {section}.{key}; {nearest(key, list(kinds))}")
+        built[section] = cls(**{key: _convert(f"{section}.{key}", value, kinds[key]) for key, value in values.items()})
+    config = Config(preset=str(tree.get("preset", "paper")), **built)
+    check_config(config)
+    return config
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Nested dictionary of plain values (tuples become lists), ready for JSON."""
+    result: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return result
+
+
+def config_to_toml(config: Config) -> str:
+    """The resolved configuration as TOML that `load_config` reads back to an equal one."""
+    # JSON's texts, numbers, booleans and lists are TOML's.
+    lines = [f"preset = {json.dumps(config.preset)}"]
+    for section, values in config_to_dict(config).items():
+        if section != "preset":
+            lines += ["", f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    return "\n".join(lines) + "\n"
+
+
+def check_config(config: Config) -> None:
+    """Check what single ranges cannot: relations between keys.
+
+    Raises:
+        AfaError: Two keys contradict each other; the message names both.
+    """
+    for message in _contradictions(config):
+        raise AfaError(message)
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    schedule, pseudo, augment, train = config.schedule, config.pseudo, config.augment, config.train
+    low, high = pseudo.background_low, pseudo.background_high
+    if low > high:
+        yield (
+            f"pseudo.background_low is {low}, above pseudo.background_high ({high}); the low score must not exceed the "
+            "high one"
+        )
+    if augment.scale_min > augment.scale_max:
+        yield f"augment.scale_min is {augment.scale_min}, above augment.scale_max ({augment.scale_max}); swap them"
+    if config.model.backbone.startswith("mit_") and augment.crop_size % 32:
+        yield f"augment.crop_size is {augment.crop_size}; use a multiple of 32"
+    if schedule.refined_steps < schedule.cls_steps:
+        yield (
+            f"schedule.refined_steps is {schedule.refined_steps}, before schedule.cls_steps ({schedule.cls_steps}); "
+            "phases must follow each other"
+        )
+    for key, values in (
+        ("pseudo.scales", pseudo.scales),
+        ("pseudo.dilations", pseudo.dilations),
+        ("evaluation.scales", config.evaluation.scales),
+    ):
+        if not values:
+            yield f"{key} is empty; give at least one value"
+    if pseudo.reuse_training_pass and 1.0 not in pseudo.scales:
+        yield f"pseudo.reuse_training_pass is true, yet pseudo.scales {pseudo.scales} has no 1.0 to reuse; add it"
+    if pseudo.label_rule == "threshold" and pseudo.crf:
+        yield "pseudo.crf is true and pseudo.label_rule is 'threshold', which has no probabilities; use two_pass"
+    if pseudo.label_rule == "threshold" and pseudo.refinement == "crf":
+        yield (
+            "pseudo.refinement is crf, which refines class scores beside a background, and pseudo.label_rule is "
+            "threshold, which has no background; use two_pass"
+        )
+    if train.feature_cache:
+        if train.supervision == "masks":
+            yield "train.feature_cache is true, and train.supervision is masks, which it does not know; switch it off"
+        if not config.model.freeze_blocks:
+            yield (
+                "train.feature_cache is true, but model.freeze_blocks is 0: nothing stays the same that could be kept; "
+                "freeze the first blocks, or set it to false"
+            )
+        if not augment.whole_images:
+            yield (
+                "train.feature_cache is true, but augment.whole_images is false: random crops cannot be kept; set "
+                "both to true, or neither"
+            )
+    for name in config.data.class_subset:
+        if config.data.classes and name not in config.data.classes:
+            yield f"data.class_subset names {name!r}, which is not in data.classes"
+
+
+@functools.cache
+def sections() -> dict[str, type[Any]]:
+    """The dataclass of each section, by its name."""
+    return {name: cls for name, cls in typing.get_type_hints(Config).items() if cls is not str}
+
+
+def nearest(name: str, allowed: Sequence[str]) -> str:
+    """'did you mean' when one name is close, then the allowed ones.
+
+    >>> nearest("modell", ["data", "model"])
+    'did you mean model? allowed: data, model'
+    """
+    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.75)
+    return f"{f'did you mean {close[0]}? ' if close else ''}allowed: {', '.join(allowed)}"
+
+
+def allowed_values(kind: Any) -> str:
+    """What a key of a type may be, in words.
+
+    >>> allowed_values(Annotated[int, msgspec.Meta(ge=1)])
+    'a whole number, 1 or more'
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin is tuple:
+        many = "a list" if arguments[-1] is Ellipsis else f"{len(arguments)} values"
+        return f"{many}, such as 1,2,3, each {allowed_values(arguments[0])}"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    if origin is not Annotated:
+        return words[kind]
+    meta = kind.__metadata__[0]
+    span = f"{meta.ge:,.12g} or more" if meta.le is None else f"{meta.ge:,.12g} to {meta.le:,.12g}"
+    return f"{words[arguments[0]]}, {span}"
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AfaError(f"{path}: no such configuration file; pass --config FILE.toml") from None
+    except tomllib.TOMLDecodeError as error:
+        raise AfaError(f"{path}: not valid TOML: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise AfaError(f"{path}: cannot be read as a configuration file ({error})") from None
+
+
+def _convert(key: str, value: Any, kind: Any) -> Any:
+    """Turn a TOML or flag value into the field's type, or raise an error that names the key."""
+    value = _parse(value, kind)
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        raise AfaError(f"{key} is {value!r}; use {allowed_values(kind)}") from None
+
+
+def _parse(value: Any, kind: Any) -> Any:
+    """What a text stands for in a field of a type; other values, and texts that stand for nothing, as they are."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        if isinstance(value, str):
+            value = [part.strip(" '\"") for part in value.strip("[] ").split(",") if part.strip()]
+        return [_parse(item, arguments[0]) for item in value] if isinstance(value, list | tuple) else value
+    base = arguments[0] if typing.get_origin(kind) is Annotated else kind
+    if not isinstance(value, str):
+        return value
+    if base is bool:
+        return {"true": True, "false": False}.get(value.lower(), value)
+    for number in (int, float) if base in (int, float) else ():
+        with contextlib.suppress(ValueError):
+            return number(value)
+    return value
