@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from afa.config import Config, load_config
 from afa.errors import AfaError
-from afa.model.mit import MIT_SIZES
+from afa.model.families import MIT_SIZES
 from afa.model.network import AfaNetwork
 from afa.runs.network import build_network
 from afa.runtime import autocast, pick_device

@@ -40,7 +40,7 @@ def load_eager(backbone: Any) -> Any:
     config = copy.deepcopy(encoder.config)
     config._attn_implementation = "eager"
     family = getattr(backbone, "family", None)
-    eager = SegformerModel(config) if family is None else family.model(config, **family.options)
+    eager = SegformerModel(config) if family is None else type(encoder)(config, **family.options)
     missing, unexpected = eager.load_state_dict(encoder.state_dict(), strict=False)
     assert set(missing) <= {"embeddings.mask_token"}
     assert unexpected == []

@@ -135,6 +135,12 @@ def test_nothing_heavy_is_loaded(arguments: list[str]) -> None:
     assert not loaded & HEAVY
 
 
+def test_checking_tags_imports_no_transformers() -> None:
+    """It takes seconds to import, and `afa check --fast` builds no network."""
+    program = "import sys, afa.api, afa.model.registry; sys.exit('transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_help_answers_within_half_a_second() -> None:
     seconds = []
     for _ in range(5):

@@ -1,6 +1,7 @@
-"""The families of plain vision transformers and their sizes, as tables: what `afa.model.vit` has to know of each.
+"""The families of encoders and their sizes, as tables: what `afa.model.mit` and `afa.model.vit` have to know of each.
 
-A further family is a row of `TOKEN_FAMILIES`, a further encoder a row of `TOKEN_SIZES`.
+A further family is a row of `TOKEN_FAMILIES`, a further encoder a row of `TOKEN_SIZES`. The tables name classes of
+transformers, so that reading them does not import it, which takes seconds.
 """
 
 from __future__ import annotations
@@ -9,22 +10,39 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    DeiTConfig,
-    DeiTModel,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-    ViTConfig,
-    ViTModel,
-)
-
 from afa.types import IMAGE_MEAN, IMAGE_STD
+
+
+@dataclass(frozen=True)
+class MitSize:
+    """Channels, blocks and heads of the four stages; hub id of published weights, if there are any."""
+
+    channels: tuple[int, int, int, int]
+    depths: tuple[int, int, int, int]
+    heads: tuple[int, int, int, int] = (1, 2, 5, 8)
+    weights: str = ""
+
+    @property
+    def depth(self) -> int:
+        """Blocks of all stages."""
+        return sum(self.depths)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of transformers' configuration that say this."""
+        heads = list(self.heads)
+        return {"hidden_sizes": list(self.channels), "depths": list(self.depths), "num_attention_heads": heads}
+
+
+MIT_SIZES: Final[Mapping[str, MitSize]] = {
+    "mit_tiny": MitSize((16, 32, 64, 128), (1, 1, 1, 2), (1, 2, 4, 8)),
+    "mit_b0": MitSize((32, 64, 160, 256), (2, 2, 2, 2), weights="nvidia/mit-b0"),
+    "mit_b1": MitSize((64, 128, 320, 512), (2, 2, 2, 2), weights="nvidia/mit-b1"),
+    "mit_b2": MitSize((64, 128, 320, 512), (3, 4, 6, 3), weights="nvidia/mit-b2"),
+    "mit_b3": MitSize((64, 128, 320, 512), (3, 4, 18, 3), weights="nvidia/mit-b3"),
+    "mit_b4": MitSize((64, 128, 320, 512), (3, 8, 27, 3), weights="nvidia/mit-b4"),
+    "mit_b5": MitSize((64, 128, 320, 512), (3, 6, 40, 3), weights="nvidia/mit-b5"),
+}
+"""MiT-B0..B5 of the paper, and a tiny one of ours for generated data."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +51,8 @@ class TokenFamily:
 
     Attributes:
         title: Display name.
-        model: Class of the encoder in transformers.
-        config: Class of its configuration.
+        model: Name of the encoder's class in transformers.
+        config: Name of its configuration's class.
         patch: Path of the patch embedding, a convolution.
         positions: Path of the position embeddings.
         blocks: Path of the list of blocks.
@@ -51,8 +69,8 @@ class TokenFamily:
     """
 
     title: str
-    model: Any
-    config: Any
+    model: str
+    config: str
     patch: str
     positions: str
     blocks: str
@@ -124,12 +142,12 @@ _CONTRASTIVE: Final[Mapping[str, Any]] = {
 
 TOKEN_FAMILIES: Final[Mapping[str, TokenFamily]] = {
     "dinov2": TokenFamily(
-        "DINOv2", Dinov2Model, Dinov2Config, settings={"use_mask_token": False, "mlp_ratio": 4}, **_DINO
+        "DINOv2", "Dinov2Model", "Dinov2Config", settings={"use_mask_token": False, "mlp_ratio": 4}, **_DINO
     ),
     "dinov2_reg": TokenFamily(
         "DINOv2 with registers",
-        Dinov2WithRegistersModel,
-        Dinov2WithRegistersConfig,
+        "Dinov2WithRegistersModel",
+        "Dinov2WithRegistersConfig",
         unplaced_tokens=("embeddings.register_tokens",),
         antialias=True,
         settings={"num_register_tokens": 4, "mlp_ratio": 4},
@@ -137,8 +155,8 @@ TOKEN_FAMILIES: Final[Mapping[str, TokenFamily]] = {
     ),
     "vit": TokenFamily(
         "ViT",
-        ViTModel,
-        ViTConfig,
+        "ViTModel",
+        "ViTConfig",
         placed_tokens=("embeddings.cls_token",),
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
@@ -146,15 +164,15 @@ TOKEN_FAMILIES: Final[Mapping[str, TokenFamily]] = {
     ),
     "deit": TokenFamily(
         "distilled DeiT",
-        DeiTModel,
-        DeiTConfig,
+        "DeiTModel",
+        "DeiTConfig",
         placed_tokens=("embeddings.cls_token", "embeddings.distillation_token"),
         **_VIT,
     ),
     "clip": TokenFamily(
         "CLIP vision",
-        CLIPVisionModel,
-        CLIPVisionConfig,
+        "CLIPVisionModel",
+        "CLIPVisionConfig",
         placed_tokens=("embeddings.class_embedding",),
         first_norm="pre_layrnorm",
         mean=(0.48145466, 0.4578275, 0.40821073),
@@ -164,8 +182,8 @@ TOKEN_FAMILIES: Final[Mapping[str, TokenFamily]] = {
     ),
     "siglip": TokenFamily(
         "SigLIP vision",
-        SiglipVisionModel,
-        SiglipVisionConfig,
+        "SiglipVisionModel",
+        "SiglipVisionConfig",
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         settings={"vision_use_head": False},

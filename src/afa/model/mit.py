@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from torch import Tensor, nn
 from transformers import SegformerConfig, SegformerModel
@@ -17,43 +16,12 @@ from transformers import SegformerConfig, SegformerModel
 from afa.errors import AfaError
 from afa.model.attention import ATTENTION_NAME, Recorder
 from afa.model.backbone import Backbone, BackboneOutput, join_attention
+from afa.model.families import MIT_SIZES
 from afa.model.layers import speed_up
 from afa.model.weights import Architecture, build_encoder
 
 STRIDES: Final = (4, 2, 2, 1)
 """Stride of each patch embedding. The last stage keeps stride 16 (paper section 4.1; the reference)."""
-
-
-@dataclass(frozen=True)
-class MitSize:
-    """Channels, blocks and heads of the four stages; hub id of published weights, if there are any."""
-
-    channels: tuple[int, int, int, int]
-    depths: tuple[int, int, int, int]
-    heads: tuple[int, int, int, int] = (1, 2, 5, 8)
-    weights: str = ""
-
-    @property
-    def depth(self) -> int:
-        """Blocks of all stages."""
-        return sum(self.depths)
-
-    def settings(self) -> dict[str, Any]:
-        """The fields of transformers' configuration that say this."""
-        heads = list(self.heads)
-        return {"hidden_sizes": list(self.channels), "depths": list(self.depths), "num_attention_heads": heads}
-
-
-MIT_SIZES: Final[Mapping[str, MitSize]] = {
-    "mit_tiny": MitSize((16, 32, 64, 128), (1, 1, 1, 2), (1, 2, 4, 8)),
-    "mit_b0": MitSize((32, 64, 160, 256), (2, 2, 2, 2), weights="nvidia/mit-b0"),
-    "mit_b1": MitSize((64, 128, 320, 512), (2, 2, 2, 2), weights="nvidia/mit-b1"),
-    "mit_b2": MitSize((64, 128, 320, 512), (3, 4, 6, 3), weights="nvidia/mit-b2"),
-    "mit_b3": MitSize((64, 128, 320, 512), (3, 4, 18, 3), weights="nvidia/mit-b3"),
-    "mit_b4": MitSize((64, 128, 320, 512), (3, 8, 27, 3), weights="nvidia/mit-b4"),
-    "mit_b5": MitSize((64, 128, 320, 512), (3, 6, 40, 3), weights="nvidia/mit-b5"),
-}
-"""MiT-B0..B5 of the paper, and a tiny one of ours for generated data."""
 
 
 class MixTransformer(Backbone):

@@ -17,7 +17,6 @@ from afa.model.backbone import Backbone, BackboneOutput, FrozenTokens
 from afa.model.decoder import MlpDecoder
 from afa.model.heads import AffinityHead
 from afa.model.registry import build_backbone
-from afa.model.vit import TokenBackbone
 from afa.types import NetworkOutput
 
 
@@ -109,6 +108,8 @@ class AfaNetwork(nn.Module):
 
     def _encode(self, image: Tensor | FrozenTokens, *, attention: bool) -> BackboneOutput:
         if isinstance(image, FrozenTokens):
+            from afa.model.vit import TokenBackbone
+
             assert isinstance(self.backbone, TokenBackbone)
             return self.backbone.trainable(image, attention=attention)
         encoded: BackboneOutput = self.backbone(image, attention=attention)

@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import SegformerConfig
 
 from afa.errors import AfaError
 from afa.model.backbone import Backbone
-from afa.model.families import TOKEN_FAMILIES, TOKEN_SIZES, TokenSize
-from afa.model.mit import MIT_SIZES, MitSize, MixTransformer
-from afa.model.vit import TokenBackbone
+from afa.model.families import MIT_SIZES, TOKEN_FAMILIES, TOKEN_SIZES, MitSize, TokenSize
 from afa.model.weights import describe_encoder
 
 _MIT_LICENSE: Final = "NVIDIA, non-commercial"
@@ -93,12 +90,17 @@ def build_backbone(
         "attention_blocks": attention_blocks,
         "freeze_blocks": freeze_blocks,
     }
+    # Here, as transformers takes seconds to import and the tables above need none of it.
     if name in TOKEN_SIZES:
+        from afa.model.vit import TokenBackbone
+
         return TokenBackbone(name, weights, feature_levels=feature_levels, **shared)
     if feature_levels != _MIT_LEVELS:
         raise AfaError(
             f"model.feature_levels is {feature_levels}, but {name} has its {_MIT_LEVELS} stages; leave it at that"
         )
+    from afa.model.mit import MixTransformer
+
     return MixTransformer(name, weights, **shared)
 
 
@@ -130,7 +132,9 @@ def backbone_of(weights: str) -> str | None:
 
 def _fits(spec: BackboneSpec, stored: Mapping[str, Any]) -> bool:
     """Whether a configuration of transformers has the sizes of an encoder, made for images of whatever size."""
-    config = SegformerConfig if spec.kind == "mit" else TOKEN_FAMILIES[spec.kind].config
+    import transformers
+
+    config = getattr(transformers, "SegformerConfig" if spec.kind == "mit" else TOKEN_FAMILIES[spec.kind].config)
     try:
         described = describe_encoder(config, stored)
     except Exception:  # loading the weights reports what is wrong with it

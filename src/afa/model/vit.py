@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import Any, Final
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from afa.errors import AfaError
@@ -245,9 +246,10 @@ def _architecture(name: str, drop_path: float) -> Architecture:
     family, size = TOKEN_FAMILIES[shape.family], shape.settings()
     is_dino = "mlp_ratio" in family.settings
     own = {"drop_path_rate": drop_path} if is_dino else {"intermediate_size": 4 * shape.width}
-    config = family.config(**size, **own, **family.settings)
+    config = getattr(transformers, family.config)(**size, **own, **family.settings)
     config._attn_implementation = ATTENTION_NAME
-    return Architecture(name, family.title, family.model, config, sizes=tuple(size), options=family.options)
+    model = getattr(transformers, family.model)
+    return Architecture(name, family.title, model, config, sizes=tuple(size), options=family.options)
 
 
 def _prepare(encoder: Any, drop_path: float) -> None:

@@ -9,15 +9,17 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from afa.errors import AfaError, first_line, quiet
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _FOREIGN: Final = (
     *("classifier.", "cls_classifier.", "distillation_classifier.", "decode_head.", "head."),

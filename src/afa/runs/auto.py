@@ -14,7 +14,7 @@ import torch
 from afa.config import Config, load_config
 from afa.data.open import DataSet
 from afa.errors import AfaError
-from afa.model.mit import MitSize
+from afa.model.families import MitSize
 from afa.model.registry import BACKBONES, BackboneSpec, backbone_of
 from afa.runtime import resolve_precision
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -30,13 +30,15 @@ from afa.data.pixel_cache import PixelCache
 from afa.errors import AfaError
 from afa.model.backbone import FrozenTokens
 from afa.model.network import AfaNetwork
-from afa.model.vit import TokenBackbone
 from afa.pseudo.cam import ViewScore, scale_view
 from afa.runs.run import Run
 from afa.runtime import ALONE, Processes, autocast, duration, image_progress, interrupts, say
 from afa.training.feature_store import FeatureStore, format_gib, remove_store
 from afa.training.schedule import Phase, phase
 from afa.types import Batch, NetworkOutput, normalize_image
+
+if TYPE_CHECKING:
+    from afa.model.vit import TokenBackbone
 
 _VERSION: Final = 1
 """Of the views and of the rows' layout: raise it when either changes."""
@@ -235,6 +237,8 @@ def prepare_features(
         AfaError: The encoder cannot start from its middle; the cache does not fit into `train.feature_cache_gib` or on
             the disk; tokens are too large for fp16; an image cannot be read; stopped by Ctrl-C.
     """
+    from afa.model.vit import TokenBackbone  # here, as transformers takes seconds to import
+
     backbone = network.backbone
     if not isinstance(backbone, TokenBackbone):
         raise AfaError(
