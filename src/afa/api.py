@@ -123,25 +123,14 @@ def train_and_report(
                 say("some validation images have no tags: CAM and propagated CAM, which need them, are not scored")
             for labels in SCORED_LABELS if tagged else SCORED_LABELS[:1]:
                 figures = evaluation.evaluate(
-                    result.network,
-                    scored,
-                    config,
-                    labels=labels,
-                    processes=processes,
-                    progress=progress,
+                    result.network, scored, config, labels=labels, processes=processes, progress=progress
                 )
                 if processes.is_main:
                     Run(run).write_scores(labels, figures.to_json())
                     say(f"{labels}: mIoU {figures.miou:.2f} on {figures.num_images} images")
             if processes.is_main and config.train.example_images:
-                write_examples(
-                    result.network,
-                    scored,
-                    run,
-                    config=config,
-                    device=device,
-                    count=config.train.example_images,
-                )
+                count = config.train.example_images
+                write_examples(result.network, scored, run, config=config, device=device, count=count)
         if processes.is_main:
             page = write_report(run)
             say(f"run folder {run}; open {page}")
@@ -159,13 +148,7 @@ def _check(config: Config, data: DataSet) -> list[str]:
 
 
 def _score_tags(
-    config: Config,
-    data: DataSet,
-    run: Path,
-    network: AfaNetwork,
-    *,
-    processes: Processes,
-    progress: bool,
+    config: Config, data: DataSet, run: Path, network: AfaNetwork, *, processes: Processes, progress: bool
 ) -> None:
     """Score what can be scored without masks."""
     if not config.data.val_list or not data.has_validation:
@@ -176,13 +159,7 @@ def _score_tags(
         if processes.is_main:
             say(f"tags are not scored: {error}")
         return
-    figures = evaluate_tags(
-        network,
-        images,
-        config,
-        processes=processes,
-        progress=progress,
-    )
+    figures = evaluate_tags(network, images, config, processes=processes, progress=progress)
     if processes.is_main:
         Run(run).write_scores("tags", figures.to_json())
         score = "none" if figures.tag_f1 is None else f"{figures.tag_f1:.2f}"
@@ -307,13 +284,8 @@ def evaluate(
         if labels == "seg" and not layout.has_masks and config.data.mask_dir == DataConfig().mask_dir:
             if processes.is_main:
                 say(f"{layout.root}: no masks, so nothing tells the mIoU; the tags are scored")
-            return evaluate_tags(
-                loaded.network,
-                first_images(layout.validation(list_file=list_file), limit),
-                config,
-                processes=processes,
-                progress=progress,
-            )
+            images = first_images(layout.validation(list_file=list_file), limit)
+            return evaluate_tags(loaded.network, images, config, processes=processes, progress=progress)
         return evaluation.evaluate(
             loaded.network,
             first_images(layout.masked(list_file=list_file), limit),
@@ -379,11 +351,8 @@ def predict(
         resume=resume,
         progress=progress,
     )
-    if not names:
-        return summary
-    items = mask_items(prediction.output_names(paths, out).items(), out)
-    written = tuple(write_format(name, items, predictor.classes, out, progress=progress) for name in names)
-    return dataclasses.replace(summary, formats=written)
+    files = prediction.output_names(paths, out) if names else {}
+    return _with_formats(summary, names, files, predictor.classes, out, progress=progress)
 
 
 def pseudo_labels(
@@ -422,16 +391,23 @@ def pseudo_labels(
     device = pick_device(config.train.device)
     loaded = load_run(run, device)
     images = open_data(config.data).train(list_file=list_file)
-    summary = prediction.pseudo_files(
-        loaded.network,
-        images,
-        out,
-        config=config,
-        kind=kind,
-        progress=progress,
-    )
-    items = mask_items(((name, images.image_path(index)) for index, name in enumerate(images.names)), out)
-    written = tuple(write_format(name, items, images.classes, out, progress=progress) for name in names)
+    summary = prediction.pseudo_files(loaded.network, images, out, config=config, kind=kind, progress=progress)
+    files = {name: images.image_path(index) for index, name in enumerate(images.names)} if names else {}
+    return _with_formats(summary, names, files, images.classes, out, progress=progress)
+
+
+def _with_formats(
+    summary: PredictSummary,
+    formats: Sequence[str],
+    files: Mapping[str, Path],
+    classes: Sequence[str],
+    out: Path,
+    *,
+    progress: bool,
+) -> PredictSummary:
+    """Write the masks in `out` for other tools too; `files` has the image of each name."""
+    items = mask_items(files.items(), out) if formats else ()
+    written = tuple(write_format(name, items, classes, out, progress=progress) for name in formats)
     return dataclasses.replace(summary, formats=written)
 
 

@@ -9,10 +9,13 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from afa import __version__
 from afa.errors import AfaError
+
+if TYPE_CHECKING:
+    from afa.inference.masks import PredictSummary
 
 _FORMAT_HELP = (
     "also write the masks for other tools, names separated by commas: "
@@ -242,14 +245,8 @@ def _check(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from afa.check.page import write_check
     from afa.check.text import render_text
 
-    report = check_data(
-        arguments.data,
-        file=arguments.config,
-        preset=arguments.preset,
-        fast=arguments.fast,
-        limit=arguments.limit,
-        **overrides,
-    )
+    named = _named(arguments, "preset", "fast", "limit")
+    report = check_data(arguments.data, file=arguments.config, **named, **overrides)
     if not _write_json(report, arguments.json):
         sys.stdout.write(render_text(report))
     if arguments.out:
@@ -261,13 +258,8 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from afa.api import train_and_report, training_config
     from afa.config import config_to_toml
 
-    config, choices, data = training_config(
-        arguments.folder,
-        file=arguments.config,
-        preset=arguments.preset,
-        overrides=overrides,
-        run=arguments.out if arguments.resume else None,
-    )
+    named = {"file": arguments.config, "preset": arguments.preset, "run": arguments.out if arguments.resume else None}
+    config, choices, data = training_config(arguments.folder, overrides=overrides, **named)
     if _is_main():
         for line in choices:
             print(line, file=sys.stderr)
@@ -279,17 +271,8 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 def _evaluate(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from afa.api import evaluate
 
-    result = evaluate(
-        arguments.folder,
-        arguments.data,
-        labels=arguments.labels,
-        protocol=arguments.protocol,
-        refine=arguments.refine,
-        boundary=arguments.boundary,
-        list_file=arguments.list,
-        limit=arguments.limit,
-        **overrides,
-    )
+    named = _named(arguments, "labels", "protocol", "refine", "boundary", "limit")
+    result = evaluate(arguments.folder, arguments.data, list_file=arguments.list, **named, **overrides)
     if not _is_main():
         return 0
     figures = result.to_json()
@@ -318,35 +301,20 @@ def _evaluate(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 def _predict(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from afa.api import predict
 
-    summary = predict(
-        arguments.folder,
-        arguments.images,
-        arguments.out,
-        tags=arguments.tags,
-        scores=arguments.scores,
-        crf=arguments.crf,
-        overlay=not arguments.no_overlay,
-        formats=arguments.format or "",
-        resume=arguments.resume,
-        **overrides,
-    )
-    for line in (summary, *summary.formats):
-        print(line)
-    return 1 if summary.failed else 0
+    named = _named(arguments, "tags", "scores", "crf", "resume") | {"overlay": not arguments.no_overlay}
+    named["formats"] = arguments.format or ""
+    return _told(predict(arguments.folder, arguments.images, arguments.out, **named, **overrides))
 
 
 def _pseudo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from afa.api import pseudo_labels
 
-    summary = pseudo_labels(
-        arguments.folder,
-        arguments.data,
-        arguments.out,
-        kind=arguments.kind,
-        list_file=arguments.list,
-        formats=arguments.format or "",
-        **overrides,
-    )
+    named = {"kind": arguments.kind, "list_file": arguments.list, "formats": arguments.format or ""}
+    return _told(pseudo_labels(arguments.folder, arguments.data, arguments.out, **named, **overrides))
+
+
+def _told(summary: PredictSummary) -> int:
+    """Print what was written; the exit status."""
     for line in (summary, *summary.formats):
         print(line)
     return 1 if summary.failed else 0
@@ -365,8 +333,7 @@ def _export(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     _refuse_keys("export", overrides)
     from afa.api import export
 
-    words = {"format": arguments.format, "check": arguments.check, "opset": arguments.opset}
-    print(export(arguments.folder, arguments.out, **words))
+    print(export(arguments.folder, arguments.out, **_named(arguments, "format", "check", "opset")))
     return 0
 
 
@@ -398,6 +365,10 @@ def _keys(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     else:
         sys.stdout.write(keys_text(find_keys(arguments.word) if arguments.word else all_keys()))
     return 0
+
+
+def _named(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names}
 
 
 def _refuse_keys(command: str, overrides: dict[str, Any]) -> None:

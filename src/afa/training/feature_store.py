@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afa.errors import AfaError
+from afa.runs.files import write_whole
 
 _GIB: Final = 2**30
 _INDEX, _ROWS = "index.json", "rows.bin"
@@ -123,21 +124,15 @@ class FeatureStore:
         Raises:
             AfaError: The disk is full.
         """
-        partial = self.folder / f".partial_{_INDEX}"
         index = {"about": self.about, "num_rows": self.num_rows, "row_size": self.row_size}
+        index["num_done"] = self._num_written
+        remedy = "make room or set data.feature_dir, and use --resume"
         try:
             with (self.folder / _ROWS).open("r+b") as file:
                 os.fsync(file.fileno())
-            with partial.open("w", encoding="utf-8") as file_of_text:
-                json.dump(index | {"num_done": self._num_written}, file_of_text, indent=1)
-                file_of_text.flush()
-                os.fsync(file_of_text.fileno())
-            partial.replace(self.folder / _INDEX)
         except OSError as error:
-            raise AfaError(
-                f"{self.folder}: cannot be written ({error.strerror}); make room or set data.feature_dir, "
-                "and use --resume"
-            ) from None
+            raise AfaError(f"{self.folder}: cannot be written ({error.strerror}); {remedy}") from None
+        write_whole(self.folder / _INDEX, json.dumps(index, indent=1), durable=True, remedy=remedy)
         self.num_done = self._num_written
 
     def row(self, index: int) -> NDArray[np.float16]:
@@ -163,7 +158,7 @@ class FeatureStore:
 def remove_store(folder: Path) -> None:
     """Delete a store, complete or not; nothing else in the folder."""
     with contextlib.suppress(OSError):
-        for name in (_INDEX, _ROWS, f".partial_{_INDEX}"):
+        for name in (_INDEX, _ROWS):
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()
 
