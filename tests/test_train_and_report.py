@@ -24,6 +24,14 @@ SCORE_KEYS = {"miou", "per_class", "protocol", "labels", "num_images", "seconds"
 PICTURES = {"image.png", "cam.png", "propagated.png", "pseudo.png", "prediction.png", "truth.png"}
 
 
+@pytest.fixture
+def own_data(tiny_data: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny data set that may be changed."""
+    root = tmp_path / "data"
+    shutil.copytree(tiny_data, root)
+    return root
+
+
 def test_run_folder(tiny_run: Path, tiny_data: Path) -> None:
     """Everything that docs/interfaces.md promises of a run folder."""
     promised = {"config.toml", "classes.txt", "metrics.jsonl", "checkpoints", "model.safetensors", "evaluation",
@@ -91,11 +99,10 @@ def test_without_validation_list_nothing_is_scored(
     assert {line.partition(":")[0] for line in warnings} == {"warning"}
 
 
-def test_without_masks_the_tags_are_scored(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root, run = tmp_path / "data", tmp_path / "run"
-    shutil.copytree(tiny_data, root)
-    (root / "SegmentationClassAug").rename(tmp_path / "gone")
-    train_and_report(tiny_config(root, {"schedule.max_steps": 1}), run, progress=False)
+def test_without_masks_the_tags_are_scored(own_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    (own_data / "SegmentationClassAug").rename(tmp_path / "gone")
+    train_and_report(tiny_config(own_data, {"schedule.max_steps": 1}), run, progress=False)
     assert (run / "model.safetensors").is_file()
     assert [path.name for path in (run / "evaluation").iterdir()] == ["tags.json"]
     figures = json.loads((run / "evaluation" / "tags.json").read_text())
@@ -103,41 +110,35 @@ def test_without_masks_the_tags_are_scored(tiny_data: Path, tmp_path: Path, caps
     assert (figures["miou"], figures["labels"], figures["num_images"]) == (None, "tags", 6)
     report = json.loads((run / "report.json").read_text())
     assert (report["miou"], report["tag_f1"]) == (None, figures["tag_f1"])
-    assert f"no masks in {root}: only tags will be scored\n" in capsys.readouterr().err
+    assert f"no masks in {own_data}: only tags will be scored\n" in capsys.readouterr().err
 
 
 def test_a_folder_without_validation_list_trains_and_says_so(
-    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    own_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = tmp_path / "data"
-    shutil.copytree(tiny_data, root)
-    (root / "lists" / "val.txt").unlink()
-    train_and_report(tiny_config(root, {"schedule.max_steps": 1}), tmp_path / "run", progress=False)
+    (own_data / "lists" / "val.txt").unlink()
+    train_and_report(tiny_config(own_data, {"schedule.max_steps": 1}), tmp_path / "run", progress=False)
     assert (tmp_path / "run" / "model.safetensors").is_file()
     assert not (tmp_path / "run" / "evaluation").exists()
-    assert f"no {root / 'lists/val.txt'}: nothing" in capsys.readouterr().err
+    assert f"no {own_data / 'lists/val.txt'}: nothing" in capsys.readouterr().err
 
 
-def test_errors_of_the_check_are_one_line(tiny_data: Path, tmp_path: Path) -> None:
-    root = tmp_path / "data"
-    shutil.copytree(tiny_data, root)
+def test_errors_of_the_check_are_one_line(own_data: Path, tmp_path: Path) -> None:
     for name in ("train", "val"):
-        with (root / "lists" / f"{name}.txt").open("a") as file:
+        with (own_data / "lists" / f"{name}.txt").open("a") as file:
             file.write("nothing\n")
-    config = tiny_config(root, {"data.val_list": "lists/../lists/val.txt"})
-    with pytest.raises(AfaError, match=rf"^.*'nothing'.*1 more; afa check {root} .*$"):
+    config = tiny_config(own_data, {"data.val_list": "lists/../lists/val.txt"})
+    with pytest.raises(AfaError, match=rf"^.*'nothing'.*1 more; afa check {own_data} .*$"):
         train_and_report(config, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 
 def test_validation_images_without_tags_are_scored_by_their_segmentation_alone(
-    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    own_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = tmp_path / "data"
-    shutil.copytree(tiny_data, root)
-    tags = root / "lists" / "tags.csv"
+    tags = own_data / "lists" / "tags.csv"
     tags.write_text("".join(line for line in tags.read_text().splitlines(keepends=True) if "val_" not in line))
-    train_and_report(tiny_config(root, {"schedule.max_steps": 1}), tmp_path / "run", progress=False)
+    train_and_report(tiny_config(own_data, {"schedule.max_steps": 1}), tmp_path / "run", progress=False)
     assert [path.name for path in (tmp_path / "run" / "evaluation").iterdir()] == ["seg.json"]
     assert "are not scored" in capsys.readouterr().err
 
@@ -156,13 +157,11 @@ def test_resuming_a_finished_run_scores_it_again(tiny_data: Path, tiny_run: Path
     assert (run / "report.html").is_file()
 
 
-def test_bad_masks_are_found_before_training(tiny_data: Path, tmp_path: Path) -> None:
-    root = tmp_path / "data"
-    shutil.copytree(tiny_data, root)
-    path = root / "SegmentationClassAug" / "val_00003.png"
+def test_bad_masks_are_found_before_training(own_data: Path, tmp_path: Path) -> None:
+    path = own_data / "SegmentationClassAug" / "val_00003.png"
     path.unlink()
     with pytest.raises(AfaError, match=r"no val_00003\.png"):
-        train_and_report(tiny_config(root), tmp_path / "run", progress=False)
+        train_and_report(tiny_config(own_data), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 
