@@ -52,7 +52,16 @@ def test_torn_and_repeated_lines(bare: Path) -> None:
     assert [line["miou"] for line in lines if line["kind"] == "eval"] == [5.0, 6.0]
 
 
-@pytest.mark.parametrize(("text", "found"), [("{", "not valid JSON"), ("[1]", "holds list, not a JSON object")])
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "holds list, not a JSON object"),
+        ('{"miou": "x"}', "not what afa evaluate --json writes"),
+        ('{"miou": 5, "per_class": {"cat": true}}', "not what afa evaluate --json writes"),
+        ('{"miou": 5, "per_class": 5}', "not what afa evaluate --json writes"),
+    ],
+)
 def test_broken_evaluation_file(bare: Path, text: str, found: str) -> None:
     (bare / "evaluation").mkdir()
     (bare / "evaluation" / "cam.json").write_text(text)

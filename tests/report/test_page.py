@@ -6,9 +6,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from afa.report.collect import collect_report
 from afa.report.page import collect_page, read_examples, write_report
 from afa.runs.run import Run
+from mistakes import refused
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -105,6 +108,19 @@ def test_interrupted_and_partly_evaluated_run_shows_what_there_is(full: Path) ->
     assert "unfinished, step 40 of 40" in html
     assert "gain over CAM" not in html
     assert '<th scope="col">propagated CAM</th>' in html
+
+
+@pytest.mark.parametrize("contents", [b"\xaa", b"[{}]", b"7"])
+def test_broken_index_of_the_examples(full: Path, contents: bytes) -> None:
+    (full / "examples" / "index.json").write_bytes(contents)
+    with refused("index.json", "broken", "delete"):
+        read_examples(full)
+
+
+def test_broken_picture_of_an_example(full: Path) -> None:
+    next((full / "examples").rglob("image.png")).write_bytes(b"no picture")
+    with refused("index.json", "broken", "delete"):
+        read_examples(full)
 
 
 def test_many_classes_leave_the_legend_to_those_tagged(full: Path) -> None:

@@ -122,6 +122,15 @@ def test_not_a_run_folder(tmp_path: Path, missing: str) -> None:
             read()
 
 
+@pytest.mark.parametrize(("contents", "found"), [(b"\xaa\xff", "UTF-8"), (b"", "no class")])
+def test_broken_list_of_classes(tmp_path: Path, contents: bytes, found: str) -> None:
+    run = tmp_path / "run"
+    write_run(run)
+    (run / "classes.txt").write_bytes(contents)
+    with refused("classes.txt", found, "restore"):
+        Run(run).classes()
+
+
 @pytest.mark.parametrize("leftover", ["nothing", "empty folder", "pointer"])
 def test_no_weights_yet(tmp_path: Path, leftover: str) -> None:
     run = write_run(tmp_path / "run")

@@ -13,6 +13,7 @@ from typing import Any, Final
 from PIL import Image
 
 from afa.data.palette import voc_palette
+from afa.errors import AfaError
 from afa.report.charts import Series, bar_chart, line_chart
 from afa.report.collect import LABEL_KINDS, collect_report
 from afa.report.pictures import PICTURES
@@ -52,15 +53,21 @@ def read_examples(run: Path) -> list[dict[str, Any]]:
 
     Returns:
         `name`, `tags` and `pictures` (picture name -> data URI) of each example; empty without an index.
+
+    Raises:
+        AfaError: The index or a picture is broken.
     """
-    folder = Run(run).examples
-    if not (folder / "index.json").is_file():
+    index = Run(run).examples / "index.json"
+    if not index.is_file():
         return []
     examples = []
-    for entry in json.loads((folder / "index.json").read_text(encoding="utf-8")):
-        files = {key: folder / entry["folder"] / f"{key}.png" for key in PICTURES}
-        pictures = {key: data_uri(Image.open(path)) for key, path in files.items() if path.is_file()}
-        examples.append({"name": entry["name"], "tags": entry["tags"], "pictures": pictures})
+    try:
+        for entry in json.loads(index.read_text(encoding="utf-8")):
+            files = {key: index.parent / entry["folder"] / f"{key}.png" for key in PICTURES}
+            pictures = {key: data_uri(Image.open(path)) for key, path in files.items() if path.is_file()}
+            examples.append({"name": entry["name"], "tags": entry["tags"], "pictures": pictures})
+    except (ValueError, KeyError, TypeError, OSError):
+        raise AfaError(f"{index}: it or a picture beside it is broken; delete {index.parent}") from None
     return examples
 
 

@@ -83,11 +83,17 @@ class Run:
         """Names of the C foreground classes, in index order.
 
         Raises:
-            AfaError: Not a run folder.
+            AfaError: Not a run folder; the list is no text in UTF-8, or empty.
         """
         if not self.exists or not self.has_classes:
             raise self._no_run()
-        return tuple(self._classes.read_text(encoding="utf-8").splitlines())
+        try:
+            names = tuple(self._classes.read_text(encoding="utf-8").splitlines())
+        except UnicodeDecodeError:
+            raise AfaError(f"{self._classes}: not a text file in UTF-8; restore it or train again") from None
+        if not names:
+            raise AfaError(f"{self._classes}: lists no class; restore it or train again")
+        return names
 
     def _no_run(self) -> AfaError:
         names = f"{self._config.name} and {self._classes.name}"
@@ -177,12 +183,12 @@ class Run:
 
         What it holds: docs/interfaces.md.
         """
-        return _read_object(self._evaluation / f"{name}.json")
+        return _read_figures(self._evaluation / f"{name}.json")
 
     def all_scores(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         """Every evaluation and its file, whatever the file is called."""
         for path in sorted(self._evaluation.glob("*.json")):
-            yield path, _read_object(path)
+            yield path, _read_figures(path)
 
     def write_scores(self, name: str, figures: Mapping[str, Any]) -> None:
         """Write what `scores` reads."""
@@ -200,6 +206,17 @@ class Run:
 
 def _write_object(path: Path, value: Mapping[str, Any]) -> None:
     write_whole(path, json.dumps(value, indent=2) + "\n", durable=True)
+
+
+def _read_figures(path: Path) -> dict[str, Any]:
+    """An evaluation: a JSON object whose scores are numbers or None."""
+    figures = _read_object(path)
+    per_class = figures.get("per_class", {})
+    scores = [figures.get(name) for name in ("miou", "tag_f1", "boundary_iou")]
+    scores += per_class.values() if isinstance(per_class, dict) else ["not an object"]
+    if not all(score is None or (isinstance(score, int | float) and score is not True) for score in scores):
+        raise AfaError(f"{path}: not what afa evaluate --json writes; write it again or delete it")
+    return figures
 
 
 def _read_object(path: Path) -> dict[str, Any]:
