@@ -451,7 +451,7 @@ def test_report_is_written_anew(tiny_run: Path, tmp_path: Path, command: Command
         (["check"], ["required: DIR"]),
         (["check", "DIR"], ["DIR: no such folder"]),
         (["check", "DIR", "--schedule.step", "3"], ["unknown key schedule.step"]),
-        (["train", "--out", "RUN", "--schedule.max_step", "9"], ["schedule.max_step", "did you mean max_steps?"]),
+        (["train", "--out", "RUN", "--schedule.max_step", "9"], ["did you mean schedule.max_steps?"]),
         (["train", "--out", "RUN", "--shedule.max_steps", "9"], ["shedule.max_steps", "did you mean"]),
         (["train", "--out", "RUN", "--schedule.max_steps", "many"], ["schedule.max_steps is 'many'", "whole number"]),
         (["train", "--out", "RUN", "--schedule.max_steps", "0"], ["schedule.max_steps is 0; use", "1 or more"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,11 @@ def test_flag_text_becomes_the_type_of_the_field(key: str, text: str, value: obj
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"schedule.max_stepz": "1"}, "schedule.max_stepz; did you mean max_steps?"),
+        ({"schedule.max_stepz": "1"}, "schedule.max_stepz; did you mean schedule.max_steps?"),
         ({"shedule.max_steps": "1"}, "shedule.max_steps; did you mean schedule.max_steps?"),
-        ({"max_steps": "1"}, "unknown key max_steps;"),
+        ({"shedule.rate": "1"}, "unknown key shedule.rate; afa keys lists them all"),
+        ({"max_steps": "1"}, "unknown key max_steps; did you mean schedule.max_steps?"),
+        ({"train.max_steps": "1"}, "unknown key train.max_steps; did you mean schedule.max_steps?"),
         ({"schedule.": "1"}, "unknown key schedule.;"),
         ({"schedule.max_steps": "many"}, "schedule.max_steps is 'many'; use a whole number"),
         ({"schedule.max_steps": 1.5}, "schedule.max_steps is 1.5; use a whole number"),
@@ -128,25 +131,38 @@ def test_a_wrong_flag_is_one_clear_line(overrides: dict[str, Any], message: str)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[model]\npoolin = 'gap'\n", "model.poolin; did you mean pooling?"),
+        ("[model]\npoolin = 'gap'\n", "unknown key model.poolin; did you mean model.pooling?"),
         ("[modell]\npooling = 'gap'\n", "[modell]; did you mean model?"),
         ("model = 3\n", "model is 3; write a table [model]"),
         ("preset = 'papr'\n", "preset is 'papr'; use one of paper"),
         ("preset = 3\n", "preset is 3; use one of"),
         ("[model\n", "not valid TOML"),
-        ("[schedule]\nmax_steps = '2.5'\n", "schedule.max_steps is 2.5; use a whole number"),
+        ("[schedule]\nmax_steps = '5'\n", "schedule.max_steps is '5'; use a whole number"),
+        ("[schedule]\nfreeze_norms = 'true'\n", "schedule.freeze_norms is 'true'; use true or false"),
+        ("[pseudo]\nscales = ['1.0']\n", "pseudo.scales is ['1.0']; use a list"),
+        ("[augment]\ncrop_size = 100\n", "augment.crop_size is 100; use a multiple of 32"),
     ],
 )
 def test_a_wrong_file_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path, text)
-    with refused(message):
+    with refused(f"{path}: ", message):
         load_config(path)
 
 
-def test_messages_about_unknown_keys_name_the_file(tmp_path: Path) -> None:
-    path = write(tmp_path, "[model]\npoolin = 'gap'\n")
-    with refused(path, "model.poolin"):
-        load_config(path)
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"schedule.max_stepz": "3"}, "unknown key schedule.max_stepz"),
+        ({"schedule.max_steps": "many"}, "schedule.max_steps is 'many'"),
+        ({"augment.crop_size": "100"}, "augment.crop_size is 100"),
+    ],
+)
+def test_a_wrong_flag_is_not_blamed_on_the_file(tmp_path: Path, overrides: dict[str, Any], message: str) -> None:
+    path = write(tmp_path, "[schedule]\nmax_steps = 7\n[augment]\ncrop_size = 64\n")
+    with pytest.raises(AfaError, match=rf"\A{re.escape(message)}"):
+        load_config(path, overrides)
+    with pytest.raises(AfaError, match=r"\Apreset is 'best'"):
+        load_config(path, preset="best")
 
 
 def test_a_missing_or_unreadable_file_is_one_clear_line(tmp_path: Path) -> None:
@@ -175,7 +191,7 @@ def test_round_trip_through_toml_and_json(tmp_path: Path) -> None:
 
 
 def test_a_stored_configuration_with_foreign_keys_is_refused() -> None:
-    with pytest.raises(AfaError, match=r"checkpoint: unknown section 'optimizer'"):
+    with pytest.raises(AfaError, match=r"checkpoint: unknown section \[optimizer\]"):
         config_from_dict({"optimizer": {}}, origin="checkpoint")
     with pytest.raises(AfaError, match=r"checkpoint: unknown key model\.depth"):
         config_from_dict({"model": {"depth": 3}}, origin="checkpoint")
@@ -202,8 +218,9 @@ def test_keys_are_found_by_section_and_by_word() -> None:
     assert {key.name.split(".")[0] for key in find_keys("loss")} == {"loss"}
     assert [key.name for key in find_keys("BETA_H")] == ["pseudo.background_high"]
     assert [key.name for key in find_keys("max_steps")] == ["schedule.max_steps"]
-    with refused("'modell'", "did you mean model?"):
-        find_keys("modell")
+    for word, near in (("modell", "model"), ("learnin_rte", "schedule.learning_rate")):
+        with refused(f"'{word}'", f"did you mean {near}?"):
+            find_keys(word)
 
 
 def test_protocols_say_whether_they_have_scales_and_the_crf() -> None:

@@ -176,7 +176,7 @@ def change(path: Path, **values: Any) -> None:
         ({"format": 2}, "format is 2, this afa reads 1; install"),
         ({"config": []}, "has no object `config`"),
         ({"config": {"model": {"backbone": "nonsense"}}}, "model.backbone is 'nonsense'"),
-        ({"config": {"odd": {}}}, "unknown section 'odd'"),
+        ({"config": {"odd": {}}}, "unknown section [odd]"),
         ({"classes": []}, "`classes` must list 1 to 254"),
         ({"classes": ["cat", "cat"]}, "`classes` must list 1 to 254"),
         ({"classes": ["cat", "do\ng"]}, "`classes` holds 'do\\ng'"),

@@ -1,6 +1,6 @@
 """Every knob of afa, typed: a preset, then a TOML file, then flags, give one frozen `Config`."""
 
-from afa.config.load import PRESETS, check_config, config_from_dict, config_to_dict, config_to_toml, load_config
+from afa.config.load import PRESETS, config_from_dict, config_to_dict, config_to_toml, load_config
 from afa.config.schema import (
     SUPERVISION_NAMES,
     AugmentConfig,
@@ -40,7 +40,6 @@ __all__ = [
     "ScheduleConfig",
     "Supervision",
     "TrainConfig",
-    "check_config",
     "config_from_dict",
     "config_to_dict",
     "config_to_toml",

@@ -70,7 +70,7 @@ def find_keys(word: str) -> list[Key]:
     found = [key for key in keys if key.name.split(".")[0] == word]
     found = found or [key for key in keys if word.lower() in f"{key.name} {key.text}".lower()]
     if not found:
-        raise AfaError(f"no key has {word!r} in its name or text; {nearest(word, list(sections()))}")
+        raise AfaError(f"no key has {word!r} in its name or text; {nearest(word)}")
     return found
 
 

@@ -10,16 +10,17 @@ import dataclasses
 import difflib
 import functools
 import json
+import re
 import tomllib
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from afa.config.schema import Config
-from afa.errors import AfaError
+from afa.errors import AfaError, shown
 
 PRESETS = ("paper", "paper_coco", "rrm", "demo")
 """Names of starting values, each a file in presets/."""
@@ -41,26 +42,20 @@ def load_config(
     Raises:
         AfaError: The file is missing or not TOML; a key is unknown; a value has the wrong type or is out of range.
     """
-    origin = "configuration" if path is None else str(path)
     tree = {} if path is None else _read_toml(Path(path))
-    name = tree.pop("preset", "paper") if preset is None else preset
-    tree.pop("preset", None)
+    stored = tree.pop("preset", "paper")
+    name = stored if preset is None else preset
     if name not in PRESETS:
-        raise AfaError(f"{origin}: preset is {name!r}; use one of {', '.join(PRESETS)}")
-    merged = _read_toml(Path(__file__).parent / "presets" / f"{name}.toml")
-    for section, values in tree.items():
-        if section not in sections():
-            raise AfaError(f"{origin}: unknown section [{section}]; {nearest(section, list(sections()))}")
-        if not isinstance(values, dict):
-            raise AfaError(f"{origin}: {section} is {values!r}; write a table [{section}] with keys")
-        merged.setdefault(section, {}).update(values)
-    for key, value in (overrides or {}).items():
-        section, _, field = key.partition(".")
-        if section not in sections() or not field:
-            allowed = [f"{name}.{f.name}" for name, cls in sections().items() for f in dataclasses.fields(cls)]
-            raise AfaError(f"unknown key {key}; {nearest(key, allowed)}")
-        merged.setdefault(section, {})[field] = value
-    return config_from_dict(merged | {"preset": name}, origin=origin)
+        blamed = f"{path}: " if preset is None else ""
+        raise AfaError(f"{blamed}preset is {shown(name)}; use one of {', '.join(PRESETS)}")
+    defaults = _read_toml(Path(__file__).parent / "presets" / f"{name}.toml")
+    filed, given = _flatten(tree, f"{path}: "), overrides or {}
+    values = _convert(_flatten(defaults, ""), "") | _convert(filed, f"{path}: ")
+    config = _build(name, values | _convert({key: _parse(value, kinds().get(key)) for key, value in given.items()}, ""))
+    for message in _contradictions(config):
+        named = set(re.findall(r"[a-z]\w*\.\w+", message))
+        raise AfaError(f"{path}: {message}" if named & filed.keys() and not named & given.keys() else message)
+    return config
 
 
 def config_from_dict(tree: Mapping[str, Any], *, origin: str) -> Config:
@@ -73,19 +68,10 @@ def config_from_dict(tree: Mapping[str, Any], *, origin: str) -> Config:
     Raises:
         AfaError: As `load_config`.
     """
-    unknown = set(tree) - set(sections()) - {"preset"}
-    if unknown:
-        raise AfaError(f"{origin}: unknown section {min(unknown)!r}; {nearest(min(unknown), list(sections()))}")
-    built: dict[str, Any] = {}
-    for section, cls in sections().items():
-        kinds = typing.get_type_hints(cls, include_extras=True)
-        values = tree.get(section, {})
-        for key in values:
-            if key not in kinds:
-                raise AfaError(f"{origin}: unknown key {section}.{key}; {nearest(key, list(kinds))}")
-        built[section] = cls(**{key: _convert(f"{section}.{key}", value, kinds[key]) for key, value in values.items()})
-    config = Config(preset=str(tree.get("preset", "paper")), **built)
-    check_config(config)
+    flat = _flatten({section: values for section, values in tree.items() if section != "preset"}, f"{origin}: ")
+    config = _build(str(tree.get("preset", "paper")), _convert(flat, f"{origin}: "))
+    for message in _contradictions(config):
+        raise AfaError(f"{origin}: {message}")
     return config
 
 
@@ -105,17 +91,8 @@ def config_to_toml(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-def check_config(config: Config) -> None:
-    """Check what single ranges cannot: relations between keys.
-
-    Raises:
-        AfaError: Two keys contradict each other; the message names both.
-    """
-    for message in _contradictions(config):
-        raise AfaError(message)
-
-
 def _contradictions(config: Config) -> Iterator[str]:
+    """What single ranges cannot say: keys that contradict each other, all of them named."""
     schedule, pseudo, augment, train = config.schedule, config.pseudo, config.augment, config.train
     low, high = pseudo.background_low, pseudo.background_high
     if low > high:
@@ -172,14 +149,29 @@ def sections() -> dict[str, type[Any]]:
     return {name: cls for name, cls in typing.get_type_hints(Config).items() if cls is not str}
 
 
-def nearest(name: str, allowed: Sequence[str]) -> str:
-    """'did you mean' when one name is close, then the allowed ones.
+@functools.cache
+def kinds() -> dict[str, Any]:
+    """The type of each key, by SECTION.KEY."""
+    return {
+        f"{section}.{name}": kind
+        for section, cls in sections().items()
+        for name, kind in typing.get_type_hints(cls, include_extras=True).items()
+    }
 
-    >>> nearest("modell", ["data", "model"])
-    'did you mean model? allowed: data, model'
+
+def nearest(word: str) -> str:
+    """'did you mean' the section or key that is close, as a whole or without its section; else where all are listed.
+
+    >>> nearest("learnin_rte")
+    'did you mean schedule.learning_rate?'
     """
-    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.75)
-    return f"{f'did you mean {close[0]}? ' if close else ''}allowed: {', '.join(allowed)}"
+    names = {key.partition(".")[2]: key for key in reversed(kinds())} | {section: section for section in sections()}
+    bare = word.rpartition(".")[2]
+    for cutoff in (0.9, 0.75):
+        whole = difflib.get_close_matches(word, kinds(), 1, cutoff)
+        for close in whole or [names[name] for name in difflib.get_close_matches(bare, names, 1, cutoff)]:
+            return f"did you mean {close}?"
+    return "afa keys lists them all"
 
 
 def allowed_values(kind: Any) -> str:
@@ -213,13 +205,35 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise AfaError(f"{path}: cannot be read as a configuration file ({error})") from None
 
 
-def _convert(key: str, value: Any, kind: Any) -> Any:
-    """Turn a TOML or flag value into the field's type, or raise an error that names the key."""
-    value = _parse(value, kind)
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError:
-        raise AfaError(f"{key} is {value!r}; use {allowed_values(kind)}") from None
+def _flatten(tree: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Tables of sections as values by SECTION.KEY; `origin` starts the messages."""
+    for section, values in tree.items():
+        if section not in sections():
+            raise AfaError(f"{origin}unknown section [{section}]; {nearest(section)}")
+        if not isinstance(values, dict):
+            raise AfaError(f"{origin}{section} is {shown(values)}; write a table [{section}] with keys")
+    return {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
+
+
+def _convert(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Values in the types of their keys, or an error that names the key, behind `origin`."""
+    converted = {}
+    for key, value in values.items():
+        if key not in kinds():
+            raise AfaError(f"{origin}unknown key {key}; {nearest(key)}")
+        try:
+            converted[key] = msgspec.convert(value, kinds()[key])
+        except msgspec.ValidationError:
+            raise AfaError(f"{origin}{key} is {shown(value)}; use {allowed_values(kinds()[key])}") from None
+    return converted
+
+
+def _build(preset: str, values: Mapping[str, Any]) -> Config:
+    parts: dict[str, dict[str, Any]] = {section: {} for section in sections()}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        parts[section][name] = value
+    return Config(preset=preset, **{section: sections()[section](**part) for section, part in parts.items()})
 
 
 def _parse(value: Any, kind: Any) -> Any:
