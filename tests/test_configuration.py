@@ -104,7 +104,7 @@ def test_flag_text_becomes_the_type_of_the_field(key: str, text: str, value: obj
         ({"schedule.learning_rate": "-1"}, "schedule.learning_rate is -1; use a number, 0 to 10"),
         ({"schedule.freeze_norms": "maybe"}, "schedule.freeze_norms is 'maybe'; use true or false"),
         ({"schedule.freeze_norms": 1}, "schedule.freeze_norms is 1; use true or false"),
-        ({"schedule.betas": "0.9"}, "schedule.betas is [0.9]; use 2 values"),
+        ({"schedule.betas": "0.9"}, "schedule.betas is [0.9]; use 2 values with a comma between, each a number"),
         ({"model.pooling": "max"}, "model.pooling is 'max'; use one of gmp, gap, topk"),
         ({"pseudo.scales": 1.0}, "pseudo.scales is 1.0; use a list"),
         ({"pseudo.scales": "1,9"}, "pseudo.scales is [1, 9]; use a list, such as 1,2,3, each a number, 0.1 to 4"),

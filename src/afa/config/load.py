@@ -184,8 +184,8 @@ def allowed_values(kind: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if origin is tuple:
-        many = "a list" if arguments[-1] is Ellipsis else f"{len(arguments)} values"
-        return f"{many}, such as 1,2,3, each {allowed_values(arguments[0])}"
+        many = "a list, such as 1,2,3" if arguments[-1] is Ellipsis else f"{len(arguments)} values with a comma between"
+        return f"{many}, each {allowed_values(arguments[0])}"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     if origin is not Annotated:
         return words[kind]
