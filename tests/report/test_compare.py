@@ -34,9 +34,7 @@ def make_run(folder: Path, keys: dict[str, Any] | None = None, **evaluations: An
 def test_runs_that_differ_by_their_seed_alone_are_one_row(tmp_path: Path) -> None:
     values = [40.0, 43.0, 41.5]
     runs = [
-        make_run(
-            tmp_path / f"seed{i}", {"train.seed": i, "data.root": f"place{i}"}, seg=value, **{"cam": 30.0} if i else {}
-        )
+        make_run(tmp_path / f"seed{i}", {"train.seed": i, "data.workers": i}, seg=value, **{"cam": 30.0} if i else {})
         for i, value in enumerate(values)
     ]
     groups = compare_runs([*runs, make_run(tmp_path / "other", {"model.pooling": "gap"}, seg=20.0)])
@@ -50,6 +48,11 @@ def test_runs_that_differ_by_their_seed_alone_are_one_row(tmp_path: Path) -> Non
     text = render_text(groups)
     assert re.search(r"^seed0 +41\.5 ± 1\.5 +30\.0 ± 0\.0 +50 +mit_b1 +900 +3 +a GPU$", text, flags=re.MULTILINE)
     assert re.search(r"^other +20\.0 +– +50 +mit_b1 +900 +1 +a GPU$", text, flags=re.MULTILINE)
+
+
+def test_runs_on_other_data_are_other_rows(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, {"data.root": name}, seg=40.0) for name in ("cats", "dogs")]
+    assert [group.runs for group in compare_runs(runs)] == [("cats",), ("dogs",)]
 
 
 def test_table_has_the_papers_order_and_figures(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ _COLORS: Final = ("seg", "propagated", "cam")
 
 _TITLE: Final = "mIoU in percent"
 _PROTOCOLS: Final = ("multiscale+crf", "multiscale", "single+crf", "single")
-_SAME_RUN: Final = {"train": ("seed", "label", "device"), "data": ("root", "workers", "cache_gib")}
+_SAME_RUN: Final = {"train": ("seed", "label", "device"), "data": ("workers", "cache_gib")}
 """Keys in which runs of one row may differ."""
 
 
