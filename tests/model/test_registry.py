@@ -24,16 +24,17 @@ def test_every_name_builds_the_architecture_that_it_says() -> None:
 @pytest.mark.parametrize(
     ("name", "suggestion"),
     [
-        ("dinov2_smal_reg", "dinov2_small_reg or dinov2_small or dinov2_base_reg"),
-        ("vit-small", "vit_small or deit_small or dinov2_small"),
-        ("mit_b9", "mit_b5 or mit_b4 or mit_b3"),
-        ("xyz", ", ".join(BACKBONES)),
+        ("dinov2_smal_reg", "did you mean dinov2_small_reg or dinov2_small or dinov2_base_reg?"),
+        ("vit-small", "did you mean vit_small or deit_small or dinov2_small?"),
+        ("mit_b9", "did you mean mit_b5 or mit_b4 or mit_b3?"),
+        ("xyz", f"use one of {', '.join(BACKBONES)}"),
     ],
 )
 def test_unknown_name(name: str, suggestion: str) -> None:
     with pytest.raises(AfaError) as caught:
         build_backbone(name)
-    assert str(caught.value) == f"model.backbone is {name!r}; use {suggestion}"
+    more = " python -m afa.model.registry lists all" if suggestion.endswith("?") else ""
+    assert str(caught.value) == f"model.backbone is {name!r}; {suggestion}{more}"
 
 
 def test_mit_has_its_four_levels() -> None:

@@ -83,8 +83,11 @@ def build_backbone(
             or of another architecture; a hub that cannot be reached.
     """
     if name not in BACKBONES:
-        near = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.5)
-        raise AfaError(f"model.backbone is {name!r}; use " + (f"{' or '.join(near)}" if near else ", ".join(BACKBONES)))
+        near = " or ".join(difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.5))
+        advice = f"use one of {', '.join(BACKBONES)}"
+        if near:
+            advice = f"did you mean {near}? python -m afa.model.registry lists all"
+        raise AfaError(f"model.backbone is {name!r}; {advice}")
     shared: dict[str, Any] = {
         "drop_path": drop_path,
         "attention_blocks": attention_blocks,
