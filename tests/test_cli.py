@@ -518,6 +518,20 @@ def test_missing_data(tiny_run: Path, tiny_data: Path, tmp_path: Path, command: 
     assert_mistake(command(*train, "--out", tmp_path / "run"), "none.csv")
 
 
+def test_keys_that_only_training_reads_are_refused_later(
+    tiny_run: Path, tiny_data: Path, tmp_path: Path, command: Command
+) -> None:
+    image = tiny_data / "JPEGImages" / "val_00000.jpg"
+    commands = {
+        "model.backbone": ["evaluate", tiny_run, "--data", tiny_data],
+        "loss.energy_weight": ["predict", tiny_run, image, "--out", tmp_path / "out"],
+        "train.supervision": ["pseudo", tiny_run, "--data", tiny_data, "--out", tmp_path / "out"],
+    }
+    for key, words in commands.items():
+        assert_mistake(command(*words, f"--{key}", "1"), f"{key} was fixed when {tiny_run} was trained")
+    assert not (tmp_path / "out").exists()
+
+
 def test_broken_and_foreign_weights(tiny_run: Path, tiny_data: Path, tmp_path: Path, command: Command) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)

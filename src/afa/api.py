@@ -48,6 +48,9 @@ from afa.training import loop
 SCORED_LABELS = ("seg", "cam", "propagated")
 """Kinds of labels that a finished run is scored by."""
 
+_TRAINED = ("augment", "model", "loss", "schedule")
+"""Sections that only training reads."""
+
 _DEMO_IMAGE_SIZE = 128
 
 _SMOKE: dict[str, Any] = {"schedule.max_steps": 40, "schedule.cls_steps": 15, "schedule.refined_steps": 25}
@@ -266,7 +269,8 @@ def evaluate(
         list_file: Names of the images, one a line; None is what the data has for validation.
         limit: Only the first so many images.
         progress: Show progress on standard error.
-        overrides: Keys of the run's configuration to change, `**{"train.device": "cpu"}`.
+        overrides: Keys of the run's configuration to change, none that only training reads:
+            `**{"train.device": "cpu"}`.
 
     Returns:
         Scores in percent; of the tags alone where there are no masks and the segmentation was asked for.
@@ -325,7 +329,7 @@ def predict(
         formats: Formats of other tools to write as well, names separated by commas.
         resume: Go on with the masks that are in `out` already.
         progress: Show progress on standard error.
-        overrides: Keys of the run's configuration to change.
+        overrides: Keys of the run's configuration to change, none that only training reads.
 
     Returns:
         What was written and what failed.
@@ -376,7 +380,7 @@ def pseudo_labels(
         list_file: Names of the images, one a line; None is what the data has to train on.
         formats: Formats of other tools to write as well, names separated by commas.
         progress: Show progress on standard error.
-        overrides: Keys of the run's configuration to change.
+        overrides: Keys of the run's configuration to change, none that only training reads.
 
     Returns:
         What was written and what failed.
@@ -554,11 +558,14 @@ def run_config(run: Path, overrides: Mapping[str, Any], *, data: str | Path | No
         data: Folder of the data set to read instead of the run's.
 
     Raises:
-        AfaError: Not a run folder; as `load_config`.
+        AfaError: Not a run folder; a key that only training reads; as `load_config`.
     """
     keys: dict[str, Any] = {"data.class_subset": Run(run).classes()}
     if data is not None:
         keys["data.root"] = str(data)
+    for key in overrides:
+        if key.partition(".")[0] in _TRAINED or key == "train.supervision":
+            raise AfaError(f"{key} was fixed when {run} was trained, so it changes nothing now; leave it out")
     return Run(run).config(keys | dict(overrides))
 
 
