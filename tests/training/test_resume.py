@@ -95,10 +95,13 @@ def test_two_steps_and_two_steps_are_four(tiny_data: Path, tmp_path: Path, monke
     assert_same_weights(tmp_path / "run", tmp_path / "straight")
 
 
-def test_resuming_what_is_finished_or_not_begun(tiny_data: Path, tmp_path: Path, straight: Path) -> None:
+def test_resuming_what_is_finished_or_not_begun(
+    tiny_data: Path, tmp_path: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tiny_config(tiny_data, DROPOUT | EVERY_STEP)
     run = tmp_path / "run"
     train_tiny(config, run, resume=True)
+    assert capsys.readouterr().err == f"{run}: has no checkpoint to resume; the training starts with its first step\n"
     assert_same_weights(run, straight)
     log = (run / "metrics.jsonl").read_bytes()
     train_tiny(config, run, resume=True)

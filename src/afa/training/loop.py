@@ -140,6 +140,8 @@ def _restore(run: Path, engine: TrainingEngine) -> tuple[int, float]:
     """Go on from the newest checkpoint, if there is one: the steps done and the seconds that they took."""
     checkpoint = Run(run).latest_checkpoint()
     if checkpoint is None:
+        if engine.processes.is_main:
+            say(f"{run}: has no checkpoint to resume; the training starts with its first step")
         return 0, 0.0
     state = load_checkpoint(checkpoint, engine.network)
     engine.load_state_dict(state)
