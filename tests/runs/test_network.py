@@ -122,6 +122,14 @@ def test_not_a_run_folder(tmp_path: Path, missing: str) -> None:
             read()
 
 
+def test_an_empty_configuration_is_not_the_default_one(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_run(run)
+    (run / "config.toml").write_text("\n")
+    with refused(run / "config.toml", "is empty", "restore"):
+        Run(run).config()
+
+
 @pytest.mark.parametrize(("contents", "found"), [(b"\xaa\xff", "UTF-8"), (b"", "no class")])
 def test_broken_list_of_classes(tmp_path: Path, contents: bytes, found: str) -> None:
     run = tmp_path / "run"

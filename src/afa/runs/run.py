@@ -68,10 +68,12 @@ class Run:
             overrides: Dotted keys that win.
 
         Raises:
-            AfaError: Not a run folder; as `load_config`.
+            AfaError: Not a run folder; the file is empty; as `load_config`.
         """
         if not self.exists:
             raise self._no_run()
+        if not self._config.read_bytes().strip():
+            raise AfaError(f"{self._config}: is empty; restore it or train again")
         return load_config(self._config, overrides)
 
     @property
