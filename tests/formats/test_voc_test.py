@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from afa.formats.job import MaskItem
 from afa.formats.voc_test import FOLDER, MAX_PROBLEMS, check_voc_test
 from afa.formats.write import write_format
 from made_masks import write_items
+from mistakes import refused
 
 NAMES = ("2008_000001", "2008_000004", "2008_000005")
 
@@ -137,8 +139,16 @@ def test_no_archive(tmp_path: Path) -> None:
     with pytest.raises(AfaError, match=r"gone\.tgz: no such archive"):
         check_voc_test(tmp_path / "gone.tgz")
     (tmp_path / "text.tgz").write_text("text")
-    with pytest.raises(AfaError, match=r"text\.tgz: .*tar archive"):
+    with refused("text.tgz: cannot be read as a tar archive (file could not be opened successfully); write it again"):
         check_voc_test(tmp_path / "text.tgz")
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_archive_that_ends_too_early(tmp_path: Path, share: float) -> None:
+    path = pack(tmp_path / "short.tgz", [(FIRST, os.urandom(9000))])
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with refused("short.tgz: cannot be read as a tar archive"):
+        check_voc_test(path)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

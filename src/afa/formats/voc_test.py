@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from afa.data.classes import VOC_CLASSES
 from afa.data.images import IMAGE_SUFFIXES, read_size
 from afa.data.palette import index_png, voc_palette
-from afa.errors import AfaError
+from afa.errors import AfaError, first_line
 from afa.formats.job import Job
 from afa.types import IGNORE_INDEX
 
@@ -138,11 +139,13 @@ def _entries(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
             for entry in archive:
                 if not entry.isdir():
                     content = archive.extractfile(entry) if entry.isfile() else None
-                    yield entry.name.removeprefix("./"), content or io.BytesIO()
+                    # Read here, where errors of the archive are told from those of a mask.
+                    yield entry.name.removeprefix("./"), io.BytesIO(content.read() if content else b"")
     except FileNotFoundError:
         raise AfaError(f"{path}: no such archive; write it with afa predict ... --format voc_test") from None
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise AfaError(f"{path}: cannot be read as a tar archive ({error}); write it again") from None
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        reason = first_line(error).rstrip(":")  # tarfile gives a line to each compression that it tried
+        raise AfaError(f"{path}: cannot be read as a tar archive ({reason}); write it again") from None
 
 
 def _mask_fault(content: IO[bytes], size: tuple[int, int] | None) -> tuple[str, str] | None:
