@@ -75,9 +75,10 @@ def load_checkpoint(folder: Path, network: nn.Module) -> dict[str, Any]:
     path = Run.state_of(folder)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except Exception:  # PyTorch's words advise to load it unsafely
         raise AfaError(
-            f"{path}: broken training state ({first_line(error)}); delete {folder.name} to resume from the one before"
+            f"{path}: broken training state, or of a program that is not afa; delete {folder.name} to resume from the "
+            "one before"
         ) from None
     if not isinstance(state, dict) or "step" not in state:
         raise AfaError(f"{path}: not a training state of afa; delete {folder.name} to resume from the one before")
