@@ -266,7 +266,7 @@ def test_a_hub_id_is_fetched_without_pickles(saved: Path, monkeypatch: pytest.Mo
 
 def test_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with refused("me/pets-that-nobody-has: cannot be fetched", "download"):
+    with refused("me/pets-that-nobody-has: not a run folder", "cannot be fetched", "--out of afa train", "download"):
         find_pretrained("me/pets-that-nobody-has")
 
 

@@ -100,8 +100,8 @@ def find_pretrained(source: str | Path) -> Path:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(_FILES)))
     except Exception as error:
         raise AfaError(
-            f"{source}: cannot be fetched from the Hugging Face hub ({first_line(error)}); "
-            "download it elsewhere and pass its folder"
+            f"{source}: not a run folder, and cannot be fetched from the Hugging Face hub "
+            f"({first_line(error)}); pass the --out of afa train, or download it elsewhere and pass its folder"
         ) from None
 
 
