@@ -33,6 +33,9 @@ from afa.inference.predictor import PreparedImage
 from afa.runs.files import write_whole
 from afa.runtime import Advance, image_progress, read_ahead, say
 
+_DIGESTS: Final = ("weights", "tags")
+"""Keys of the stamp whose values are hashes, or None."""
+
 STAMP: Final = "predict.json"
 """File beside the masks that says what made them: the weights and all settings."""
 
@@ -229,10 +232,12 @@ def _missing(
             raise AfaError(f"{path}: broken; {otherwise} folder") from None
         if differing:
             key = differing[0]
-            raise AfaError(
-                f"{path}: {key} was {_short(before.get(key))} for the masks that are there and is "
-                f"{_short(now.get(key))} now; {otherwise} folder"
-            )
+            was, value = before.get(key), now.get(key)
+            words = f"{key} was {_short(was)} for the masks that are there and is {_short(value)} now"
+            if key in _DIGESTS:
+                how = "without" if was is None else "with" if value is None else "with other"
+                words = f"the masks that are there were made {how} {key}"
+            raise AfaError(f"{path}: {words}; {otherwise} folder")
         since = path.stat().st_mtime_ns
         missing = [name for name in names if _modified(masks / f"{name}.png") < since]
         if len(missing) < len(names):
