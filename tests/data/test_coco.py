@@ -224,7 +224,7 @@ def test_mistakes_in_the_file(
     spoil(path, key, change)
     assert main([str(path), str(images), str(tmp_path / "out"), "--split", "train"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("error: ")
+    assert said.startswith("afa: error: ")
     assert expected in said
 
 

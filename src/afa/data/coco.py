@@ -352,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(convert_coco(parsed.instances, parsed.images, parsed.out, split=parsed.split))
     except AfaError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"afa: error: {error}", file=sys.stderr)
         return 2
     return 0
 
