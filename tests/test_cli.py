@@ -558,6 +558,11 @@ def test_an_output_that_cannot_be_written(tiny_run: Path, tiny_data: Path, tmp_p
     blocked = tmp_path / "file"
     blocked.touch()
     image = tiny_data / "JPEGImages" / "val_00000.jpg"
+    for words in (
+        ["train", tiny_data], ["demo"], ["check", tiny_data], ["predict", tiny_run, image],
+        ["pseudo", tiny_run, "--data", tiny_data], ["report", "--compare", tiny_run],
+    ):  # fmt: skip
+        assert_mistake(command(*words, "--out", blocked), str(blocked), "is a file; pass another --out")
     assert_mistake(command("predict", tiny_run, image, "--out", blocked / "out"), str(blocked))
     assert_mistake(command("pseudo", tiny_run, "--data", tiny_data, "--out", blocked / "out"), str(blocked))
     json_path = blocked / "figures.json"

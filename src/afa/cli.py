@@ -84,8 +84,14 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _folder(text: str) -> str:
+    if os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is a file; pass another --out")
+    return text
+
+
 _RUN = _argument("folder", metavar="RUN", help="run folder")
-_OUT_RUN = _argument("--out", required=True, metavar="RUN", help="run folder")
+_OUT_RUN = _argument("--out", type=_folder, required=True, metavar="RUN", help="run folder")
 _DATA = _argument("--data", required=True, metavar="DIR", help="folder of the data set")
 _PRESET = _argument("--preset", metavar="NAME", help="starting values: paper, paper_coco, rrm or demo")
 _JSON = _argument("--json", metavar="FILE", help="also write the figures here; - is standard output")
@@ -99,7 +105,7 @@ _NETWORK = (
 """Flags of every command that runs the network."""
 
 _DEMO = (
-    _argument("--out", default="runs/demo", metavar="RUN", help="run folder (default: %(default)s)"),
+    _argument("--out", type=_folder, default="runs/demo", metavar="RUN", help="run folder (default: %(default)s)"),
     _argument("--smoke", action="store_true", help="a few steps only, to see that everything runs"),
     _argument("--resume", action="store_true", help="go on with the run in RUN"),
 )
@@ -107,7 +113,7 @@ _CHECK = (
     _argument("data", metavar="DIR", help="folder of the data set, in any layout of docs/data.md"),
     _argument("--config", metavar="FILE", help="TOML configuration of the training to come"),
     _PRESET,
-    _argument("--out", metavar="OUT", help="also write check.html and check.json there"),
+    _argument("--out", type=_folder, metavar="OUT", help="also write check.html and check.json there"),
     _JSON,
     _argument("--fast", action="store_true", help="tags and counts only: read no image, try no training step"),
     _argument("--limit", type=_positive, metavar="N", help="read only N images, evenly spread"),
@@ -140,7 +146,7 @@ _EVALUATE = (
 _PREDICT = (
     _RUN,
     _argument("images", nargs="+", metavar="IMAGES", help="image files or folders"),
-    _argument("--out", required=True, metavar="DIR", help="folder of the results"),
+    _argument("--out", type=_folder, required=True, metavar="DIR", help="folder of the results"),
     _argument("--tags", metavar="FILE", help="tags of the images: only tagged classes are predicted"),
     _argument("--scores", action="store_true", help="also write class scores"),
     _argument("--crf", action="store_true", help="refine the masks by the dense CRF"),
@@ -151,7 +157,7 @@ _PREDICT = (
 _PSEUDO = (
     _RUN,
     _DATA,
-    _argument("--out", required=True, metavar="DIR", help="folder of the labels"),
+    _argument("--out", type=_folder, required=True, metavar="DIR", help="folder of the labels"),
     _argument("--list", metavar="FILE", help="image names, one a line (default: those to train on)"),
     _argument("--kind", choices=("refined", "initial", "propagated", "cam"), default="refined"),
     _FORMATS,
@@ -171,7 +177,7 @@ _CHECK_VOC = (
 _REPORT = (
     _argument("folders", nargs="+", metavar="RUN", help="run folder; several with --compare"),
     _argument("--compare", action="store_true", help="tables of the runs' figures beside the paper's"),
-    _argument("--out", metavar="DIR", help="--compare: also write compare.html and compare.json there"),
+    _argument("--out", type=_folder, metavar="DIR", help="--compare: also write compare.html and compare.json there"),
     _argument("--figures", action="store_true", help="also draw the paper's figures, as RUN/figures/*.png"),
     _argument("--data", metavar="DIR", help="--figures: folder of the data set (default: that of the run)"),
 )
