@@ -322,6 +322,17 @@ def classification_loss(logits: Array, tags: Array) -> float:
 # --- Schedule and score ---
 
 
+def repeat_factors(tagged: Array, balance: float) -> list[float]:
+    """tagged (N, C)."""
+    counts = [sum(bool(row[c]) for row in tagged) for c in range(tagged.shape[1])]
+    known = [count for count in counts if count]
+    mean = sum(known) / len(known)
+    return [
+        max([1.0] + [(mean / count) ** balance for count, tag in zip(counts, row, strict=True) if tag])
+        for row in tagged
+    ]
+
+
 def learning_rate(
     step: int,
     *,

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+import naive
 from afa.config import AugmentConfig, Config, DataConfig, ScheduleConfig, TrainConfig
 from afa.data.dataset import TaggedImages
-from afa.data.loader import resolve_workers, step_indices, train_batches, whole_views
+from afa.data.loader import class_repeats, resolve_workers, step_indices, train_batches, whole_views
 from afa.data.pixel_cache import PixelCache
 from afa.errors import AfaError
 from afa.runtime import Processes
@@ -49,19 +50,26 @@ def images(tmp_path: Path) -> TaggedImages:
     return TaggedImages(classes=("x", "y", "z"), names=names, paths=paths, tags=tags)
 
 
-def settings(*, end: int = 5, workers: int = 0, seed: int = 0, **augment: Any) -> Config:
+def settings(*, end: int = 5, workers: int = 0, seed: int = 0, class_balance: float = 0.0, **augment: Any) -> Config:
     return Config(
         data=DataConfig(workers=workers),
         augment=AugmentConfig(crop_size=32, **augment),
         schedule=ScheduleConfig(max_steps=end, batch_size=4),
-        train=TrainConfig(seed=seed),
+        train=TrainConfig(seed=seed, class_balance=class_balance),
     )
 
 
 def stream(
-    images: TaggedImages, *, end: int = 5, workers: int = 0, seed: int = 0, **options: Any
+    images: TaggedImages,
+    *,
+    end: int = 5,
+    workers: int = 0,
+    seed: int = 0,
+    class_balance: float = 0.0,
+    **options: Any,
 ) -> Generator[Batch, None, None]:
-    return train_batches(images, settings(end=end, workers=workers, seed=seed), **options)
+    config = settings(end=end, workers=workers, seed=seed, class_balance=class_balance)
+    return train_batches(images, config, **options)
 
 
 def batches(images: TaggedImages, **options: Any) -> list[Batch]:
@@ -109,6 +117,100 @@ def test_order_does_not_depend_on_the_batch_size() -> None:
     np.testing.assert_array_equal(order(1), order(4))
 
 
+def made_tags(seed: int) -> np.ndarray:
+    """(60, 6): class 0 on every other image, others ever rarer, class 5 nowhere; some images have no tag."""
+    tagged = np.random.default_rng(seed).random((60, 6)) < [0.5, 0.3, 0.1, 0.05, 0.05, 0.0]
+    tagged[seed, 3] = True
+    return tagged
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_repeats_are_those_of_the_equation(balance: float, seed: int) -> None:
+    tagged = made_tags(seed)
+    expected = naive.repeat_factors(tagged, balance)
+    repeats = class_repeats(tagged, balance)
+    assert expected == pytest.approx(repeats.factors.tolist(), abs=2**-20)
+    assert 0 <= repeats.extra - (sum(expected) - 60) < 1 + 1e-4
+    assert repeats.extra <= tagged.sum()
+
+
+def epochs(tagged: np.ndarray, balance: float, count: int, *, seed: int = 0) -> np.ndarray:
+    """(count, length of an epoch): the images of the first epochs, read in batches of 4."""
+    repeats = class_repeats(tagged, balance)
+    length = len(tagged) + repeats.extra
+    steps = range(-(-count * length // 4))
+    order = [step_indices(len(tagged), step=step, batch_size=4, seed=seed, repeats=repeats) for step in steps]
+    return np.concatenate(order)[: count * length].reshape(count, length)
+
+
+@pytest.mark.parametrize("balance", [0.3, 1.0])
+def test_an_epoch_visits_each_image_as_often_as_its_tags_ask_for(balance: float) -> None:
+    tagged = made_tags(0)
+    factors = np.array(naive.repeat_factors(tagged, balance))
+    visits = np.array([np.bincount(epoch, minlength=60) for epoch in epochs(tagged, balance, 400)])
+    # All extra visits are stretched a little, so that they are a whole number.
+    expected = 1 + (factors - 1) * np.ceil((factors - 1).sum()) / (factors - 1).sum()
+    assert (visits >= np.floor(expected)).all()
+    assert (visits <= np.ceil(expected)).all()
+    assert (visits[:, factors == 1] == 1).all()
+    deviation = np.sqrt((expected % 1) * (1 - expected % 1) / 400)
+    assert (np.abs(visits.mean(axis=0) - expected) <= 4 * deviation).all()
+
+
+def test_rare_classes_are_seen_more_often_the_larger_the_balance() -> None:
+    tagged = made_tags(1)
+    counts = tagged.sum(axis=0)[:5]
+    shares, fewest = [], []
+    for balance in (0.0, 0.5, 1.0):
+        order = epochs(tagged, balance, 20)
+        seen = tagged[order].sum(axis=(0, 1))[:5] / 20
+        shares.append(seen[counts.argmin()] / order.shape[1])
+        fewest.append(seen.min())
+    assert shares[0] < shares[1] < shares[2]
+    assert fewest[0] == counts.min()
+    assert fewest[2] >= 0.9 * counts.mean()
+
+
+def test_repeated_images_come_anywhere_in_an_epoch_and_in_a_new_order_each_time() -> None:
+    tagged = np.zeros((100, 2), dtype=bool)
+    tagged[:2, 0] = True
+    tagged[2:, 1] = True
+    places = [np.flatnonzero(epoch < 2) / len(epoch) for epoch in epochs(tagged, 1.0, 50)]
+    assert {len(place) for place in places} == {50}
+    assert len({tuple(place) for place in places}) == 50
+    assert abs(np.concatenate(places).mean() - 0.5) < 0.03
+
+
+def test_repeated_order_is_a_function_of_its_arguments() -> None:
+    tagged = made_tags(2)
+    first = epochs(tagged, 0.7, 3, seed=1)
+    assert not np.array_equal(epochs(tagged, 0.7, 3, seed=2), first)
+    np.testing.assert_array_equal(epochs(tagged, 0.7, 3, seed=1), first)
+    repeats = class_repeats(tagged, 0.7)
+    one_batch = step_indices(60, step=0, batch_size=first.size, seed=1, repeats=repeats)
+    np.testing.assert_array_equal(one_batch, first.ravel())
+
+
+@pytest.mark.parametrize("step", [0, 7, 33])
+def test_balance_0_changes_no_order(step: int) -> None:
+    """The order that afa has always had: one permutation an epoch."""
+    rngs = [np.random.default_rng(np.random.SeedSequence(3, spawn_key=(0, epoch))) for epoch in range(3)]
+    always = np.concatenate([rng.permutation(60) for rng in rngs])[4 * step : 4 * step + 4]
+    repeats = class_repeats(made_tags(0), 0.0)
+    np.testing.assert_array_equal(step_indices(60, step=step, batch_size=4, seed=3, repeats=repeats), always)
+    np.testing.assert_array_equal(step_indices(60, step=step, batch_size=4, seed=3), always)
+
+
+def test_batches_are_in_the_repeated_order(images: TaggedImages) -> None:
+    repeats = class_repeats(images.tagged, 1.0)
+    assert repeats.extra == 3  # 5, 1 and 1 images: twice 7/3 - 1, rounded up
+    shown = [name for batch in batches(images, end=5, class_balance=1.0) for name in batch.names]
+    order = [step_indices(NUM_IMAGES, step=step, batch_size=4, seed=0, repeats=repeats) for step in range(5)]
+    assert shown == [str(index) for index in np.concatenate(order)]
+    assert {"1", "2"} == {name for name in shown if shown.count(name) > 2}
+
+
 def test_batch(images: TaggedImages) -> None:
     batch = batches(images, end=1)[0]
     assert batch.image.shape == (4, 3, 32, 32)
@@ -127,8 +229,10 @@ def test_batch(images: TaggedImages) -> None:
         assert picture.count_nonzero() == 3 * (bottom - top) * (right - left)
 
 
-def test_restart_continues_exactly(images: TaggedImages) -> None:
-    assert_equal(batches(images, start=3, end=6), batches(images, end=6)[3:])
+@pytest.mark.parametrize("balance", [0.0, 1.0])
+def test_restart_continues_exactly(images: TaggedImages, balance: float) -> None:
+    whole = batches(images, end=6, class_balance=balance)
+    assert_equal(batches(images, start=3, end=6, class_balance=balance), whole[3:])
 
 
 def test_same_image_is_augmented_anew_each_time_and_by_each_seed(images: TaggedImages) -> None:
@@ -137,19 +241,22 @@ def test_same_image_is_augmented_anew_each_time_and_by_each_seed(images: TaggedI
     assert len({picture.numpy().tobytes() for picture in seen}) == 44
 
 
+@pytest.mark.parametrize("balance", [0.0, 1.0])
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes_share_the_global_batch(images: TaggedImages, count: int) -> None:
-    shares = [batches(images, processes=Processes(rank, count)) for rank in range(count)]
-    for whole, *parts in zip(batches(images), *shares, strict=True):
+def test_processes_share_the_global_batch(images: TaggedImages, count: int, balance: float) -> None:
+    shares = [batches(images, processes=Processes(rank, count), class_balance=balance) for rank in range(count)]
+    for whole, *parts in zip(batches(images, class_balance=balance), *shares, strict=True):
         tensors = (torch.cat([getattr(part, name) for part in parts]) for name in ("image", "tags", "valid_box"))
         assert_equal([Batch(*tensors, names=tuple(name for part in parts for name in part.names))], [whole])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("cached", [False, True])
-def test_workers_and_cache_change_nothing(images: TaggedImages, workers: int, cached: bool) -> None:
+@pytest.mark.parametrize("balance", [0.0, 1.0])
+def test_workers_and_cache_change_nothing(images: TaggedImages, workers: int, cached: bool, balance: float) -> None:
     cache = PixelCache(NUM_IMAGES, 2**20) if cached else None
-    assert_equal(batches(images, end=20, workers=workers, cache=cache), batches(images, end=20))
+    ours = batches(images, end=20, workers=workers, cache=cache, class_balance=balance)
+    assert_equal(ours, batches(images, end=20, class_balance=balance))
 
 
 def test_cached_images_are_decoded_once(images: TaggedImages, decoded: list[int]) -> None:

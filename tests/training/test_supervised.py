@@ -42,10 +42,12 @@ def coordinate_data(root: Path, tiny_data: Path) -> Path:
     return root
 
 
+@pytest.mark.parametrize("balance", [0.0, 1.0])
 @pytest.mark.parametrize("processes", [Processes(), Processes(rank=1, count=2)])
-def test_masks_follow_their_images(tiny_data: Path, tmp_path: Path, processes: Processes) -> None:
+def test_masks_follow_their_images(tiny_data: Path, tmp_path: Path, processes: Processes, balance: float) -> None:
     root = coordinate_data(tmp_path / "data", tiny_data)
-    config = tiny_config(root, {"augment.crop_size": 96, "augment.scale_min": 0.6, "augment.scale_max": 2.0})
+    keys = {"augment.crop_size": 96, "augment.scale_min": 0.6, "augment.scale_max": 2.0}
+    config = tiny_config(root, keys | {"train.class_balance": balance})
     images = open_masked(open_data(config.data), config.data.train_list)
     batches = train_batches(images, config, start=2, processes=processes)
     seen = 0

@@ -278,6 +278,10 @@ class TrainConfig:
 
     seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
     """Seed of everything random: the order, augmentation, initial weights, dropout."""
+    class_balance: Share = 0.0
+    """How far images with rare classes are repeated: an image comes max(1, (mean / n)^class_balance) times an epoch, n
+    being the number of images of its rarest class and mean that of all classes. 0 = once each; 1 = no class comes less
+    often than the mean. Source: repeat factor sampling (LVIS, Gupta et al. 2019)."""
     supervision: Supervision = "tags"
     """tags = weak supervision, the method. masks = full supervision, for comparison (Table 5): the segmentation learns
     from the true masks of the training list, without pseudo labels; everything that shows results says so."""

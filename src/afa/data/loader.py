@@ -10,6 +10,7 @@ of decoded images as it is. On a GPU the workers only decode; the GPU scales, fl
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -38,16 +39,57 @@ FeatureFunction = Callable[[int, Sequence[int], Sequence[bool]], tuple[Tensor, .
 """(step, images, which of them are mirrored) -> what the feature cache has of them, arrays of as many rows."""
 
 
-def step_indices(num_images: int, *, step: int, batch_size: int, seed: int) -> NDArray[np.int64]:
+@dataclass(frozen=True, eq=False)
+class Repeats:
+    """How often an epoch visits each image.
+
+    Attributes:
+        factors: (N,) float64, 1 or more: mean number of visits, before `extra` is rounded.
+        extra: Visits of any epoch beyond the first of each image: the sum of the factors minus N, rounded up.
+    """
+
+    factors: NDArray[np.float64]
+    extra: int
+
+
+def class_repeats(tagged: NDArray[np.bool_], balance: float) -> Repeats:
+    """Repeat images with rare classes: an image's factor is the largest of max(1, (mean / n_c) ** balance) of its tags.
+
+    n_c is the number of images with class c, mean the mean of n_c over the classes that any image has. With balance 1,
+    an epoch visits each class about mean times or more; it is never longer than the images and tags together.
+
+    Args:
+        tagged: (N, C), whether each class is tagged as present.
+        balance: 0..1; 0 = every image once.
+
+    Source: Gupta et al., LVIS (CVPR 2019), repeat factor sampling: exponent 1/2, a fixed share in place of the mean.
+
+    >>> class_repeats(np.array([[1, 0], [1, 0], [1, 0], [0, 1]], dtype=bool), 1.0).factors.tolist()
+    [1.0, 1.0, 1.0, 2.0]
+    """
+    counts = tagged.sum(axis=0)
+    present = np.flatnonzero(counts)
+    factors = np.ones(len(tagged))
+    for index in present[np.argsort(-counts[present])].tolist():  # the rarest last: it decides
+        factor = (counts.sum() / len(present) / counts[index]) ** balance
+        factors[tagged[:, index]] = max(1.0, round(factor * 2**20) / 2**20)  # of such numbers, sums are exact
+    return Repeats(factors, math.ceil(factors.sum() - len(factors)))
+
+
+def step_indices(
+    num_images: int, *, step: int, batch_size: int, seed: int, repeats: Repeats | None = None
+) -> NDArray[np.int64]:
     """Images of one step: consecutive pieces of one seeded permutation after another.
 
-    Each epoch visits every image once; a batch may end one epoch and begin the next.
+    Each epoch visits every image once, or as often as `repeats` says, rounded up or down at random; a batch may
+    end one epoch and begin the next.
 
     Args:
         num_images: Number of images, at least 1.
         step: Step, from 0.
         batch_size: Images per step, over all processes.
         seed: Seed of the order.
+        repeats: Visits of each image; None = one.
 
     Returns:
         (batch_size,) int64 indices in 0..num_images-1: the global batch of that step.
@@ -56,9 +98,10 @@ def step_indices(num_images: int, *, step: int, batch_size: int, seed: int) -> N
     >>> sorted(np.concatenate(two_steps).tolist())
     [0, 1, 2, 3, 4, 5]
     """
-    epoch, place = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), num_images)
-    indices = [_permutation(num_images, seed, e)[p] for e, p in zip(epoch.tolist(), place.tolist(), strict=True)]
-    return np.array(indices, dtype=np.int64)
+    length = num_images + (repeats.extra if repeats else 0)
+    epoch, place = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), length)
+    pairs = zip(epoch.tolist(), place.tolist(), strict=True)
+    return np.array([_permutation(num_images, seed, e, repeats)[p] for e, p in pairs], dtype=np.int64)
 
 
 def step_plan(size: tuple[int, int], augment: AugmentConfig, *, step: int, row: int, seed: int) -> CropPlan:
@@ -124,7 +167,9 @@ def train_batches(
     if batch_size % count:
         raise AfaError(f"schedule.batch_size is {batch_size}; use a multiple of the number of processes ({count})")
     share = slice(processes.rank * batch_size // count, (processes.rank + 1) * batch_size // count)
-    source = _Source(images, config, share, cache, features, pinned=device is not None and device.type == "cuda")
+    pinned = device is not None and device.type == "cuda"
+    repeats = class_repeats(images.tagged, config.train.class_balance)
+    source = _Source(images, config, share, repeats, cache, features, pinned)
     steps = range(start, config.schedule.max_steps)
     workers = resolve_workers(config.data.workers, processes=count)
     if device is None:
@@ -175,9 +220,16 @@ def _read(images: TaggedImages, index: int, cache: PixelCache | None) -> NDArray
     return images.image(index) if cache is None else cache.image(index, images.image)
 
 
-@lru_cache(maxsize=2)
-def _permutation(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    order = _generator(seed, _ORDER, epoch).permutation(num_images)
+@lru_cache(maxsize=4)  # Two epochs each for images and masks
+def _permutation(num_images: int, seed: int, epoch: int, repeats: Repeats | None) -> NDArray[np.int64]:
+    generator = _generator(seed, _ORDER, epoch)
+    order = generator.permutation(num_images)
+    if repeats is not None and repeats.extra:
+        # Systematic sampling: evenly spaced points, each on the stretch of an image as long as its extra visits. An
+        # image gets the whole number of its visits above or below their mean, and all together are always as many.
+        ends = np.cumsum(repeats.factors[order] - 1)
+        points = (np.arange(repeats.extra) + generator.random()) * (ends[-1] / repeats.extra)
+        order = generator.permutation(np.concatenate([order, order[np.searchsorted(ends, points)]]))
     order.flags.writeable = False
     return order
 
@@ -193,6 +245,7 @@ class _Source:
     images: TaggedImages
     config: Config
     share: slice
+    repeats: Repeats
     cache: PixelCache | None
     features: FeatureFunction | None
     pinned: bool
@@ -226,8 +279,8 @@ class _Source:
 
     def _indices(self, step: int) -> list[int]:
         batch_size, seed = self.config.schedule.batch_size, self.config.train.seed
-        indices = step_indices(len(self.images), step=step, batch_size=batch_size, seed=seed)[self.share]
-        return [int(index) for index in indices]
+        indices = step_indices(len(self.images), step=step, batch_size=batch_size, seed=seed, repeats=self.repeats)
+        return [int(index) for index in indices[self.share]]
 
     def _planned(self, step: int, row: int, index: int) -> tuple[NDArray[np.uint8], CropPlan]:
         pixels = _read(self.images, index, self.cache)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from afa.config import Config
 from afa.data.dataset import MaskedImages
-from afa.data.loader import step_indices, step_plan
+from afa.data.loader import class_repeats, step_indices, step_plan
 from afa.data.open import DataSet
 from afa.data.transforms import resample_image
 from afa.errors import AfaError
@@ -89,11 +89,12 @@ def with_masks(
         AfaError: During iteration, a mask cannot be read or does not fit its image.
     """
     augment, schedule, seed = config.augment, config.schedule, config.train.seed
+    repeats = class_repeats(images.tagged, config.train.class_balance)
     share = schedule.batch_size // processes.count
     first = processes.rank * share
 
     def masks(step: int) -> Tensor:
-        indices = step_indices(len(images), step=step, batch_size=schedule.batch_size, seed=seed)
+        indices = step_indices(len(images), step=step, batch_size=schedule.batch_size, seed=seed, repeats=repeats)
         canvas = np.full((share, augment.crop_size, augment.crop_size), IGNORE_INDEX, dtype=np.uint8)
         for row, index in enumerate(indices[first : first + share].tolist()):
             mask = images.mask(index)
