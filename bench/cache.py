@@ -1,6 +1,6 @@
 """Speed of training from the feature cache, over training from pixels on the same views.
 
-    python bench/cache.py [--backbone dinov2_small_reg --freeze 10 --crop 280] [--weights DIR] [--phase refined]
+    python bench/cache.py --weights CLIP --text EMBEDDINGS [--crop 384] [--phase refined]
 
 The script writes a small data set of generated photographs (500 x 375 pixels), makes its feature cache, and takes whole
 training steps on both sides in turn, input included: reading, decoded images from memory, transfer, labels, losses,
@@ -31,6 +31,7 @@ from afa.config import Config, load_config
 from afa.data.dataset import TaggedImages
 from afa.data.loader import train_batches
 from afa.data.pixel_cache import PixelCache
+from afa.model.families import TOKEN_SIZES
 from afa.runs.network import build_network
 from afa.runtime import pick_device
 from afa.training.engine import TrainingEngine
@@ -38,7 +39,7 @@ from afa.training.feature_cache import FeatureReader, prepare_features
 from afa.training.feature_store import format_gib
 from afa.types import Batch
 
-STEPS: Final = {"cls": 0, "initial": 10_000, "refined": 20_000}
+STEPS: Final = {"initial": 0, "refined": 20_000}
 """First step of each phase."""
 
 CLASSES: Final = ("bird", "cat", "cow", "dog", "sheep")
@@ -66,20 +67,17 @@ def bench_config(arguments: argparse.Namespace) -> Config:
             "data.workers": -1 if arguments.device.type == "cuda" else 0,
             "model.backbone": arguments.backbone,
             "model.weights": arguments.weights,
-            "model.freeze_blocks": arguments.freeze,
+            "model.text_embeddings": arguments.text,
+            "model.freeze_blocks": TOKEN_SIZES[arguments.backbone].depth,
             "model.feature_levels": arguments.levels,
-            "pseudo.scales": arguments.scales,
             "augment.crop_size": arguments.crop,
-            "augment.whole_images": True,
-            "loss.energy_weight": 0.0,
             "schedule.max_steps": 30_000,
             "schedule.batch_size": arguments.batch,
-            "schedule.cls_steps": STEPS["initial"],
             "schedule.refined_steps": STEPS["refined"] - 1,
             "train.precision": arguments.precision,
-            "train.feature_cache": True,
             "train.feature_cache_gib": 1000.0,
         },
+        preset="frozen",
     )
 
 
@@ -98,7 +96,7 @@ class Side:
             config,
             start=start,
             cache=self.cache,
-            features=None if self.engine.features is None else self.engine.features.read,
+            features=self.engine.features,
             device=device if device.type == "cuda" else None,
         )
 
@@ -127,7 +125,7 @@ def make_sides(
     """The side that starts from pixels, and the one that starts from the cache."""
     device = arguments.device
     torch.manual_seed(0)
-    network = build_network(config.model, len(CLASSES)).to(device).train()
+    network = build_network(config.model, len(CLASSES), words=[(name,) for name in CLASSES]).to(device).train()
     cache = PixelCache(len(images), 2**30)
     reader = prepare_features(network, images, config, folder, cache=cache)
     engines = [TrainingEngine(each, config, device=device) for each in (network, copy.deepcopy(network))]
@@ -137,12 +135,11 @@ def make_sides(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="dinov2_small_reg", help="default dinov2_small_reg")
+    parser.add_argument("--backbone", default="clip_b16", help="default clip_b16")
     parser.add_argument("--weights", default="", help="folder of the encoder's weights (default: random ones)")
-    parser.add_argument("--freeze", type=int, default=10, help="frozen blocks (default 10)")
+    parser.add_argument("--text", default="", help="folder of text embeddings (default: the encoder's text encoder)")
     parser.add_argument("--levels", type=int, default=4, help="feature levels (default 4)")
-    parser.add_argument("--scales", default="1.0,0.5,1.5", help="scales of the CAM (default 1.0,0.5,1.5)")
-    parser.add_argument("--crop", type=int, default=280, help="side of the crop, pixels (default 280)")
+    parser.add_argument("--crop", type=int, default=384, help="side of the crop, pixels (default 384)")
     parser.add_argument("--batch", type=int, default=8, help="images in a batch (default 8)")
     parser.add_argument("--images", type=int, default=16, help="images of the data set (default 16)")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side and phase (default 5)")
@@ -157,7 +154,7 @@ def main() -> None:
         images = write_images(Path(folder), arguments.images)
         sides, reader = make_sides(arguments, config, images, Path(folder))
         print(
-            f"{arguments.backbone}, {arguments.freeze} blocks frozen, {arguments.crop} px, batches of "
+            f"{arguments.backbone}, {arguments.crop} px, batches of "
             f"{arguments.batch}, {arguments.precision}, {arguments.device.type} ({platform.processor() or 'CPU'}), "
             f"{torch.get_num_threads()} threads; {format_gib(reader.store.num_bytes // len(images) * 1000)} of cache "
             "for 1,000 images"

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import SegformerConfig, SegformerModel
 
 from afa.model.layers import speed_up
 from afa.model.registry import build_backbone
 
-SMALL = ("dinov2_tiny", "dinov2_tiny_reg", "vit_mini", "deit_mini", "clip_mini", "siglip_mini")
+SMALL = ("dinov2_tiny", "dinov2_tiny_reg", "dinov3_mini", "vit_mini", "deit_mini", "clip_mini", "siglip_mini")
 """One plain vision transformer of each family."""
 
 ONE_OF_EACH_KIND = ("mit_tiny", *SMALL)
@@ -45,6 +49,15 @@ def load_eager(backbone: Any) -> Any:
     assert set(missing) <= {"embeddings.mask_token"}
     assert unexpected == []
     return eager.eval()
+
+
+def write_embeddings(folder: Path, names: Sequence[str], width: int, **more: Any) -> Path:
+    """A folder of text embeddings: random vectors, the same for the same names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vectors = torch.randn(len(names), width, generator=torch.Generator().manual_seed(0))
+    save_file({"embeddings": vectors}, folder / "embeddings.safetensors")
+    (folder / "names.json").write_text(json.dumps({"names": list(names)} | more))
+    return folder
 
 
 def plain_encoder() -> SegformerModel:

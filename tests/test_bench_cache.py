@@ -8,21 +8,24 @@ from pathlib import Path
 
 import pytest
 
+from encoders import write_embeddings
+
 BENCH = Path(__file__).parents[1] / "bench" / "cache.py"
 
 
-def test_table_and_ratio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_and_ratio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("bench_cache", BENCH)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    flags = ["--backbone", "dinov2_tiny", "--freeze", "4", "--crop", "64", "--batch", "2", "--images", "3"]
+    words = write_embeddings(tmp_path, [*module.CLASSES, "sky", "grass"], 32)
+    flags = ["--backbone", "clip_mini", "--text", str(words), "--crop", "64", "--batch", "2", "--images", "3"]
     monkeypatch.setattr(sys, "argv", ["cache.py", *flags, "--rounds", "1", "--device", "cpu"])
     module.main()
     lines = capsys.readouterr().out.splitlines()
-    rows = {line.split()[0]: line.split()[1:] for line in lines[2:5]}
-    assert rows.keys() == {"cls", "initial", "refined"}
+    rows = {line.split()[0]: line.split()[1:] for line in lines[2:4]}
+    assert rows.keys() == {"initial", "refined"}
     for pixels, cached, ratio in rows.values():
         assert float(cached) / float(pixels) == pytest.approx(float(ratio.rstrip("x")), rel=0.1, abs=0.1)
     assert lines[-1] == rows["refined"][2]

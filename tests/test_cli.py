@@ -179,7 +179,7 @@ def test_check_estimates_the_training_that_the_folder_alone_would_get(
     monkeypatch.setattr(collect, "check_data", spy)
     for flags in ([], ["--preset", "paper"]):
         assert command("check", tiny_data, "--fast", "--device", "cpu", *flags).status == 0
-    assert [config.model.backbone for config in seen] == ["dinov2_small_reg", "mit_b1"]
+    assert [config.model.backbone for config in seen] == ["clip_b16", "mit_b1"]
 
 
 # --- train ---

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from afa.api import check_data, evaluate, predict, pseudo_labels, train
+    from afa.api import check_data, evaluate, masks, predict, pseudo_labels, train
     from afa.config import Config, load_config
     from afa.errors import AfaError
     from afa.inference.predictor import Prediction, Predictor
@@ -27,6 +27,7 @@ __all__ = [
     "check_data",
     "evaluate",
     "load_config",
+    "masks",
     "predict",
     "pseudo_labels",
     "train",
@@ -41,6 +42,7 @@ _HOMES = {
     "check_data": "afa.api",
     "evaluate": "afa.api",
     "load_config": "afa.config",
+    "masks": "afa.api",
     "predict": "afa.api",
     "pseudo_labels": "afa.api",
     "train": "afa.api",

@@ -1,4 +1,4 @@
-"""The commands as functions: train, demo, evaluate, predict, pseudo labels, check, export, report.
+"""The commands as functions: train, demo, masks, evaluate, predict, pseudo labels, check, export, report.
 
 `afa.train` is `afa.api.train`. Only this module composes rooms: a room below it does one thing.
 
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from afa.check import collect
+from afa.check.cost import measure_pace
 from afa.check.tags import check_fast
 from afa.config import Config, DataConfig, config_to_dict, load_config
 from afa.data.classes import read_lines
@@ -32,15 +33,16 @@ from afa.formats.voc_test import SubmissionCheck, check_voc_test
 from afa.formats.write import mask_items, parse_formats, write_format
 from afa.inference import files as prediction
 from afa.inference.hub import load_pretrained, save_pretrained
-from afa.inference.masks import PredictSummary
+from afa.inference.masks import MasksSummary, PredictSummary, summarize_masks
 from afa.inference.onnx import ExportCheck, export_onnx, export_torch, read_check_images
 from afa.inference.predictor import Predictor
 from afa.model.network import AfaNetwork
 from afa.report.compare import compare_runs, render_text, write_comparison
+from afa.report.masks import write_masks_page
 from afa.report.page import write_report
 from afa.report.pictures import write_examples, write_figures
 from afa.runs.auto import choose_defaults
-from afa.runs.network import load_run
+from afa.runs.network import build_network, load_run
 from afa.runs.run import Run
 from afa.runtime import Processes, pick_device, process_group, say
 from afa.training import loop
@@ -57,13 +59,20 @@ _SMOKE: dict[str, Any] = {"schedule.max_steps": 40, "schedule.cls_steps": 15, "s
 
 
 def train(
-    source: str | Path | Config, out: str | Path, *, resume: bool = False, progress: bool = True, **overrides: Any
+    source: str | Path | Config,
+    out: str | Path,
+    *,
+    minutes: float | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **overrides: Any,
 ) -> Predictor:
     """Train from tags, score, and write the run folder with its report, as `afa train`.
 
     Args:
         source: Folder of a data set, for settings that are chosen by data and device; a TOML file; or a configuration.
         out: Run folder.
+        minutes: What everything may take, for a folder.
         resume: Continue the run in the folder.
         progress: Show progress on standard error.
         overrides: Keys of the configuration that win, `**{"schedule.max_steps": 1000}`.
@@ -84,6 +93,7 @@ def train(
             file=source if is_file else None,
             overrides=overrides,
             run=Path(out) if resume else None,
+            minutes=minutes,
         )
         for line in choices if progress else ():
             say(line)
@@ -210,6 +220,7 @@ def training_config(
     preset: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     run: str | Path | None = None,
+    minutes: float | None = None,
 ) -> tuple[Config, tuple[str, ...], DataSet | None]:
     """Resolve the settings of a training.
 
@@ -221,6 +232,7 @@ def training_config(
         preset: Name that wins over the file's.
         overrides: Dotted keys that win.
         run: Run folder to go on with.
+        minutes: What everything may take, where the settings are chosen.
 
     Returns:
         The configuration; what was chosen and why, a line each; and the data set that it was chosen by. No line and no
@@ -239,9 +251,12 @@ def training_config(
     if not config.data.root:
         raise AfaError("data.root is not set; pass the folder of the data set")
     if folder is None or file is not None or preset is not None:
+        if minutes is not None:
+            raise AfaError(f"--minutes is {minutes:g}, but a file or preset states the steps; leave one of them out")
         return config, (), None
     data = open_data(config.data)
-    return *choose_defaults(data, pick_device(config.train.device), keys), data
+    device = pick_device(config.train.device)
+    return *choose_defaults(data, device, keys, minutes=minutes, measure=measure_pace), data
 
 
 def evaluate(
@@ -398,6 +413,55 @@ def pseudo_labels(
     summary = prediction.pseudo_files(loaded.network, images, out, config=config, kind=kind, progress=progress)
     files = {name: images.image_path(index) for index, name in enumerate(images.names)} if names else {}
     return _with_formats(summary, names, files, images.classes, out, progress=progress)
+
+
+def masks(
+    data: str | Path,
+    out: str | Path,
+    *,
+    file: str | Path | None = None,
+    list_file: str | None = None,
+    formats: str = "",
+    examples: int = 8,
+    progress: bool = True,
+    **overrides: Any,
+) -> MasksSummary:
+    """Write masks of tagged images without training, as `afa masks`: from class names and a frozen encoder.
+
+    Args:
+        data: Folder of the data set; no mask of it is read.
+        out: Folder of the masks; those that are there already are left as they are.
+        file: TOML file whose settings win over those of the preset `frozen`.
+        list_file: Names of the images, one a line; None is every image with tags.
+        formats: Formats of other tools to write as well, names separated by commas.
+        examples: How many images the page OUT/masks.html shows.
+        progress: Show progress on standard error.
+        overrides: Keys of the configuration that win.
+
+    Returns:
+        What was written, what failed, and how sure it is.
+
+    Raises:
+        AfaError: As `open_data`, `build_network`, `afa.inference.files.pseudo_files` and
+            `afa.formats.write.write_format`; `model.classifier` is not text.
+    """
+    names = parse_formats(formats) if formats else ()
+    config = load_config(file, {"data.root": str(data)} | overrides, preset=None if file else "frozen")
+    if config.model.classifier != "text":
+        raise AfaError("model.classifier is learned, and nothing was learned yet; set it to text, or use afa train")
+    out, device = Path(out), pick_device(config.train.device)
+    opened = open_data(config.data)
+    images = opened.tagged() if list_file is None else opened.train(list_file=list_file)
+    torch.manual_seed(config.train.seed)
+    network = build_network(config.model, len(images.classes), words=opened.words).to(device).eval()
+    written = prediction.pseudo_files(
+        network, images, out, config=config, kind="cam", refine=True, overlay=True, progress=progress
+    )
+    files = {name: images.image_path(index) for index, name in enumerate(images.names)} if names else {}
+    written = _with_formats(written, names, files, images.classes, out, progress=progress)
+    summary = summarize_masks(written, images, out)
+    write_masks_page(network, images, out, summary, config=config, device=device, count=examples)
+    return summary
 
 
 def _with_formats(

@@ -6,6 +6,8 @@ Only this module reads argv. Imports that take time happen inside the subcommand
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -90,6 +92,13 @@ def _folder(text: str) -> str:
     return text
 
 
+def _minutes(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
+
+
 _RUN = _argument("folder", metavar="RUN", help="run folder")
 _OUT_RUN = _argument("--out", type=_folder, required=True, metavar="RUN", help="run folder")
 _DATA = _argument("--data", required=True, metavar="DIR", help="folder of the data set")
@@ -123,6 +132,7 @@ _TRAIN = (
     _argument("--config", metavar="FILE", help="TOML configuration"),
     _PRESET,
     _OUT_RUN,
+    _argument("--minutes", type=_minutes, metavar="M", help="with DIR alone: what all may take here (default: 60)"),
     _argument("--resume", action="store_true", help="go on with the run in RUN, exactly"),
 )
 _EVALUATE = (
@@ -152,6 +162,14 @@ _PREDICT = (
     _argument("--crf", action="store_true", help="refine the masks by the dense CRF"),
     _argument("--resume", action="store_true", help="go on with the masks that are in --out already"),
     _argument("--no-overlay", action="store_true", help="write no color overlays"),
+    _FORMATS,
+)
+_MASKS = (
+    _argument("data", metavar="DIR", help="folder of the data set: images and tags"),
+    _argument("--out", required=True, type=_folder, metavar="OUT", help="folder of the masks"),
+    _argument("--config", metavar="FILE", help="TOML configuration (default: preset frozen)"),
+    _argument("--list", metavar="FILE", help="image names, one a line (default: every image with tags)"),
+    _argument("--examples", type=int, default=8, metavar="N", help="images shown in OUT/masks.html (default: 8)"),
     _FORMATS,
 )
 _PSEUDO = (
@@ -201,6 +219,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("demo", _demo, "train on generated images and write a report; a few minutes on a laptop", _DEMO + _NETWORK),
         ("check", _check, "look a data set over: tags, every image, what training would cost here", _CHECK + _NETWORK),
         ("train", _train, "train from tags, evaluate, report", _TRAIN + _NETWORK),
+        ("masks", _masks, "masks of tagged images without training, by the class names", _MASKS + _NETWORK),
         ("evaluate", _evaluate, "score a run against masks", _EVALUATE + _NETWORK),
         ("predict", _predict, "segment images", _PREDICT + _NETWORK),
         ("pseudo", _pseudo, "write pseudo labels of tagged images", _PSEUDO + _NETWORK),
@@ -264,7 +283,8 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from afa.api import train_and_report, training_config
     from afa.config import config_to_toml
 
-    named = {"file": arguments.config, "preset": arguments.preset, "run": arguments.out if arguments.resume else None}
+    named = _named(arguments, "preset", "minutes") | {"file": arguments.config}
+    named["run"] = arguments.out if arguments.resume else None
     config, choices, data = training_config(arguments.folder, overrides=overrides, **named)
     if _is_main():
         for line in choices:
@@ -310,6 +330,16 @@ def _predict(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     named = _named(arguments, "tags", "scores", "crf", "resume") | {"overlay": not arguments.no_overlay}
     named["formats"] = arguments.format or ""
     return _told(predict(arguments.folder, arguments.images, arguments.out, **named, **overrides))
+
+
+def _masks(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from afa.api import masks
+
+    named = {"file": arguments.config, "list_file": arguments.list, "formats": arguments.format or ""}
+    summary = masks(arguments.data, arguments.out, examples=arguments.examples, **named, **overrides)
+    for line in (summary, *summary.written.formats, f"open {arguments.out}/masks.html"):
+        print(line)
+    return 1 if summary.written.failed else 0
 
 
 def _pseudo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:

@@ -393,36 +393,41 @@ def test_resolve_workers(monkeypatch: pytest.MonkeyPatch) -> None:
         assert resolve_workers(-1, processes=processes) == expected
 
 
+class Noted:
+    """Stands for the feature cache: what it is asked for comes back."""
+
+    patch = 4
+
+    def read(self, indices: Sequence[int], flips: Sequence[bool]) -> tuple[torch.Tensor, ...]:
+        return (torch.tensor([[index, int(flip)] for index, flip in zip(indices, flips, strict=True)]),)
+
+
 @pytest.mark.parametrize(("workers", "device"), [(0, None), (2, None), (2, CPU)])
 def test_features_are_read_for_the_images_as_they_are_shown(
     images: TaggedImages, workers: int, device: torch.device | None
 ) -> None:
+    """In the top left corner of the canvas, mirrored where it is; in the cache unmirrored and without canvas."""
     config = settings(end=6, workers=workers, whole_images=True)
-
-    def read(step: int, indices: Sequence[int], flips: Sequence[bool]) -> tuple[torch.Tensor, ...]:
-        rows = zip(indices, flips, strict=True)
-        return torch.full((len(indices),), step), torch.tensor([[index, int(flip)] for index, flip in rows])
-
-    canvases = [
-        [torch.from_numpy(canvas.numpy()) for canvas in (plain, plain.flip(-1))]
-        for batch in whole_views(images, config, batch_size=3)
-        for plain in batch
-    ]
-    assert len(canvases) == NUM_IMAGES
+    views = [view for batch in whole_views(images, config, 4, batch_size=3) for view in batch]
+    assert len(views) == NUM_IMAGES
     flips = []
-    for step, batch in enumerate(train_batches(images, config, start=2, features=read, device=device), start=2):
-        steps, rows = batch.frozen
-        assert steps.tolist() == [step] * 4
-        for canvas, name, (index, flip) in zip(batch.image, batch.names, rows.tolist(), strict=True):
+    for batch in train_batches(images, config, start=2, features=Noted(), device=device):
+        (rows,) = batch.frozen
+        for canvas, box, name, (index, flip) in zip(
+            batch.image, batch.valid_box.tolist(), batch.names, rows.tolist(), strict=True
+        ):
             assert name == str(index)
-            assert (canvas.int() - canvases[index][flip].int()).abs().max() <= 1
+            view = views[index].flip(-1) if flip else views[index]
+            assert box == [0, view.shape[1], 0, view.shape[2]]
+            assert all(side % 4 == 0 for side in view.shape[1:])
+            assert (canvas[:, : box[1], : box[3]].int() - view.int()).abs().max() <= 1
             flips.append(flip)
     assert set(flips) == {0, 1}
 
 
 def test_whole_views_begin_where_they_are_asked_to(images: TaggedImages) -> None:
-    every = torch.cat(list(whole_views(images, settings(), batch_size=2)))
+    every = [view for batch in whole_views(images, settings(), 4, batch_size=2) for view in batch]
     cache = PixelCache(NUM_IMAGES, 2**20)
-    rest = list(whole_views(images, settings(workers=1), batch_size=2, start=4, cache=cache))
+    rest = list(whole_views(images, settings(workers=1), 4, batch_size=2, start=4, cache=cache))
     assert [len(batch) for batch in rest] == [2, 1]
-    assert torch.cat(rest).equal(every[4:])
+    assert all(view.equal(other) for view, other in zip([*rest[0], *rest[1]], every[4:], strict=True))

@@ -349,8 +349,8 @@ def test_pseudo_labels_are_decided_by_what_the_crf_returns(
     monkeypatch.setattr(protocols, "dense_crf", mirror)
     config = with_settings(pseudo | {"crf": True}, crf_bilateral_xy=7)
     found = pseudo_labels(network, images, tags, config, kind=kind, refine=refine)
-    channels = 4 if kind in ("cam", "propagated") else 3  # all classes, or background and the two most tags
-    assert calls == [(2, channels, 64, 72)] * (1 if channels == 4 else 2)
+    channels = 4 if kind == "propagated" else 3  # all classes, or background and the two most tags
+    assert calls == [(2, channels, 64, 72)] * (1 if kind in ("cam", "propagated") else 2)
     assert any((label != label.flip(-1)).float().mean() > 0.1 for label in plain)
     for before, after in zip(plain, found, strict=True):
         assert (after == before.flip(-1)).float().mean() > 0.999

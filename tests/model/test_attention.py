@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from afa.model.attention import ATTENTION_NAME, Recorder, attention_forward
+from afa.model.attention import ATTENTION_NAME, Agreement, Recorder, attention_forward
 
 BATCH, HEADS, QUERIES, KEYS, DEPTH = 2, 3, 7, 5, 4
 
@@ -76,15 +76,20 @@ def test_only_a_listening_recorder_takes_and_only_from_its_modules() -> None:
     assert torch.equal(after, other)
 
 
-def test_what_runs_can_end_with_the_next_queries_and_keys() -> None:
+def test_agreement_is_the_mean_attention_and_changes_nothing() -> None:
     query, key, value = random_inputs()
-    module, recorder = recorded_module()
-    with recorder.listen() as taken:
-        with recorder.stop_after_next():
-            attention_forward(module, query, key, value)
-            raise AssertionError("went on")
-        attention_forward(module, query, key, value)
-    assert len(taken) == 2
+    modules = [nn.Module(), nn.Module()]
+    agreement = Agreement(modules, 1)
+    expected = attention_forward(modules[0], query, key, value)[0]
+    with agreement.listen():
+        outputs = [
+            attention_forward(module, query, factor * key, value)[0]
+            for module, factor in zip(modules, (1, 2), strict=True)
+        ]
+    torch.testing.assert_close(outputs[0], expected)
+    scale = query.shape[-1] ** -0.5
+    maps = [(factor * scale * query @ key.mT).softmax(-1).mean(1)[:, 1:, 1:] for factor in (1, 2)]
+    torch.testing.assert_close(agreement.mean(), (maps[0] + maps[1]).float() / 2)
 
 
 def test_gradient_of_the_recorded_product_reaches_query_and_key() -> None:

@@ -25,7 +25,7 @@ def test_every_name_builds_the_architecture_that_it_says() -> None:
     ("name", "suggestion"),
     [
         ("dinov2_smal_reg", "did you mean dinov2_small_reg or dinov2_small or dinov2_base_reg?"),
-        ("vit-small", "did you mean vit_small or deit_small or dinov2_small?"),
+        ("vit-small", "did you mean vit_small or deit_small or dinov3_small?"),
         ("mit_b9", "did you mean mit_b5 or mit_b4 or mit_b3?"),
         ("xyz", f"use one of {', '.join(BACKBONES)}"),
     ],

@@ -14,8 +14,9 @@ from afa.data.open import open_data
 from afa.errors import AfaError
 from afa.model.registry import BACKBONES, backbone_of
 from afa.runs import auto as defaults
-from afa.runs.auto import BACKBONE, choose_defaults
+from afa.runs.auto import BACKBONE, Pace, choose_defaults
 from afa.runtime import resolve_precision
+from mistakes import refused
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -33,9 +34,11 @@ def write_table(root: Path, num_images: int, *, masks: bool = False) -> Path:
     return root
 
 
-def choose(root: Path, keys: dict[str, Any] | None = None, *, device: torch.device = CPU) -> tuple[Config, list[str]]:
+def choose(
+    root: Path, keys: dict[str, Any] | None = None, *, device: torch.device = CPU, **options: Any
+) -> tuple[Config, list[str]]:
     stated = {"data.root": str(root)} | (keys or {})
-    config, lines = choose_defaults(open_data(load_config(None, stated).data), device, stated)
+    config, lines = choose_defaults(open_data(load_config(None, stated).data), device, stated, **options)
     assert all("\n" not in line for line in lines)
     return config, list(lines)
 
@@ -47,19 +50,68 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
+def pace(image: float, step: float) -> Any:
+    """Stands for a measurement: a machine of a known pace."""
+    return lambda config, num_classes, device: Pace(image, step)
+
+
+DINO = {"model.backbone": "dinov2_small_reg"}
+
+
 def test_four_lines(tmp_path: Path) -> None:
-    _, lines = choose(write_table(tmp_path / "pets", 100))
+    _, lines = choose(write_table(tmp_path / "pets", 100), measure=pace(0.6, 0.5))
     data, encoder, schedule, scores = lines
     assert data.startswith(f"data: {tmp_path / 'pets'}: table of tags in tags.csv, 2 classes (cat, dog); 80 images")
-    assert encoder.startswith(
-        f"encoder: {BACKBONE} from {BACKBONES[BACKBONE].weights} (Apache-2.0), its first 6 blocks"
-    )
+    assert encoder.startswith(f"encoder: {BACKBONE} from {BACKBONES[BACKBONE].weights} (MIT), frozen; the class names")
     assert "--model.weights FOLDER" in encoder
-    assert schedule.startswith("schedule: 400 steps of 8 crops of 336 pixels in ")
-    assert ": 40 epochs of 80 images (" in schedule
+    assert schedule.startswith("schedule: 300 steps of 8 images of 384 pixels, 30 epochs of 80 images; about 4 min")
+    assert schedule.endswith("; more time would buy nothing that was tried")
     assert scores.startswith("scores: F1 of the tags")
     assert "mIoU" in choose(write_table(tmp_path / "masked", 20, masks=True))[1][3]
     assert "none" in choose(tmp_path / "pets", {"data.split_fraction": 0})[1][3]
+
+
+def test_four_lines_of_an_encoder_that_learns(tmp_path: Path) -> None:
+    encoder, schedule = choose(write_table(tmp_path / "pets", 100), DINO)[1][1:3]
+    weights = "facebook/dinov2-with-registers-small (Apache-2.0)"
+    assert encoder.startswith(f"encoder: dinov2_small_reg from {weights}, its first 6 blocks")
+    assert schedule.startswith("schedule: 400 steps of 8 crops of 336 pixels in ")
+    assert ": 40 epochs of 80 images (" in schedule
+
+
+@pytest.mark.parametrize(
+    ("minutes", "image", "side", "steps"),
+    [
+        (None, 0.6, 384, 800),  # 20 min for the images, 7 for the steps
+        (None, 2.4, 320, 766),  # an hour at 384 would leave no time to train
+        (500.0, 0.6, 384, 800),
+        (25.0, 0.6, 384, 600),
+        (20.0, 0.6, 320, 800),
+        (1.0, 0.6, 224, 300),  # too little for anything
+    ],
+)
+def test_size_and_steps_follow_from_the_time(
+    tmp_path: Path, minutes: float | None, image: float, side: int, steps: int
+) -> None:
+    """1,600 images to train on and 400 to score, by their tags alone; a step takes half a second at 384 pixels."""
+    root = write_table(tmp_path / "pets", 2000)
+    config, lines = choose(root, minutes=minutes, measure=pace(image, 0.5))
+    assert config.augment.crop_size == side
+    assert config.schedule.max_steps == pytest.approx(steps, abs=1)
+    assert config.evaluation.short_side == round(0.75 * side)
+    area = (side / 384) ** 2
+    taken = (2000 * image + config.schedule.max_steps * 0.5) * area / 60
+    assert f"about {taken:.0f} min here" in lines[2]
+    assert ("more than" in lines[2]) == (taken > (60 if minutes is None else minutes) + 0.1)
+    if "would buy images" in lines[2] or "would buy 800" in lines[2]:
+        enough = float(lines[2].split("--minutes ")[1].split()[0])
+        larger = choose(root, minutes=enough, measure=pace(image, 0.5))[0]
+        assert (larger.augment.crop_size, larger.schedule.max_steps) == (384, 800)
+
+
+def test_minutes_need_a_frozen_encoder(tmp_path: Path) -> None:
+    with refused("--minutes is 30", "dinov2_small_reg", "--schedule.max_steps"):
+        choose(write_table(tmp_path / "pets", 10), DINO, minutes=30)
 
 
 @pytest.mark.parametrize(
@@ -67,14 +119,14 @@ def test_four_lines(tmp_path: Path) -> None:
     [(10, CPU, 300), (100, CPU, 400), (2000, CPU, 1000), (2000, GPU, 2000), (200, GPU, 800)],
 )
 def test_steps_grow_with_the_images(tmp_path: Path, num_images: int, device: torch.device, steps: int) -> None:
-    schedule = choose(write_table(tmp_path / "pets", num_images), device=device)[0].schedule
+    schedule = choose(write_table(tmp_path / "pets", num_images), DINO, device=device)[0].schedule
     assert schedule.max_steps == steps
     assert 0 < schedule.warmup_steps < schedule.cls_steps < schedule.refined_steps < steps
 
 
 def test_the_device_decides_the_size(tmp_path: Path) -> None:
     root = write_table(tmp_path / "pets", 100)
-    small, large = (choose(root, device=device)[0] for device in (CPU, GPU))
+    small, large = (choose(root, DINO, device=device)[0] for device in (CPU, GPU))
     assert (small.model.freeze_blocks, large.model.freeze_blocks) == (6, 6)
     assert (small.augment.crop_size, small.schedule.batch_size) == (336, 8)
     assert (large.augment.crop_size, large.schedule.batch_size) == (448, 8)
@@ -87,17 +139,20 @@ def test_every_encoder_gets_settings_that_fit(tmp_path: Path, backbone: str, dev
     config = choose(write_table(tmp_path / "pets", 10), {"model.backbone": backbone}, device=device)[0]
     assert (config.model.backbone, config.model.weights) == (backbone, BACKBONES[backbone].weights)
     stride = 16 if backbone.startswith("mit_") else BACKBONES[backbone].size.patch  # type: ignore[union-attr]
-    assert config.augment.crop_size % stride == 0
+    frozen = config.model.classifier == "text"  # then the view is rounded to whole patches
+    assert frozen or config.augment.crop_size % stride == 0
     assert config.augment.crop_size <= 512
 
 
 def test_stated_keys_win_and_the_rest_follows(tmp_path: Path) -> None:
     root = write_table(tmp_path / "pets", 100)
-    config, lines = choose(root, {"schedule.max_steps": "1_000", "augment.crop_size": "224", "model.pooling": "gap"})
+    config, lines = choose(
+        root, DINO | {"schedule.max_steps": "1_000", "augment.crop_size": "224", "model.pooling": "gap"}
+    )
     assert (config.schedule.max_steps, config.schedule.cls_steps, config.schedule.refined_steps) == (1000, 200, 450)
     assert (config.augment.crop_size, config.model.pooling) == (224, "gap")
     assert "1,000 steps of 8 crops of 224 pixels" in lines[2]
-    assert choose(root, {"schedule.batch_size": 4})[0].schedule.max_steps == 800
+    assert choose(root, DINO | {"schedule.batch_size": 4})[0].schedule.max_steps == 800
     with pytest.raises(AfaError, match=r"unknown key schedule\.steps"):
         choose(root, {"schedule.steps": 3})
     unknown = choose(root, {"model.backbone": "vgg"})[
@@ -109,7 +164,7 @@ def test_stated_keys_win_and_the_rest_follows(tmp_path: Path) -> None:
 def test_weights_that_cannot_be_had_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(defaults, "can_fetch", lambda hub_id: False)
     root = write_table(tmp_path / "pets", 10)
-    with pytest.raises(AfaError, match=r"^facebook/dinov2\S+: .*--model\.weights"):
+    with pytest.raises(AfaError, match=r"^openai/clip\S+: .*--model\.weights"):
         choose(root)
     stated = {"data.root": str(root)}
     layout = open_data(load_config(None, stated).data)

@@ -20,25 +20,33 @@ from afa.config import Config
 from afa.data.loader import train_batches
 from afa.data.open import open_data
 from afa.errors import AfaError
+from afa.model.language import LanguageBackbone
 from afa.model.network import AfaNetwork
-from afa.model.vit import TokenBackbone
+from afa.pseudo.cam import normalize_cam
 from afa.runs.network import build_network
 from afa.training import feature_cache, feature_store
 from afa.training.engine import TrainingEngine
 from afa.training.feature_cache import FeatureReader, feature_key, prepare_features
-from afa.types import Batch
+from afa.types import Batch, normalize_image
+from encoders import write_embeddings
+from mistakes import refused
 from tiny import assert_same_weights, tiny_config, train_tiny
 
 CPU = torch.device("cpu")
+WORDS = [("red",), ("green",), ("blue",)]
 CACHED = {
-    "model.backbone": "dinov2_tiny",
-    "model.freeze_blocks": 2,
+    "model.backbone": "clip_mini",
+    "model.classifier": "text",
+    "model.freeze_blocks": 4,
+    "model.affinity_blocks": 1,
     "model.drop_path": 0.0,
+    "model.text_sharpness": 10.0,
     "model.decoder_dropout": 0.0,
     "augment.whole_images": True,
     "train.feature_cache": True,
-    "pseudo.scales": [1.0, 0.5, 1.5],
-    # The CAMs of an untrained network are faint: with these, all kinds of label are there.
+    "pseudo.scales": [1.0],
+    "pseudo.mirror": False,
+    "schedule.cls_steps": 0,
     "pseudo.background_low": 0.3,
     "pseudo.background_high": 0.4,
 }
@@ -64,17 +72,18 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_config(root: Path, **keys: Any) -> Config:
-    return tiny_config(root, CACHED | {"data.val_list": ""} | keys)
+    words = {
+        "model.text_embeddings": str(write_embeddings(root / "words", ["red", "green", "blue", "sky", "grass"], 32))
+    }
+    return tiny_config(root, CACHED | words | {"data.val_list": ""} | keys)
 
 
-def make_network(config: Config) -> AfaNetwork:
+def make_network(config: Config, words: Sequence[Sequence[str]] = WORDS) -> AfaNetwork:
     torch.manual_seed(0)
-    network = build_network(config.model, 3)
+    network = build_network(config.model, 3, words=words)
     with torch.no_grad():
-        # The blocks of an untrained encoder do next to nothing.
-        for name, parameter in network.backbone.named_parameters():
-            if "layer_scale" in name:
-                parameter.fill_(1.0)
+        for parameter in network.backbone.parameters():  # an untrained encoder says the same everywhere
+            parameter += 0.1 * torch.randn(parameter.shape)
     return network
 
 
@@ -84,54 +93,61 @@ def prepare(config: Config, run: Path, network: AfaNetwork | None = None) -> Fea
 
 
 def batches(config: Config, reader: FeatureReader | None, **options: Any) -> list[Batch]:
-    read = None if reader is None else reader.read
-    return list(train_batches(open_data(config.data).train(), config, features=read, **options))
+    return list(train_batches(open_data(config.data).train(), config, features=reader, **options))
 
 
-def test_rows_are_the_tokens_of_each_view(pictures: Path, tmp_path: Path) -> None:
-    """Against the encoder on views that are made here, with Pillow's own resizing of the whole picture."""
-    config = make_config(pictures)
-    network = make_network(config)
-    reader = prepare(config, tmp_path, network)
-    backbone = network.backbone
-    assert isinstance(backbone, TokenBackbone)
-    index = 1
+def pixels_of(config: Config, index: int) -> Tensor:
+    """(1, 3, H, W) view of an image, with Pillow's own resizing of the whole picture."""
     image = Image.fromarray(open_data(config.data).train().image(index))
-    width, height = image.size
-    scaled = (round(width * 64 / max(image.size)), round(height * 64 / max(image.size)))
-    canvas = Image.new("RGB", (64, 64))
-    canvas.paste(image.resize(scaled, Image.Resampling.BILINEAR), ((64 - scaled[0]) // 2, (64 - scaled[1]) // 2))
-    pixels = torch.from_numpy(np.array(canvas)).permute(2, 0, 1)[None] / 255
-    normalized = (pixels - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
-        [0.229, 0.224, 0.225]
-    ).view(3, 1, 1)
-    row, start = reader.store.row(index), 0
-    found = {}
-    for part in reader.parts:
-        end = start + int(np.prod(part.shape))
-        found[part.scale, part.name] = torch.from_numpy(np.array(row[start:end])).reshape(part.shape).float()
-        start = end
-    assert start == len(row)
-    assert found.keys() == {(s, "tokens") for s in (0.5, 1.0, 1.5)} | {(1.0, "features_0")}
-    for scale, side in ((0.5, 32), (1.0, 64), (1.5, 96)):
-        view = torch.nn.functional.interpolate(normalized, size=(side, side), mode="bilinear", align_corners=False)
+    width, height = (8 * round(side * 64 / max(image.size) / 8) for side in image.size)
+    return torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.BILINEAR))).permute(2, 0, 1)[None]
+
+
+def test_rows_are_what_the_encoder_makes_of_each_image(pictures: Path, tmp_path: Path) -> None:
+    config = make_config(pictures)
+    network = make_network(config).eval()
+    reader = prepare(config, tmp_path, network)
+    for index in range(6):
+        pixels = pixels_of(config, index)
+        grid = (pixels.shape[2] // 8, pixels.shape[3] // 8)
+        assert reader.grids[index] == grid
+        kept = network.encode(normalize_image(pixels / 255))
         for flip in (False, True):
-            with torch.no_grad():
-                tokens = backbone.frozen(view.flip(-1) if flip else view)
-            assert tokens.grid == (side // 8, side // 8)
-            torch.testing.assert_close(found[scale, "tokens"][int(flip)], tokens.tokens[0], rtol=2e-3, atol=2e-3)
-            if scale == 1:
-                kept = found[scale, "features_0"][int(flip)]
-                torch.testing.assert_close(kept, tokens.features[0][0], rtol=2e-3, atol=2e-3)
+            arrays = reader.read([index], [flip])
+            for array, expected in zip(arrays, (*kept.features, normalize_cam(kept.class_scores)), strict=True):
+                assert array.shape == (1, expected.shape[1], 8, 8)
+                found = array[0, :, : grid[0], : grid[1]].float()
+                torch.testing.assert_close(found.flip(-1) if flip else found, expected[0], rtol=2e-3, atol=2e-3)
+                assert array.count_nonzero() <= found.numel()
 
 
-@pytest.mark.parametrize("frozen", [1, 3, 4])
-def test_steps_from_the_cache_equal_steps_from_the_same_views(pictures: Path, tmp_path: Path, frozen: int) -> None:
-    """All phases, mirrored images among them; with 3 and 4 the attention is computed from kept tokens too."""
-    config = make_config(pictures, **{"model.freeze_blocks": frozen})
+def test_batches_show_the_pixels_that_the_features_are_of(pictures: Path, tmp_path: Path) -> None:
+    config = make_config(pictures)
     reader = prepare(config, tmp_path)
-    names = {part.name for part in reader.parts}
-    assert ("attention_tokens" in names) == (frozen > 2)
+    flips = set()
+    for batch in batches(config, reader):
+        for row, name in enumerate(batch.names):
+            index = int(name.removeprefix("p"))
+            expected = pixels_of(config, index)[0]
+            _, bottom, _, right = batch.valid_box[row].tolist()
+            assert (bottom, right) == expected.shape[1:]
+            seen = batch.image[row, :, :bottom, :right]
+            mirrored = not seen.equal(expected)
+            assert seen.equal(expected.flip(-1) if mirrored else expected)
+            kept = reader.read([index], [mirrored])
+            assert all(part[row].equal(same[0]) for part, same in zip(batch.frozen, kept, strict=True))
+            flips.add(mirrored)
+    assert flips == {False, True}
+
+
+def test_steps_from_the_cache_equal_steps_from_the_pixels(pictures: Path, tmp_path: Path) -> None:
+    """Of square pictures, which fill the canvas: elsewhere the encoder would see the margin."""
+    root = tmp_path / "square"
+    shutil.copytree(pictures, root)
+    for path in (root / "JPEGImages").iterdir():
+        Image.open(path).resize((64, 64)).save(path)
+    config = make_config(root, **{"augment.flip_probability": 0.0})
+    reader = prepare(config, tmp_path)
     for step, (cached, plain) in enumerate(zip(batches(config, reader), batches(config, None), strict=True)):
         assert cached.image.equal(plain.image)
         results = []
@@ -144,52 +160,31 @@ def test_steps_from_the_cache_equal_steps_from_the_same_views(pictures: Path, tm
             one, other = getattr(ours, name), getattr(theirs, name)
             assert (one is None) == (other is None), name
             if one is not None:
-                torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-4)
+                torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)
         for name in ("initial_label", "refined_label"):
             label, other = getattr(ours.labels, name), getattr(theirs.labels, name)
             assert (label is None) == (other is None), name
             if label is not None:
                 assert len(other.unique()) > 2
-                assert (label != other).float().mean() < 2e-3
-        assert all(torch.isfinite(weights[key]).all() for key in others)
-    flips = [plan_is_mirrored(config, step) for step in range(6)]
-    assert {flip for step in flips for flip in step} == {False, True}
+                assert (label != other).float().mean() < 3e-2  # half precision: where two scores are near
+        for key, weight in others.items():
+            torch.testing.assert_close(weights[key], weight, rtol=1e-2, atol=5e-3)
 
 
-def plan_is_mirrored(config: Config, step: int) -> list[bool]:
-    seen: list[bool] = []
-
-    def note(_: int, __: Sequence[int], flips: Sequence[bool]) -> tuple[Tensor, ...]:
-        seen.extend(flips)
-        return ()
-
-    next(train_batches(open_data(config.data).train(), config, start=step, features=note))
-    return seen
-
-
-def test_passes_never_run_the_frozen_part(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_from_the_cache_never_runs_the_encoder(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = make_config(pictures)
     reader = prepare(config, tmp_path)
 
-    def fail(*_: object) -> None:
-        raise AssertionError("the frozen part ran")
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("the encoder ran")
 
-    monkeypatch.setattr(TokenBackbone, "frozen", fail)
+    monkeypatch.setattr(LanguageBackbone, "forward", fail)
     engine = TrainingEngine(make_network(config).train(), config, device=CPU)
     engine.features = reader
     for step, batch in enumerate(batches(config, reader)):
         engine.take_step(step, batch)
-
-
-def test_a_step_reads_what_its_phase_needs(pictures: Path, tmp_path: Path) -> None:
-    config = make_config(pictures, **{"model.freeze_blocks": 4})
-    reader = prepare(config, tmp_path)
-    shapes = [[tuple(part.shape[:2]) for part in batch.frozen] for batch in batches(config, reader)]
-    # Steps 0 and 1 learn the tags alone: tokens and features of one side. Then the affinity needs its tokens, and the
-    # CAM both sides of three scales; the walk, from step 4 on, the attention of the largest scale.
-    assert shapes[0] == shapes[1] == [(4, 1)] * 4
-    assert shapes[2] == [(4, 2), (4, 2), (4, 1), (4, 1), (4, 1), (4, 1), (4, 2)]
-    assert shapes[5] == [*shapes[2], (4, 1)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -204,15 +199,13 @@ def test_workers_and_device_change_nothing(pictures: Path, tmp_path: Path, worke
             assert all(part.equal(same) for part, same in zip(batch.frozen, other.frozen, strict=True))
 
 
-def test_key_covers_all_that_the_tokens_depend_on(pictures: Path, tmp_path: Path) -> None:
+def test_key_covers_all_that_the_rows_depend_on(pictures: Path, tmp_path: Path) -> None:
     root = tmp_path / "data"
     shutil.copytree(pictures, root)
     config = make_config(root)
 
     def key(config: Config = config, network: AfaNetwork | None = None) -> dict[str, Any]:
-        backbone = (network or make_network(config)).backbone
-        assert isinstance(backbone, TokenBackbone)
-        return feature_key(backbone, open_data(config.data).train(), config)
+        return feature_key(network or make_network(config), open_data(config.data).train(), config)
 
     def changed(other: dict[str, Any]) -> set[str]:
         return {name for name in first if first[name] != other[name]}
@@ -223,17 +216,16 @@ def test_key_covers_all_that_the_tokens_depend_on(pictures: Path, tmp_path: Path
     next(iter(network.backbone.parameters())).data.view(-1)[0] += 1e-3
     assert changed(key(network=network)) == {"weights"}
     trained = make_network(config)
-    trained.classifier.weight.data += 1
-    list(trained.backbone.parameters())[-1].data += 1
+    for part in (trained.decoder, trained.affinity_head):
+        for parameter in part.parameters():
+            parameter.data += 1
     assert key(network=trained) == first
+    assert changed(key(network=make_network(config, [("sky",), *WORDS[1:]]))) == {"words"}
     for name, value, names in (
-        ("model.freeze_blocks", 3, {"freeze_blocks", "weights"}),
-        ("model.feature_levels", 2, {"feature_levels"}),
-        ("model.affinity_blocks", 1, {"affinity_blocks"}),
+        ("model.feature_levels", 3, {"feature_levels", "weights"}),  # drawn before the encoder's, in this test
+        ("model.background_words", ["sky"], {"words"}),
+        ("model.text_sharpness", 20.0, {"sharpness"}),
         ("augment.crop_size", 72, {"crop_size"}),
-        ("pseudo.scales", [1.0, 0.5], {"scales", "attention_scales"}),
-        ("pseudo.propagation", "none", {"attention_scales"}),
-        ("augment.flip_probability", 0.0, {"mirrored"}),
         ("train.precision", "bf16", {"precision"}),
     ):
         assert changed(key(make_config(root, **{name: value}))) == names, name
@@ -249,7 +241,7 @@ def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     write = feature_store.FeatureStore.write
 
     def counted(self: feature_store.FeatureStore, rows: Any) -> None:
-        counts.append(len(rows))
+        counts.append(1)
         write(self, rows)
 
     monkeypatch.setattr(feature_store.FeatureStore, "write", counted)
@@ -285,7 +277,9 @@ def test_runs_share_a_folder(pictures: Path, tmp_path: Path, monkeypatch: pytest
     config = make_config(pictures, **{"data.feature_dir": str(tmp_path / "shared")})
     prepare(config, tmp_path / "a")
     prepare(config, tmp_path / "b")
-    prepare(make_config(pictures, **{"data.feature_dir": str(tmp_path / "shared"), "model.freeze_blocks": 1}), tmp_path)
+    prepare(
+        make_config(pictures, **{"data.feature_dir": str(tmp_path / "shared"), "model.feature_levels": 3}), tmp_path
+    )
     assert sum(counts) == 12
     assert len(list((tmp_path / "shared").iterdir())) == 2
     assert not (tmp_path / "a").exists()
@@ -336,22 +330,19 @@ class Answers:
         return None
 
 
-def test_size_is_said_before_it_is_made(
+def test_size_and_time_are_said(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(pictures)
-    monkeypatch.setattr(feature_cache._Maker, "_fill", lambda *_, **__: None)
-    images = open_data(config.data).train()
-    with monkeypatch.context() as patch:
-        patch.setattr(feature_store.FeatureStore, "is_complete", True)
-        patch.setattr(feature_store.FeatureStore, "open", lambda _: None)
-        patch.setattr(feature_cache, "FeatureReader", lambda store, _: store)
-        store: Any = prepare_features(make_network(config), images, config, tmp_path)
-    values = 64 * 2 * (1 + 64 + 64 + 1 + 16 + 1 + 144)
-    assert store.num_bytes == 6 * 2 * values
-    said = capsys.readouterr().err
-    size = f"{6 * 2 * values / 2**20:.1f} MiB"
-    assert said.startswith(f"feature cache: 6 images, 6 views each, {size} of at most 20 GiB in {store.folder}; about ")
+    monkeypatch.setattr(feature_cache, "_TELL_SECONDS", -1)
+    monkeypatch.setattr(feature_cache, "_BATCH_IMAGES", {"cpu": 2})
+    reader = prepare_features(make_network(config), open_data(config.data).train(), config, tmp_path)
+    tokens = sum(height * width for height, width in reader.grids)
+    assert reader.store.num_bytes == 2 * tokens * (3 * 64 + 32 + 3)
+    first, second = capsys.readouterr().err.splitlines()[:2]
+    size = f"{reader.store.num_bytes / 2**20:.1f} MiB"
+    assert first == f"feature cache: 6 images, {size} of at most 20 GiB in {reader.store.folder}"
+    assert second.startswith("feature cache: about ")
 
 
 def test_limit(pictures: Path, tmp_path: Path) -> None:
@@ -360,35 +351,31 @@ def test_limit(pictures: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "features").exists()
 
 
-def test_tokens_too_large_for_fp16(pictures: Path, tmp_path: Path) -> None:
+def test_features_too_large_for_fp16(pictures: Path, tmp_path: Path) -> None:
     config = make_config(pictures)
     network = make_network(config)
-    network.backbone.get_parameter("encoder.embeddings.cls_token").data.fill_(1e6)
+    network.backbone.get_parameter("encoder.encoder.layers.1.layer_norm2.bias").data.fill_(float("inf"))
     with pytest.raises(AfaError, match=r"image p0: .*fp16; .*feature_cache"):
         prepare(config, tmp_path, network)
 
 
-def test_encoders_that_cannot_be_cut(pictures: Path, tmp_path: Path) -> None:
-    config = make_config(pictures, **{"model.backbone": "mit_tiny"})
-    with pytest.raises(AfaError, match=r"mit_tiny .*blocks .*; take a plain"):
-        prepare(config, tmp_path)
-
-
 @pytest.mark.parametrize(
-    ("keys", "message"),
+    ("key", "value"),
     [
-        ({"model.freeze_blocks": 0}, r"train\.feature_cache is true, but model\.freeze_blocks is 0"),
-        ({"augment.whole_images": False}, r"train\.feature_cache is true, but augment\.whole_images is false"),
+        ("model.classifier", "learned"),
+        ("augment.whole_images", False),
+        ("pseudo.scales", [1.0, 0.5]),
+        ("pseudo.mirror", True),
     ],
 )
-def test_settings_that_contradict_it(pictures: Path, keys: dict[str, Any], message: str) -> None:
-    with pytest.raises(AfaError, match=message):
-        make_config(pictures, **keys)
+def test_settings_that_contradict_it(pictures: Path, key: str, value: Any) -> None:
+    with refused(f"train.feature_cache is true, but {key} is "):
+        make_config(pictures, **{key: value})
 
 
 def test_a_stopped_run_ends_like_one_that_was_not(pictures: Path, tmp_path: Path) -> None:
     """Dropout on; the stopped run keeps its cache, and makes no other."""
-    config = make_config(pictures, **{"model.drop_path": 0.2, "model.decoder_dropout": 0.2})
+    config = make_config(pictures, **{"model.decoder_dropout": 0.2})
     train_tiny(config, tmp_path / "straight")
     run = tmp_path / "run"
     stopped = dataclasses.replace(config, train=dataclasses.replace(config.train, save_steps=1))

@@ -16,16 +16,26 @@ from afa.training import feature_store
 from afa.training.feature_store import FeatureStore, remove_store
 from mistakes import refused
 
-NUM_ROWS, ROW_SIZE = 7, 5
+SIZES = [5, 3, 8, 1, 5, 5, 2]
 LIMITS: dict[str, Any] = {"setting": "train.feature_cache_gib", "advice": "lower it"}
 
 
-def make_rows(first: int, end: int) -> NDArray[np.float16]:
-    return np.arange(first * ROW_SIZE, end * ROW_SIZE, dtype=np.float16).reshape(-1, ROW_SIZE)
+def make_rows(first: int, end: int) -> list[NDArray[np.float16]]:
+    return [np.arange(100 * row, 100 * row + SIZES[row], dtype=np.float16) for row in range(first, end)]
+
+
+def write(store: FeatureStore, first: int, end: int) -> None:
+    for row in make_rows(first, end):
+        store.write(row)
+
+
+def assert_whole(store: FeatureStore) -> None:
+    for index, row in enumerate(make_rows(0, len(SIZES))):
+        np.testing.assert_array_equal(store.row(index), row)
 
 
 def new_store(folder: Path) -> FeatureStore:
-    store = FeatureStore(folder, {"key": {"crop": 3}}, num_rows=NUM_ROWS, row_size=ROW_SIZE)
+    store = FeatureStore(folder, {"key": {"crop": 3}}, sizes=SIZES)
     store.reserve(1.0, **LIMITS)
     return store
 
@@ -38,36 +48,34 @@ def reopen(folder: Path) -> FeatureStore:
 
 def test_rows_come_back(tmp_path: Path) -> None:
     store = new_store(tmp_path / "store")
-    store.write(make_rows(0, 4))
-    store.write(make_rows(4, 7))
+    write(store, 0, 7)
     store.commit()
     for each in (store, reopen(tmp_path / "store")):
         assert each.is_complete
         assert each.about == {"key": {"crop": 3}}
-        assert each.num_bytes == NUM_ROWS * ROW_SIZE * 2
-        np.testing.assert_array_equal(np.stack([each.row(index) for index in range(NUM_ROWS)]), make_rows(0, NUM_ROWS))
+        assert each.num_bytes == 2 * sum(SIZES)
+        assert_whole(each)
     with pytest.raises(ValueError, match="read-only"):
         store.row(0)[0] = 1
 
 
 def test_what_was_not_committed_is_made_again(tmp_path: Path) -> None:
     store = new_store(tmp_path)
-    store.write(make_rows(0, 2))
+    write(store, 0, 2)
     store.commit()
-    store.write(np.full((3, ROW_SIZE), -1, dtype=np.float16))
+    store.write(np.full(SIZES[2], -1, dtype=np.float16))
     store = reopen(tmp_path)
     assert (store.num_done, store.is_complete) == (2, False)
     with pytest.raises(AssertionError):
         store.row(2)
-    store.write(make_rows(2, NUM_ROWS))
+    write(store, 2, 7)
     store.commit()
-    store = reopen(tmp_path)
-    np.testing.assert_array_equal(np.stack([store.row(index) for index in range(NUM_ROWS)]), make_rows(0, NUM_ROWS))
+    assert_whole(reopen(tmp_path))
 
 
 def test_the_index_never_counts_rows_that_are_not_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = new_store(tmp_path)
-    store.write(make_rows(0, 2))
+    write(store, 0, 2)
     synced: list[bool] = []
 
     def fail(_: int) -> None:
@@ -84,7 +92,7 @@ def test_the_index_never_counts_rows_that_are_not_durable(tmp_path: Path, monkey
 @pytest.mark.parametrize("damage", ["absent", "no_json", "short", "no_rows"])
 def test_what_is_damaged_does_not_count(tmp_path: Path, damage: str) -> None:
     store = new_store(tmp_path)
-    store.write(make_rows(0, NUM_ROWS))
+    write(store, 0, 7)
     store.commit()
     if damage == "absent":
         (tmp_path / "index.json").unlink()
@@ -94,12 +102,12 @@ def test_what_is_damaged_does_not_count(tmp_path: Path, damage: str) -> None:
         (tmp_path / "rows.bin").unlink()
     else:
         with (tmp_path / "rows.bin").open("r+b") as file:
-            file.truncate(NUM_ROWS * ROW_SIZE * 2 - 1)
+            file.truncate(2 * sum(SIZES) - 1)
     assert FeatureStore.open(tmp_path) is None
 
 
 def test_limit_names_both_sizes(tmp_path: Path) -> None:
-    store = FeatureStore(tmp_path / "new", {}, num_rows=3 * 2**20, row_size=2**10)
+    store = FeatureStore(tmp_path / "new", {}, sizes=[2**20] * 3 * 2**10)
     with refused("6.0 GiB", "train.feature_cache_gib is 2.5 GiB; raise"):
         store.reserve(2.5, **LIMITS)
     assert not (tmp_path / "new").exists()
@@ -110,10 +118,10 @@ def test_disk_must_have_room_for_what_is_missing(tmp_path: Path, monkeypatch: py
         free = 2 * 2**30
 
     monkeypatch.setattr(feature_store.shutil, "disk_usage", lambda _: Usage)
-    fields: dict[str, Any] = {"num_rows": 3 * 2**20, "row_size": 2**10}
+    fields: dict[str, Any] = {"sizes": [2**20] * 3 * 2**10}
     with pytest.raises(AfaError, match=r"6\.0 GiB.* 2\.0 GiB.*data\.feat"):
         FeatureStore(tmp_path, {}, **fields).reserve(1000.0, **LIMITS)
-    FeatureStore(tmp_path, {}, num_done=2 * 2**20, **fields).reserve(1000.0, **LIMITS)
+    FeatureStore(tmp_path, {}, num_done=2 * 2**10, **fields).reserve(1000.0, **LIMITS)
 
 
 def test_full_disk_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,13 +132,13 @@ def test_full_disk_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(AfaError, match=r"rows\.bin.*No space left.*room"):
-        store.write(make_rows(0, 1))
+        write(store, 0, 1)
 
 
 def test_removing_leaves_what_is_not_of_the_store(tmp_path: Path) -> None:
     for name in ("alone", "shared"):
         store = new_store(tmp_path / name)
-        store.write(make_rows(0, 1))
+        write(store, 0, 1)
         store.commit()
     (tmp_path / "shared" / "notes.txt").write_text("mine")
     for name in ("alone", "shared", "nowhere"):
@@ -141,7 +149,7 @@ def test_removing_leaves_what_is_not_of_the_store(tmp_path: Path) -> None:
 
 def test_index_is_json_that_people_can_read(tmp_path: Path) -> None:
     store = new_store(tmp_path)
-    store.write(make_rows(0, 1))
+    write(store, 0, 1)
     store.commit()
     index = json.loads((tmp_path / "index.json").read_text())
-    assert index == {"about": {"key": {"crop": 3}}, "num_rows": NUM_ROWS, "row_size": ROW_SIZE, "num_done": 1}
+    assert index == {"about": {"key": {"crop": 3}}, "sizes": SIZES, "num_done": 1}

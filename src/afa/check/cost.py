@@ -15,8 +15,12 @@ from numpy.typing import NDArray
 
 from afa.config import Config
 from afa.data.pixel_cache import free_memory, resolve_cache
+from afa.data.transforms import whole_size
 from afa.errors import AfaError
+from afa.model.network import AfaNetwork
+from afa.runs.auto import Pace
 from afa.runs.network import build_network
+from afa.runtime import autocast
 from afa.training.engine import TrainingEngine
 from afa.training.schedule import phase
 from afa.types import Batch
@@ -52,6 +56,7 @@ class TrainingCost:
         memory: About the most bytes that it takes, of the GPU's memory or of this process's; 0 where not known.
         batch_size: Images in a step.
         measured_batch: Images in the steps that were timed; with fewer than the batch has, the rest is in proportion.
+        cache_seconds: About how long the feature cache takes; 0 without one.
     """
 
     device: str
@@ -59,6 +64,7 @@ class TrainingCost:
     memory: int
     batch_size: int
     measured_batch: int
+    cache_seconds: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -67,8 +73,8 @@ class TrainingCost:
 
     @property
     def seconds(self) -> float:
-        """About how long the steps take."""
-        return sum(phase.steps * phase.step_seconds for phase in self.phases)
+        """About how long the steps take, and the feature cache before them."""
+        return self.cache_seconds + sum(phase.steps * phase.step_seconds for phase in self.phases)
 
 
 @dataclass(frozen=True)
@@ -129,15 +135,17 @@ def measure_cost(config: Config, tags: NDArray[np.bool_], *, device: torch.devic
         network = build_network(config.model, tags.shape[1], pretrained=False).to(device).train()
         engine = TrainingEngine(network, settings, device=device)
 
+        cache_seconds = len(tags) * _time_encoding(network, config, device) if config.train.feature_cache else 0.0
+
         def run(size: int) -> list[float]:
-            batch = _synthetic_batch(chosen[:size], config.augment.crop_size)
+            batch = _synthetic_batch(chosen[:size], config, network)
             return [_time_steps(engine, step, batch) for step, _ in starts]
 
         measured = batch_size
         if device.type == "cpu":
             fixed = _memory("VmRSS") + 3 * sum(4 * weight.numel() for weight in engine.parameters)
             measured = min(2, batch_size)
-            engine.take_step(0, _synthetic_batch(chosen[:measured], config.augment.crop_size))
+            engine.take_step(0, _synthetic_batch(chosen[:measured], config, network))
             seconds = run(measured)
             if max(seconds) * batch_size / measured <= _PROBE_SECONDS:
                 seconds, measured = run(batch_size), batch_size
@@ -161,7 +169,7 @@ def measure_cost(config: Config, tags: NDArray[np.bool_], *, device: torch.devic
     phases = [
         PhaseCost(phase(start, config).name, steps, each) for (start, steps), each in zip(starts, seconds, strict=True)
     ]
-    return TrainingCost(_device_name(device), phases, memory, batch_size, measured)
+    return TrainingCost(_device_name(device), phases, memory, batch_size, measured, cache_seconds)
 
 
 def measure_cache(config: Config, sizes: NDArray[np.int32], num_images: int) -> CacheCost:
@@ -176,14 +184,54 @@ def measure_cache(config: Config, sizes: NDArray[np.int32], num_images: int) -> 
     return CacheCost(int(mean * num_images), resolve_cache(config.data.cache_gib), free_memory())
 
 
-def _synthetic_batch(tags: torch.Tensor, crop_size: int) -> Batch:
-    size = len(tags)
+def measure_pace(config: Config, num_classes: int, device: torch.device) -> Pace:
+    """Time the encoder and a training step from the feature cache, with random weights.
+
+    Args:
+        config: Settings, of a training with feature cache.
+        num_classes: C.
+        device: Where to train.
+    """
+    network = build_network(config.model, num_classes, pretrained=False).to(device).train()
+    engine = TrainingEngine(network, config, device=device)
+    tags = torch.eye(num_classes).repeat(config.schedule.batch_size, 1)[: config.schedule.batch_size]
+    image = _time_encoding(network, config, device)
+    last = config.schedule.max_steps - 1
+    batch = _synthetic_batch(tags, config, network)
+    return Pace(image, _time_steps(engine, last, batch))
+
+
+def _time_encoding(network: AfaNetwork, config: Config, device: torch.device) -> float:
+    """Seconds for one image of the feature cache: the shortest of a few."""
+    height, width = whole_size((3, 4), config.augment.crop_size, network.backbone.strides[-1])
+    image = torch.zeros(1 if device.type == "cpu" else 32, 3, height, width, device=device)
+    seconds = []
+    network.eval()
+    for _ in range(_TIMED_STEPS):
+        began = time.perf_counter()
+        with autocast(device, config.train.precision):
+            network.encode(image)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        seconds.append((time.perf_counter() - began) / len(image))
+    network.train()
+    return min(seconds)
+
+
+def _synthetic_batch(tags: torch.Tensor, config: Config, network: AfaNetwork) -> Batch:
+    size, side = len(tags), config.augment.crop_size
     generator = torch.Generator().manual_seed(0)
+    frozen: tuple[torch.Tensor, ...] = ()
+    if config.train.feature_cache:
+        grid = side // network.backbone.strides[-1]
+        channels = (*network.backbone.channels, network.num_classes)
+        frozen = tuple(torch.rand(size, each, grid, grid, generator=generator).half() for each in channels)
     return Batch(
-        image=torch.randint(0, 256, (size, 3, crop_size, crop_size), dtype=torch.uint8, generator=generator),
+        image=torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator),
         tags=tags,
-        valid_box=torch.tensor([[0, crop_size, 0, crop_size]]).repeat(size, 1),
+        valid_box=torch.tensor([[0, side, 0, side]]).repeat(size, 1),
         names=("",) * size,
+        frozen=frozen,
     )
 
 

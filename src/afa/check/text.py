@@ -71,6 +71,8 @@ def describe_figures(report: dict[str, Any]) -> dict[str, str]:
         facts["steps"] = ", ".join(
             f"{p['name']} {p['steps']:,} x {_short(p['step_seconds'])}" for p in training["phases"]
         )
+        if training["cache_seconds"]:
+            facts["steps"] += f"; before them {duration(training['cache_seconds'])} for the feature cache"
         if training["measured_batch"] < training["batch_size"]:
             facts["steps"] += f" (in proportion, from steps of {training['measured_batch']} images)"
         if training["memory"]:

@@ -22,7 +22,7 @@ import msgspec
 from afa.config.schema import Config
 from afa.errors import AfaError, shown
 
-PRESETS = ("paper", "paper_coco", "rrm", "demo")
+PRESETS = ("paper", "paper_coco", "rrm", "frozen", "demo")
 """Names of starting values, each a file in presets/."""
 
 
@@ -128,18 +128,23 @@ def _contradictions(config: Config) -> Iterator[str]:
     if train.feature_cache:
         if train.supervision == "masks":
             yield "train.feature_cache is true, and train.supervision is masks, which it does not know; switch it off"
-        if not config.model.freeze_blocks:
-            yield (
-                "train.feature_cache is true, but model.freeze_blocks is 0: nothing stays the same that could be kept; "
-                "freeze the first blocks, or set it to false"
-            )
-        if not augment.whole_images:
-            yield (
-                "train.feature_cache is true, but augment.whole_images is false: random crops cannot be kept; set "
-                "both to true, or neither"
-            )
+        needed = {
+            "model.classifier": (config.model.classifier, "text"),
+            "augment.whole_images": (augment.whole_images, True),
+            "pseudo.scales": (pseudo.scales, (1.0,)),
+            "pseudo.mirror": (pseudo.mirror, False),
+        }
+        for key, (found, wanted) in needed.items():
+            if found != wanted:
+                yield (
+                    f"train.feature_cache is true, but {key} is {found}: what changes with the step cannot be kept; "
+                    f"set {key} to {wanted}, or train.feature_cache to false"
+                )
+    for template in config.model.text_templates:
+        if template.count("{}") != 1:
+            yield f"model.text_templates has {template!r}; write {{}} once, where the word belongs"
     for name in config.data.class_subset:
-        if config.data.classes and name not in config.data.classes:
+        if config.data.classes and name not in config.data.class_names:
             yield f"data.class_subset names {name!r}, which is not in data.classes"
 
 

@@ -25,6 +25,12 @@ SUPERVISION_NAMES: Final[dict[Supervision, str]] = {
 """The words for a run's supervision wherever its results are shown."""
 Protocol = Literal["single", "multiscale", "single+crf", "multiscale+crf"]
 _CRF: Final = "+crf"
+BACKGROUND_WORDS: Final = (
+    *("building", "grass", "tree", "wall", "wall-concrete", "sky", "water", "river", "sea", "railroad", "keyboard"),
+    *("clouds", "house", "mountain", "road", "rock", "pavement", "bridge", "ground", "stop sign", "dirt"),
+    *("floor-wood", "sand", "snow", "fence", "playingfield", "hill", "leaves", "bush", "platform"),
+)
+"""Scenery of COCO-Stuff, most of it also among the background words of CLIP-ES (Lin et al. 2023)."""
 LayoutName = Literal["auto", "voc", "table", "imagefolder", "hf", "coco", "labelstudio", "cvat"]
 
 
@@ -65,6 +71,11 @@ class DataConfig:
 
     feature_dir: str = ""
     """Folder of the feature cache, on a fast disk; runs may share it. Empty: the folder `features` of the run."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """`classes` without the words that they may state."""
+        return tuple(entry.partition(": ")[0].strip() for entry in self.classes)
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,17 @@ class ModelConfig:
     """Feature maps of a plain vision transformer that the decoder sees, of evenly spaced blocks; MiT has 4."""
     attention_scaling: bool = False
     """Divide Q K^T by sqrt(d) before the affinity head (paper, Eq. 1); the reference does not."""
+    classifier: Literal["learned", "text"] = "learned"
+    """Where class scores come from: learned = a classifier that learns from the tags (the method); text = the class
+    names, compared with the image in the space of an encoder that was trained with texts, such as clip_b16."""
+    text_embeddings: str = ""
+    """classifier = text: folder with embeddings.safetensors and names.json. Empty: the text encoder of `weights`."""
+    text_templates: tuple[str, ...] = ("a photo of a {}",)
+    """classifier = text: sentences with {} in the place of a word; their vectors are averaged."""
+    background_words: tuple[str, ...] = BACKGROUND_WORDS
+    """classifier = text: words for what is no class; a word of a class never competes with it."""
+    text_sharpness: Annotated[float, Meta(ge=1.0, le=1000.0)] = 50.0
+    """classifier = text: factor of the cosines between image and words before the softmax."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +145,8 @@ class PseudoConfig:
 
     scales: tuple[Annotated[float, Meta(ge=0.1, le=4.0)], ...] = (1.0, 0.5, 1.5)
     """Input scales of the multi-scale CAM, each with its horizontal flip."""
+    mirror: bool = True
+    """Run the mirror image at each scale, too."""
     reuse_training_pass: bool = True
     """Take the scale-1, unflipped scores from the training forward instead of a pass of their own. That
     forward has stochastic depth on, as the reference's own passes have."""
@@ -185,6 +209,9 @@ class LossConfig:
     segmentation_form: Literal["balanced", "plain"] = "balanced"
     """balanced = half background pixels, half foreground pixels (reference); plain = one mean over all
     labelled pixels (paper)."""
+    segmentation_stride: Annotated[int, Meta(ge=1, le=16)] = 1
+    """The segmentation loss looks at one pixel of this many in each direction: features at stride 16 say little more,
+    and a step costs far less. 1: at every pixel (the reference)."""
     affinity_form: Literal["balanced", "paper"] = "balanced"
     """balanced = halves, each over count + 1 (reference); paper = sums over the bare counts, no halves."""
 
@@ -309,8 +336,8 @@ class TrainConfig:
     compile: bool = False
     """Let torch.compile fuse the network's kernels; takes a minute or more at the start of each phase."""
     feature_cache: bool = False
-    """Run the frozen blocks once for each image, view and scale, keep their tokens on disk, and train from there.
-    Needs `model.freeze_blocks`, and `augment.whole_images`, as random crops cannot be kept."""
+    """Run the encoder once for each image, keep its features on disk, and train from there: many times faster.
+    Needs `model.classifier` = text, all blocks frozen, `augment.whole_images`, `pseudo.scales` = 1 and no `mirror`."""
     feature_cache_gib: Annotated[float, Meta(ge=0.0, le=1e6)] = 20.0
     """Most that the feature cache may take on disk, GiB."""
     tensorboard: bool = True

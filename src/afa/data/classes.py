@@ -6,7 +6,7 @@ import difflib
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -36,10 +36,12 @@ class ClassList:
     Attributes:
         names: C names.
         colors: Name -> (red, green, blue), each 0 to 255, of the classes that have a color.
+        words: Name -> words, of the classes that state some: what a text encoder is asked instead of the name.
     """
 
     names: tuple[str, ...]
     colors: dict[str, tuple[int, int, int]]
+    words: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def stated_classes(data: DataConfig, root: Path, *, default: tuple[str, ...] = ()) -> ClassList:
@@ -49,14 +51,15 @@ def stated_classes(data: DataConfig, root: Path, *, default: tuple[str, ...] = (
         AfaError: As `read_class_list`.
     """
     if data.classes:
-        check_classes(data.classes, "data.classes")
-        return ClassList(data.classes, {})
+        words = dict(map(split_words, data.classes))
+        check_classes(tuple(name for name, _ in map(split_words, data.classes)), "data.classes")
+        return ClassList(tuple(words), {}, {name: each for name, each in words.items() if each})
     path = root / "classes.txt"
     return read_class_list(path) if path.is_file() else ClassList(default, {})
 
 
 def read_class_list(path: Path) -> ClassList:
-    """Read a text file with one class a line: `NAME`, `NAME #RRGGBB` or `NAME,R,G,B`.
+    """Read a text file with one class a line: `NAME`, `NAME: WORD | WORD`, and behind either ` #RRGGBB` or `,R,G,B`.
 
     Args:
         path: File in UTF-8; blank lines do not count.
@@ -66,10 +69,13 @@ def read_class_list(path: Path) -> ClassList:
     """
     names = []
     colors = {}
+    words = {}
     for line in read_lines(path):
         match = _COLOR.search(line)
-        name = line[: match.start()].strip() if match else line
+        name, stated = split_words(line[: match.start()].strip() if match else line)
         names.append(name)
+        if stated:
+            words[name] = stated
         if match:
             digits, *values = match.groups()
             red, green, blue = bytes.fromhex(digits) if digits else map(int, values)
@@ -77,7 +83,17 @@ def read_class_list(path: Path) -> ClassList:
                 raise AfaError(f"{path}: class {name!r} has the color {red},{green},{blue}; give values of 0 to 255")
             colors[name] = (red, green, blue)
     check_classes(names, str(path))
-    return ClassList(tuple(names), colors)
+    return ClassList(tuple(names), colors, words)
+
+
+def split_words(text: str) -> tuple[str, tuple[str, ...]]:
+    """Name and words of a class; no words unless a colon and a space follow the name.
+
+    >>> split_words("cat: cat | kitten"), split_words("a:b")
+    (('cat', ('cat', 'kitten')), ('a:b', ()))
+    """
+    name, colon, words = text.partition(": ")
+    return (name.strip(), tuple(word.strip() for word in words.split("|"))) if colon else (text, ())
 
 
 def read_lines(path: Path) -> tuple[str, ...]:

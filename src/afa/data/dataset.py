@@ -6,7 +6,7 @@ Training gets `TaggedImages`, which know no mask. Pixels are read, and checked, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -187,6 +187,7 @@ class TagTable:
         paths: N paths.
         names: N names; different, unless the images are listed.
         colors: Class name -> (red, green, blue), where the class list has colors.
+        words: Class name -> words, where the class list states some.
         declared: Whether the classes were stated, not just collected from the tags.
         every_path: Paths of all images of the folder, if those without tags are to be reported.
         listed: Whether lists say which images train, and which are for validation: the VOC layout.
@@ -202,6 +203,7 @@ class TagTable:
     paths: tuple[str, ...]
     names: tuple[str, ...]
     colors: dict[str, tuple[int, int, int]]
+    words: dict[str, tuple[str, ...]] = field(default_factory=dict)
     declared: bool = True
     every_path: tuple[str, ...] = ()
     listed: bool = False

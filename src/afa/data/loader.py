@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -35,8 +35,15 @@ _PADDING: Final = 64  # Source pixels are padded to multiples of this, so that f
 
 _T = TypeVar("_T")
 
-FeatureFunction = Callable[[int, Sequence[int], Sequence[bool]], tuple[Tensor, ...]]
-"""(step, images, which of them are mirrored) -> what the feature cache has of them, arrays of as many rows."""
+
+class Features(Protocol):
+    """What a batch takes of the feature cache."""
+
+    patch: int
+    """Views of the images have sides that are multiples of this, pixels."""
+
+    def read(self, indices: Sequence[int], flips: Sequence[bool]) -> tuple[Tensor, ...]:
+        """(images, which of them are mirrored) -> what the cache has of them, arrays of as many rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +111,9 @@ def step_indices(
     return np.array([_permutation(num_images, seed, e, repeats)[p] for e, p in pairs], dtype=np.int64)
 
 
-def step_plan(size: tuple[int, int], augment: AugmentConfig, *, step: int, row: int, seed: int) -> CropPlan:
+def step_plan(
+    size: tuple[int, int], augment: AugmentConfig, *, step: int, row: int, seed: int, multiple: int = 1
+) -> CropPlan:
     """Crop of one image of a step.
 
     Args:
@@ -113,8 +122,9 @@ def step_plan(size: tuple[int, int], augment: AugmentConfig, *, step: int, row: 
         step: Step, from 0.
         row: Place of the image in the global batch.
         seed: Seed of the augmentation.
+        multiple: As `draw_crop`.
     """
-    return draw_crop(size, augment, _generator(seed, _AUGMENT, step, row))
+    return draw_crop(size, augment, _generator(seed, _AUGMENT, step, row), multiple=multiple)
 
 
 def resolve_workers(workers: int, *, processes: int = 1) -> int:
@@ -140,7 +150,7 @@ def train_batches(
     start: int = 0,
     processes: Processes = ALONE,
     cache: PixelCache | None = None,
-    features: FeatureFunction | None = None,
+    features: Features | None = None,
     device: torch.device | None = None,
 ) -> Generator[Batch, None, None]:
     """Yield the training batches of the steps from `start` to the last one.
@@ -151,7 +161,7 @@ def train_batches(
         start: First step, from 0.
         processes: Processes that train together; this one gets its contiguous share of each global batch.
         cache: Where decoded images stay, for `images` alone; None decodes each time.
-        features: Reads what the batches' `frozen` hold, in the workers; None leaves it empty.
+        features: Says what the batches' `frozen` hold, in the workers; None leaves it empty.
         device: Where to scale, flip and crop, one batch ahead of the one in use; None does it in the workers. The
             crops are the same, the pixels as equal as `resample_batch` says.
 
@@ -180,37 +190,41 @@ def train_batches(
 def whole_views(
     images: TaggedImages,
     config: Config,
+    multiple: int,
     *,
     batch_size: int,
     start: int = 0,
     processes: Processes = ALONE,
     cache: PixelCache | None = None,
-) -> Iterator[Tensor]:
-    """Yield every image as `augment.whole_images` shows it, unflipped, in the order of the list.
+) -> Iterator[list[Tensor]]:
+    """Yield every image as the feature cache sees it, unflipped, in the order of the list.
 
     Args:
         images: Images.
-        config: Crop size S and `data.workers`.
+        config: Crop size and `data.workers`.
+        multiple: Sides are multiples of this, pixels.
         batch_size: Images that come together; the last ones may be fewer.
         start: First image.
         processes: Processes that share this machine's cores.
         cache: As for `train_batches`.
 
     Returns:
-        Iterator of (B, 3, S, S) uint8.
+        Iterator of lists of (3, H, W) uint8.
 
     Raises:
         AfaError: During iteration, an image cannot be read.
     """
     size = config.augment.crop_size
 
-    def prepare(first: int) -> Tensor:
-        indices = range(first, min(first + batch_size, len(images)))
-        canvas = np.zeros((len(indices), 3, size, size), dtype=np.uint8)
-        for row, index in enumerate(indices):
+    def prepare(first: int) -> list[Tensor]:
+        views = []
+        for index in range(first, min(first + batch_size, len(images))):
             pixels = _read(images, index, cache)
-            resample_image(pixels, fit_whole(pixels.shape[:2], size, flip=False), canvas[row])
-        return torch.from_numpy(canvas)
+            plan = fit_whole(pixels.shape[:2], size, flip=False, multiple=multiple)
+            canvas = np.zeros((3, plan.rows.end, plan.columns.end), dtype=np.uint8)
+            resample_image(pixels, plan, canvas)
+            views.append(torch.from_numpy(canvas))
+        return views
 
     workers = resolve_workers(config.data.workers, processes=processes.count)
     return _in_order(prepare, range(start, len(images), batch_size), workers=workers)
@@ -247,7 +261,7 @@ class _Source:
     share: slice
     repeats: Repeats
     cache: PixelCache | None
-    features: FeatureFunction | None
+    features: Features | None
     pinned: bool
 
     def batch(self, step: int) -> Batch:
@@ -285,7 +299,9 @@ class _Source:
     def _planned(self, step: int, row: int, index: int) -> tuple[NDArray[np.uint8], CropPlan]:
         pixels = _read(self.images, index, self.cache)
         config, place = self.config, self.share.start + row
-        return pixels, step_plan(pixels.shape[:2], config.augment, step=step, row=place, seed=config.train.seed)
+        multiple = self.features.patch if self.features else 1
+        seed = config.train.seed
+        return pixels, step_plan(pixels.shape[:2], config.augment, step=step, row=place, seed=seed, multiple=multiple)
 
     def _batch(self, step: int, indices: list[int], plans: list[CropPlan], image: Tensor) -> Batch:
         return Batch(
@@ -293,7 +309,7 @@ class _Source:
             tags=torch.from_numpy(np.stack([self.images.tags(index) for index in indices])),
             valid_box=torch.tensor([plan.valid_box for plan in plans]),
             names=tuple(self.images.names[index] for index in indices),
-            frozen=self.features(step, indices, [plan.flip for plan in plans]) if self.features else (),
+            frozen=self.features.read(indices, [plan.flip for plan in plans]) if self.features else (),
         )
 
 

@@ -91,6 +91,7 @@ class DataSet:
         kind: As of `TagTable`.
         classes: The class names of the images that it hands out, in index order.
         colors: Class name -> (red, green, blue), where the class list has colors.
+        words: For each class the words that a text encoder is asked: those that the class list states, or its name.
         untagged: Names of images without tags that are left out of training; listed images are refused instead.
     """
 
@@ -118,6 +119,7 @@ class DataSet:
             tags = np.pad(tags, ((0, 0), (0, len(known) - len(table.classes))), constant_values=UNKNOWN)
         kept = kept_classes(data, known)
         self.classes = tuple(known[index] for index in kept)
+        self.words = tuple(table.words.get(name, (name,)) for name in self.classes)
         self._tags = tags[:, kept]
         present = self._tags == PRESENT
         self._usable = present.any(axis=1)
@@ -166,6 +168,15 @@ class DataSet:
     def validation(self, *, list_file: str | None = None) -> TaggedImages:
         """Images set aside, by their tags alone: for scores that need no mask. Arguments as `train`."""
         return self._tagged_images(VALIDATION, list_file)
+
+    def tagged(self) -> TaggedImages:
+        """All images with a tag, on whatever side; of listed images those to train on."""
+        if self._table.listed:
+            return self.train()
+        rows = np.flatnonzero(self._usable)
+        if not rows.size:
+            raise AfaError(f"{self.root}: no image with a tag ({self._table.origin}); add some")
+        return TaggedImages(**self._part(rows))
 
     def masked(self, *, list_file: str | None = None) -> MaskedImages:
         """Images set aside that have masks. Arguments as `train`.

@@ -66,7 +66,7 @@ class CropPlan:
         return self.rows.start, self.rows.end, self.columns.start, self.columns.end
 
 
-def draw_crop(size: tuple[int, int], config: AugmentConfig, rng: np.random.Generator) -> CropPlan:
+def draw_crop(size: tuple[int, int], config: AugmentConfig, rng: np.random.Generator, *, multiple: int = 1) -> CropPlan:
     """Draw scale, flip and place of one crop.
 
     The scaled image, where it is smaller than the crop, lies at a random place on the canvas; where it is larger,
@@ -76,12 +76,14 @@ def draw_crop(size: tuple[int, int], config: AugmentConfig, rng: np.random.Gener
         size: Height and width of the image, pixels.
         config: Crop size, scale range, flip probability, short side; `whole_images` draws nothing but the flip.
         rng: Source of all randomness; the same state gives the same plan.
+        multiple: As `fit_whole`, for `whole_images`.
 
     Source:
         Paper section 4.1.
     """
     if config.whole_images:
-        return fit_whole(size, config.crop_size, flip=bool(rng.random() < config.flip_probability))
+        flip = bool(rng.random() < config.flip_probability)
+        return fit_whole(size, config.crop_size, flip=flip, multiple=multiple)
     height, width = size
     scale = rng.uniform(config.scale_min, config.scale_max)
     if config.short_side:
@@ -92,23 +94,35 @@ def draw_crop(size: tuple[int, int], config: AugmentConfig, rng: np.random.Gener
     return CropPlan(rows, columns, flip)
 
 
-def fit_whole(size: tuple[int, int], crop_size: int, *, flip: bool) -> CropPlan:
-    """The plan that shows a whole image, as large as fits, in the middle of the canvas.
+def fit_whole(size: tuple[int, int], crop_size: int, *, flip: bool, multiple: int = 1) -> CropPlan:
+    """The plan that shows a whole image, as large as fits.
 
     Args:
         size: Height and width of the image, pixels.
         crop_size: Side of the canvas, pixels.
-        flip: Mirror the whole canvas left to right, its margins included.
+        flip: Mirror the image left to right.
+        multiple: Round the sides of the view to multiples of this, and put it into the top left corner, so that tokens
+            lie where they lie in the view; 1: in the middle of the canvas.
     """
-    lengths = [max(1, round(side * crop_size / max(size))) for side in size]
-    starts = [(crop_size - length) // 2 for length in lengths]
-    if flip:
+    lengths = whole_size(size, crop_size, multiple)
+    starts = [(crop_size - length) // 2 if multiple == 1 else 0 for length in lengths]
+    if flip and multiple == 1:
         starts[1] = crop_size - lengths[1] - starts[1]
     rows, columns = (
         Span(side, 0.0, float(side), start, start + length)
         for side, start, length in zip(size, starts, lengths, strict=True)
     )
     return CropPlan(rows, columns, flip)
+
+
+def whole_size(size: tuple[int, int], crop_size: int, multiple: int = 1) -> tuple[int, int]:
+    """Height and width at which an image fits into the canvas, the longer side filling it.
+
+    >>> whole_size((375, 500), 384, 16)
+    (288, 384)
+    """
+    height, width = (multiple * max(1, round(side * crop_size / max(size) / multiple)) for side in size)
+    return height, width
 
 
 def resample_image(

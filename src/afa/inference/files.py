@@ -103,6 +103,7 @@ def pseudo_files(
     *,
     config: Config,
     kind: str = "refined",
+    refine: bool = False,
     overlay: bool = False,
     progress: bool = True,
 ) -> PredictSummary:
@@ -118,6 +119,7 @@ def pseudo_files(
         out_dir: Made if missing.
         config: Its `pseudo` section; its `evaluation` section for sizes, batch size and the CRF; `train.precision`.
         kind: `cam`, `propagated`, `initial` or `refined`, as `pseudo_labels` has it.
+        refine: As `pseudo_labels`.
         overlay: Also write OUT/overlays/NAME.jpg.
         progress: Show a progress bar on standard error.
 
@@ -129,7 +131,7 @@ def pseudo_files(
             written (all others of the call that were made are there).
     """
     check_choice(kind, PSEUDO_LABELS, what="labels")
-    task = _pseudo_task(network, images, config, kind=kind, overlay=overlay)
+    task = _pseudo_task(network, images, config, kind=kind, refine=refine, overlay=overlay)
     return write_masks(task, out_dir, images.names, resume=True, progress=progress)
 
 
@@ -139,7 +141,7 @@ class _TaggedImage(PreparedImage):
 
 
 def _pseudo_task(
-    network: AfaNetwork, images: TaggedImages, config: Config, *, kind: str, overlay: bool
+    network: AfaNetwork, images: TaggedImages, config: Config, *, kind: str, refine: bool, overlay: bool
 ) -> Task[_TaggedImage]:
     device = next(network.parameters()).device
     pseudo, evaluation = config.pseudo, config.evaluation
@@ -152,10 +154,11 @@ def _pseudo_task(
 
     def infer(batch: Sequence[_TaggedImage]) -> list[Made]:
         views, tags = [image.view for image in batch], [image.tags for image in batch]
-        return [Made(label.to(torch.uint8)) for label in pseudo_labels(network, views, tags, config, kind=kind)]
+        labels = pseudo_labels(network, views, tags, config, kind=kind, refine=refine)
+        return [Made(label.to(torch.uint8)) for label in labels]
 
     stamp = {
-        "made": f"pseudo labels ({kind})",
+        "made": f"pseudo labels ({kind}{', refined by the image' if refine else ''})",
         "weights": _weights_digest(network),
         **{f"pseudo.{key}": value for key, value in dataclasses.asdict(pseudo).items()},
         **(_crf_settings(evaluation) if pseudo.crf else {}),

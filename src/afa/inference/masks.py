@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from afa.data.dataset import TaggedImages
+from afa.data.images import read_mask
 from afa.data.palette import overlay as lay_over
 from afa.data.palette import write_index_png
 from afa.errors import AfaError
@@ -73,6 +75,66 @@ class PredictSummary:
         if self.failed:
             parts.append(f"{len(self.failed)} images failed")
         return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class MasksSummary:
+    """What `afa masks` did, and how sure it is.
+
+    Attributes:
+        written: What was written and what failed.
+        coverage: Percent of all pixels that have a class.
+        nothing: Image -> its tags that no pixel has.
+        num_images: Images with a mask.
+    """
+
+    written: PredictSummary
+    coverage: float
+    nothing: Mapping[str, Sequence[str]]
+    num_images: int
+
+    def __str__(self) -> str:
+        """Lines for the user."""
+        lines = [str(self.written), f"{self.coverage:.1f} % of the pixels have a class"]
+        if self.nothing:
+            name, tags = next(iter(self.nothing.items()))
+            lines.append(
+                f"{len(self.nothing)} of {self.num_images} images have a tag that no pixel got, such as {name} "
+                f"({', '.join(tags)}): masks.json lists them; look at these first"
+            )
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """What masks.json holds."""
+        return {
+            "num_images": self.num_images,
+            "coverage": round(self.coverage, 2),
+            "nothing": {name: list(tags) for name, tags in self.nothing.items()},
+            "failed": list(self.written.failed),
+        }
+
+
+def summarize_masks(written: PredictSummary, images: TaggedImages, out_dir: Path) -> MasksSummary:
+    """Read the masks of tagged images again, say how sure they are, and write OUT/masks.json.
+
+    Args:
+        written: What was done.
+        images: The images; one without a mask is passed over.
+        out_dir: Folder that has the masks.
+    """
+    folder = out_dir / "masks"
+    indices = [index for index, name in enumerate(images.names) if (folder / f"{name}.png").is_file()]
+    nothing: dict[str, list[str]] = {}
+    covered = total = 0
+    for index, reading in read_ahead(lambda index: read_mask(folder / f"{images.names[index]}.png"), indices):
+        counts = np.bincount(reading.result().reshape(-1), minlength=256)
+        missed = np.flatnonzero(images.tagged[index] & (counts[1 : 1 + len(images.classes)] == 0))
+        if missed.size:
+            nothing[images.names[index]] = [images.classes[place] for place in missed]
+        covered, total = covered + int(counts[1:255].sum()), total + int(counts.sum())
+    summary = MasksSummary(written, 100 * covered / max(1, total), nothing, len(indices))
+    write_whole(out_dir / "masks.json", json.dumps(summary.to_json(), indent=1) + "\n")
+    return summary
 
 
 class Made:

@@ -7,7 +7,7 @@ function, so a `Recorder` is known to the modules themselves.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ ATTENTION_NAME: Final = "afa"
 """Name under which the function is registered with transformers."""
 
 _RECORDER: Final = "afa_recorder"
+_AGREEMENT: Final = "afa_agreement"
 
 
 class Recorder:
@@ -32,7 +33,6 @@ class Recorder:
     def __init__(self, modules: Iterable[nn.Module], num_prefix_tokens: int = 0) -> None:
         self.num_prefix_tokens = num_prefix_tokens
         self._taken: list[RawAttention] | None = None
-        self._suffices = False
         for module in modules:
             setattr(module, _RECORDER, self)
 
@@ -46,28 +46,52 @@ class Recorder:
         finally:
             self._taken = None
 
-    @contextlib.contextmanager
-    def stop_after_next(self) -> Iterator[None]:
-        """Stop the code inside as soon as the next queries and keys are known, if nothing else of it is needed."""
-        self._suffices = True
-        try:
-            with contextlib.suppress(_Enough):
-                yield
-        finally:
-            self._suffices = False
-
     def take(self, query: Tensor, key: Tensor) -> None:
         """Take the queries and keys, (B, heads, N, d), of a running module."""
         if self._taken is None:
             return
         first = self.num_prefix_tokens
         self._taken.append(RawAttention(query[:, :, first:], key[:, :, first:]))  # (B, heads, hw, d)
-        if self._suffices:
-            raise _Enough
 
 
-class _Enough(Exception):  # noqa: N818  (no error)
-    """Queries and keys are known."""
+class Agreement:
+    """Adds up the attention of chosen modules, mean over their heads, while somebody listens.
+
+    Such a module computes its weights one by one instead of by a fused function, and so no second time.
+
+    Args:
+        modules: Attention modules; nothing masks or drops their weights.
+        num_prefix_tokens: As of `Recorder`; the weights that patches give to them are left out.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], num_prefix_tokens: int) -> None:
+        self.num_modules = len(modules)
+        self.num_prefix_tokens = num_prefix_tokens
+        self.listens = False
+        self._sum: Tensor | None = None
+        for module in modules:
+            setattr(module, _AGREEMENT, self)
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[None]:
+        """Let `mean` be of what runs inside."""
+        self.listens, self._sum = True, None
+        try:
+            yield
+        finally:
+            self.listens = False
+
+    def add(self, weights: Tensor) -> None:
+        """Add (B, heads, N, N) attention weights of a running module."""
+        first = self.num_prefix_tokens
+        attention = weights.detach()[:, :, first:, first:].float().mean(1)  # (B, hw, hw)
+        self._sum = attention if self._sum is None else self._sum + attention
+
+    def mean(self) -> Tensor:
+        """(B, hw, hw) mean over all modules and heads."""
+        assert self._sum is not None
+        mean, self._sum = self._sum / self.num_modules, None
+        return mean
 
 
 def attention_forward(
@@ -98,6 +122,11 @@ def attention_forward(
     recorder: Recorder | None = getattr(module, _RECORDER, None)
     if recorder is not None:
         recorder.take(query, key)
+    agreement: Agreement | None = getattr(module, _AGREEMENT, None)
+    if agreement is not None and agreement.listens:
+        weights = ((query * (scaling or query.shape[-1] ** -0.5)) @ key.transpose(2, 3)).softmax(-1)  # (B, heads, N, M)
+        agreement.add(weights)
+        return (weights @ value).transpose(1, 2).contiguous(), None  # (B, N, heads, d)
     output = nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
     )

@@ -26,10 +26,13 @@ class BackboneOutput:
     Attributes:
         features: One (B, channels[i], H / strides[i], W / strides[i]) map a level, sizes rounded up.
         attention: Queries and keys of the last blocks over the last level's tokens; None when not asked for.
+        agreement: (B, hw, hw) non-negative, how much tokens attend to each other, mean over blocks and heads; None
+            unless the encoder is a `LanguageBackbone`.
     """
 
     features: tuple[Tensor, ...]
     attention: RawAttention | None = None
+    agreement: Tensor | None = None
 
     @property
     def attention_logits(self) -> Tensor | None:
@@ -38,21 +41,16 @@ class BackboneOutput:
 
 
 @dataclass(frozen=True)
-class FrozenTokens:
-    """What the frozen part of an encoder passes to the rest; a feature cache has to keep only this of an image.
+class Encoded:
+    """What a frozen encoder makes of images: all that the rest of the network needs, so that it can be kept.
 
     Attributes:
-        tokens: (B, p + hw, D) tokens after the last frozen block, the p class and register tokens first.
-        features: (B, D, h, w) feature levels of the blocks before that one.
-        grid: (h, w).
-        attention_tokens: (B, p + hw, D) tokens before the first block whose attention is returned, where that
-            block is frozen too: its attention is computed from them. None otherwise.
+        features: The feature pyramid, one (B, channels[i], h, w) map a level.
+        class_scores: (B, C, h, w), as in `NetworkOutput`.
     """
 
-    tokens: Tensor
     features: tuple[Tensor, ...]
-    grid: tuple[int, int]
-    attention_tokens: Tensor | None = None
+    class_scores: Tensor
 
 
 def join_attention(blocks: Sequence[RawAttention]) -> RawAttention:

@@ -54,7 +54,7 @@ class TokenFamily:
         model: Name of the encoder's class in transformers.
         config: Name of its configuration's class.
         patch: Path of the patch embedding, a convolution.
-        positions: Path of the position embeddings.
+        positions: Path of the position embeddings; empty where blocks rotate queries and keys instead.
         blocks: Path of the list of blocks.
         norm: Path of the final norm layer.
         placed_tokens: Paths of the tokens before the patches that have a position embedding.
@@ -66,6 +66,9 @@ class TokenFamily:
         settings: Fixed fields of the configuration.
         options: Further arguments of the model class.
         license: License of the published weights, as their publishers state it.
+        projected: Name of the class that also projects into the space of the text encoder; empty if there is none.
+        text: Name of the text encoder's class.
+        rotary: Path of the module that says how blocks rotate queries and keys; empty if they do not.
     """
 
     title: str
@@ -84,6 +87,9 @@ class TokenFamily:
     settings: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     license: str = "Apache-2.0"
+    projected: str = ""
+    text: str = ""
+    rotary: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,7 @@ class TokenSize:
         patch: Side of a patch, pixels.
         image_size: Side of the image that the position embeddings were made for, pixels.
         weights: Hub id of published weights; empty for the small ones of ours, which have none.
+        language: Width of the space that images and texts share; 0 for an encoder without text encoder.
     """
 
     family: str
@@ -107,6 +114,7 @@ class TokenSize:
     patch: int
     image_size: int
     weights: str = ""
+    language: int = 0
 
     def settings(self) -> dict[str, Any]:
         """The fields of transformers' configuration that say this."""
@@ -153,6 +161,19 @@ TOKEN_FAMILIES: Final[Mapping[str, TokenFamily]] = {
         settings={"num_register_tokens": 4, "mlp_ratio": 4},
         **_DINO,
     ),
+    "dinov3": TokenFamily(
+        "DINOv3",
+        "DINOv3ViTModel",
+        "DINOv3ViTConfig",
+        patch="embeddings.patch_embeddings",
+        positions="",
+        blocks="model.layer",
+        norm="norm",
+        unplaced_tokens=("embeddings.cls_token", "embeddings.register_tokens"),
+        settings={"num_register_tokens": 4, "pos_embed_rescale": None},
+        license="DINOv3 License",
+        rotary="rope_embeddings",
+    ),
     "vit": TokenFamily(
         "ViT",
         "ViTModel",
@@ -178,6 +199,8 @@ TOKEN_FAMILIES: Final[Mapping[str, TokenFamily]] = {
         mean=(0.48145466, 0.4578275, 0.40821073),
         std=(0.26862954, 0.26130258, 0.27577711),
         license="MIT",
+        projected="CLIPVisionModelWithProjection",
+        text="CLIPTextModelWithProjection",
         **_CONTRASTIVE,
     ),
     "siglip": TokenFamily(
@@ -201,6 +224,10 @@ TOKEN_SIZES: Final[Mapping[str, TokenSize]] = {
     "dinov2_small_reg": TokenSize("dinov2_reg", 384, 12, 6, 14, 518, "facebook/dinov2-with-registers-small"),
     "dinov2_base_reg": TokenSize("dinov2_reg", 768, 12, 12, 14, 518, "facebook/dinov2-with-registers-base"),
     "dinov2_large_reg": TokenSize("dinov2_reg", 1024, 24, 16, 14, 518, "facebook/dinov2-with-registers-large"),
+    "dinov3_mini": TokenSize("dinov3", 64, 4, 4, 8, 64),
+    "dinov3_small": TokenSize("dinov3", 384, 12, 6, 16, 224, "facebook/dinov3-vits16-pretrain-lvd1689m"),
+    "dinov3_base": TokenSize("dinov3", 768, 12, 12, 16, 224, "facebook/dinov3-vitb16-pretrain-lvd1689m"),
+    "dinov3_large": TokenSize("dinov3", 1024, 24, 16, 16, 224, "facebook/dinov3-vitl16-pretrain-lvd1689m"),
     "vit_mini": TokenSize("vit", 64, 4, 4, 8, 64),
     "vit_small": TokenSize("vit", 384, 12, 6, 16, 224, "WinKawaks/vit-small-patch16-224"),
     "vit_base": TokenSize("vit", 768, 12, 12, 16, 224, "google/vit-base-patch16-224"),
@@ -209,10 +236,10 @@ TOKEN_SIZES: Final[Mapping[str, TokenSize]] = {
     "deit_tiny": TokenSize("deit", 192, 12, 3, 16, 224, "facebook/deit-tiny-distilled-patch16-224"),
     "deit_small": TokenSize("deit", 384, 12, 6, 16, 224, "facebook/deit-small-distilled-patch16-224"),
     "deit_base": TokenSize("deit", 768, 12, 12, 16, 224, "facebook/deit-base-distilled-patch16-224"),
-    "clip_mini": TokenSize("clip", 64, 4, 4, 8, 64),
-    "clip_b16": TokenSize("clip", 768, 12, 12, 16, 224, "openai/clip-vit-base-patch16"),
-    "clip_b32": TokenSize("clip", 768, 12, 12, 32, 224, "openai/clip-vit-base-patch32"),
-    "clip_l14": TokenSize("clip", 1024, 24, 16, 14, 224, "openai/clip-vit-large-patch14"),
+    "clip_mini": TokenSize("clip", 64, 4, 4, 8, 64, language=32),
+    "clip_b16": TokenSize("clip", 768, 12, 12, 16, 224, "openai/clip-vit-base-patch16", 512),
+    "clip_b32": TokenSize("clip", 768, 12, 12, 32, 224, "openai/clip-vit-base-patch32", 512),
+    "clip_l14": TokenSize("clip", 1024, 24, 16, 14, 224, "openai/clip-vit-large-patch14", 768),
     "siglip_mini": TokenSize("siglip", 64, 4, 4, 8, 64),
     "siglip_b16": TokenSize("siglip", 768, 12, 12, 16, 224, "google/siglip-base-patch16-224"),
 }

@@ -66,6 +66,7 @@ def build_backbone(
     attention_blocks: int = 2,
     freeze_blocks: int = 0,
     feature_levels: int = 4,
+    language: bool = False,
 ) -> Backbone:
     """Build an encoder. The name alone decides the architecture, so that weights of a run can be loaded into it.
 
@@ -77,6 +78,7 @@ def build_backbone(
         attention_blocks: Number of blocks, counted from the end, whose Q K^T is returned.
         freeze_blocks: Number of blocks, counted from the image, that are frozen with all before them.
         feature_levels: Number of feature maps; MiT always has the four of its stages.
+        language: Let the last feature map be one in which words can be looked up: a `LanguageBackbone`.
 
     Raises:
         AfaError: Unknown name; more blocks or levels asked for than there are; weights that are absent, unreadable
@@ -94,6 +96,13 @@ def build_backbone(
         "freeze_blocks": freeze_blocks,
     }
     # Here, as transformers takes seconds to import and the tables above need none of it.
+    if language and not (name in TOKEN_SIZES and TOKEN_SIZES[name].language):
+        known = ", ".join(each for each, size in TOKEN_SIZES.items() if size.language)
+        raise AfaError(f"model.backbone is {name!r}, which knows no words, but model.classifier is text; use {known}")
+    if language:
+        from afa.model.language import LanguageBackbone
+
+        return LanguageBackbone(name, weights, feature_levels=feature_levels, **shared)
     if name in TOKEN_SIZES:
         from afa.model.vit import TokenBackbone
 

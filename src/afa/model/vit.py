@@ -1,8 +1,7 @@
-"""Plain vision transformers through transformers: DINOv2, with and without registers, ViT, DeiT, CLIP and SigLIP.
+"""Plain vision transformers through transformers: DINOv2, with and without registers, DINOv3, ViT, DeiT, CLIP, SigLIP.
 
 Computes feature maps of evenly spaced blocks and the raw attention of the last blocks, over patch tokens alone;
-class, distillation and register tokens take part inside and are cut from what is returned. The forward pass comes
-in two halves, `frozen` and `trainable`, so that the first can be computed once and kept.
+class, distillation and register tokens take part inside and are cut from what is returned.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from afa.errors import AfaError
 from afa.model.attention import ATTENTION_NAME, Recorder
-from afa.model.backbone import Backbone, BackboneOutput, FrozenTokens, join_attention
+from afa.model.backbone import Backbone, BackboneOutput, join_attention
 from afa.model.families import TOKEN_FAMILIES, TOKEN_SIZES
 from afa.model.layers import speed_up
 from afa.model.weights import Architecture, build_encoder
@@ -74,8 +73,8 @@ class TokenBackbone(Backbone):
                 raise AfaError(f"model.{key} is {count}, but {size} has {shape.depth} blocks; use at most that many")
         self.shape = shape
         self.family = TOKEN_FAMILIES[shape.family]
-        self.encoder = build_encoder(_architecture(size, drop_path), weights)
-        _prepare(self.encoder, drop_path)
+        self.encoder = self._build(size, weights, drop_path)
+        _prepare(self.encoder, self._blocks, drop_path)
         self.levels = tuple(shape.depth * (level + 1) // feature_levels for level in range(feature_levels))
         self.channels = (shape.width,) * feature_levels
         self.strides = (shape.patch,) * feature_levels
@@ -86,10 +85,11 @@ class TokenBackbone(Backbone):
         self._first_recorded = shape.depth - attention_blocks
         tokens = [self._part(path) for path in (*self.family.placed_tokens, *self.family.unplaced_tokens)]
         self._num_prefix_tokens = sum(token.numel() // shape.width for token in tokens)
-        recorded = [_attention_of(block) for block in self._blocks[self._first_recorded :]]
+        recorded = [attention_of(block) for block in self._blocks[self._first_recorded :]]
         self._recorder = Recorder(recorded, self._num_prefix_tokens)
         self._positions: dict[tuple[int, int], Tensor] = {}
         self._positions_of: tuple[int, int] = (0, 0)
+        self._rotation: dict[str, Any] = {}
         # From ImageNet's normalization to the family's: image * scale + shift.
         self.image_scale: Tensor
         self.image_shift: Tensor
@@ -102,63 +102,31 @@ class TokenBackbone(Backbone):
             self.register_load_state_dict_pre_hook(_rename_loaded)  # type: ignore[no-untyped-call]
         self.freeze()
 
+    def _build(self, size: str, weights: str, drop_path: float) -> Any:
+        return build_encoder(architecture(size, drop_path, self.family.model), weights)
+
     def forward(self, image: Tensor, *, attention: bool = False) -> BackboneOutput:
         """Encode a batch; see `Backbone.forward`."""
-        return self.trainable(self.frozen(image), attention=attention)
+        grid, features = self._grid(image), list[Tensor]()
+        with self._recorder.listen(attention) as taken:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_blocks):
+                hidden = self._run(range(self.freeze_blocks), self._embed(image, grid), features, grid)
+            self._run(range(self.freeze_blocks, self.shape.depth), hidden, features, grid)
+        return BackboneOutput(tuple(features), join_attention(taken) if attention else None)
 
-    def frozen(self, image: Tensor) -> FrozenTokens:
-        """Run the frozen part, without gradient; with nothing frozen this is the embedding alone, with gradient.
+    def _run(self, blocks: range, hidden: Tensor, features: list[Tensor], grid: tuple[int, int]) -> Tensor:
+        """Run blocks over (B, p + hw, D) tokens, and collect the feature levels that end in them."""
+        for index in blocks:
+            hidden = self._run_block(index, hidden)
+            if index + 1 in self.levels:
+                features.append(self._feature(index + 1, hidden, grid))
+        return hidden
 
-        Args:
-            image: (B, 3, H, W) normalized image, H and W at least `min_size`.
-
-        Returns:
-            All that `trainable` needs of the images.
-        """
+    def _grid(self, image: Tensor) -> tuple[int, int]:
+        """(h, w) tokens of an image."""
         # Not -(-a // b), which ONNX rounds to the other side.
         patch = self.shape.patch
-        grid = ((image.shape[2] + patch - 1) // patch, (image.shape[3] + patch - 1) // patch)
-        features: list[Tensor] = []
-        attention_tokens: Tensor | None = None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_blocks):
-            hidden = self._embed(image, grid)
-            for index in range(self.freeze_blocks):
-                if index == self._first_recorded:
-                    attention_tokens = hidden
-                hidden = self._run_block(index, hidden)
-                if index + 1 in self.levels and index + 1 < self.freeze_blocks:
-                    features.append(self._feature(index + 1, hidden, grid))
-        return FrozenTokens(hidden, tuple(features), grid, attention_tokens)
-
-    def trainable(self, frozen: FrozenTokens, *, attention: bool = False) -> BackboneOutput:
-        """Run what follows the frozen part.
-
-        Args:
-            frozen: Result of `frozen`, in any floating-point type. Where blocks whose attention is wanted are frozen,
-                they are run once more from its `attention_tokens`, the last of them up to its attention.
-            attention: Also return the raw attention of the last blocks.
-
-        Returns:
-            As `forward` on the images.
-        """
-        dtype = self._part(self.family.positions).dtype
-        hidden = frozen.tokens.to(dtype)
-        features = [feature.to(dtype) for feature in frozen.features]
-        with self._recorder.listen(attention) as taken:
-            if attention and frozen.attention_tokens is not None:
-                with torch.no_grad():
-                    again = frozen.attention_tokens.to(dtype)
-                    for index in range(self._first_recorded, self.freeze_blocks - 1):
-                        again = self._run_block(index, again)
-                    with self._recorder.stop_after_next():
-                        self._run_block(self.freeze_blocks - 1, again)
-            if self.freeze_blocks in self.levels:
-                features.append(self._feature(self.freeze_blocks, hidden, frozen.grid))
-            for index in range(self.freeze_blocks, self.shape.depth):
-                hidden = self._run_block(index, hidden)
-                if index + 1 in self.levels:
-                    features.append(self._feature(index + 1, hidden, frozen.grid))
-        return BackboneOutput(tuple(features), join_attention(taken) if attention else None)
+        return (image.shape[2] + patch - 1) // patch, (image.shape[3] + patch - 1) // patch
 
     def frozen_modules(self) -> Sequence[nn.Module]:
         """Embeddings, the first blocks, and after the last block the final norm."""
@@ -184,7 +152,11 @@ class TokenBackbone(Backbone):
         if self.family.mean != IMAGE_MEAN:
             image = image * self.image_scale + self.image_shift
         width, family = self.shape.width, self.family
-        patches = self._part(family.patch)(image).flatten(2).transpose(1, 2) + self._patch_positions(grid)  # (B, hw, D)
+        patches = self._part(family.patch)(image).flatten(2).transpose(1, 2)  # (B, hw, D)
+        if family.positions:
+            patches = patches + self._patch_positions(grid)
+        if family.rotary:
+            self._rotation = {"position_embeddings": self._part(family.rotary)(image)}
         prefix = [self._part(path).view(1, -1, width) for path in family.placed_tokens]
         if prefix:
             placed = torch.cat(prefix, dim=1)  # (1, placed, D)
@@ -228,7 +200,7 @@ class TokenBackbone(Backbone):
     def _run_block(self, index: int, hidden: Tensor) -> Tensor:
         # CLIP and SigLIP demand an attention mask, some versions of DINOv2 take none.
         arguments = (None,) if self.shape.family in ("clip", "siglip") else ()
-        result: Tensor = self._blocks[index](hidden, *arguments)
+        result: Tensor = self._blocks[index](hidden, *arguments, **self._rotation)
         return result
 
     def _feature(self, level: int, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -241,30 +213,32 @@ class TokenBackbone(Backbone):
         return patches.transpose(1, 2).reshape(patches.shape[0], self.shape.width, *grid)  # (B, D, h, w)
 
 
-def _architecture(name: str, drop_path: float) -> Architecture:
+def architecture(name: str, drop_path: float, model: str) -> Architecture:
+    """What to build for an encoder of `TOKEN_SIZES`, as an instance of a class of transformers."""
     shape = TOKEN_SIZES[name]
     family, size = TOKEN_FAMILIES[shape.family], shape.settings()
-    is_dino = "mlp_ratio" in family.settings
-    own = {"drop_path_rate": drop_path} if is_dino else {"intermediate_size": 4 * shape.width}
+    own: dict[str, Any] = {} if "mlp_ratio" in family.settings else {"intermediate_size": 4 * shape.width}
+    own |= {"drop_path_rate": drop_path} if shape.family.startswith("dino") else {}
+    own |= {"projection_dim": shape.language} if shape.language else {}
     config = getattr(transformers, family.config)(**size, **own, **family.settings)
     config._attn_implementation = ATTENTION_NAME
-    model = getattr(transformers, family.model)
-    return Architecture(name, family.title, model, config, sizes=tuple(size), options=family.options)
+    return Architecture(
+        name, family.title, getattr(transformers, model), config, sizes=tuple(size), options=family.options
+    )
 
 
-def _prepare(encoder: Any, drop_path: float) -> None:
+def _prepare(encoder: Any, blocks: Any, drop_path: float) -> None:
     """Make an encoder of transformers ready to learn here."""
     if getattr(encoder.embeddings, "mask_token", None) is not None:
         # Only its pretraining needs it; here it would be a parameter without a gradient.
         encoder.embeddings.mask_token = None
     speed_up(encoder)
     if hasattr(encoder.config, "drop_path_rate") and drop_path > 0:
-        blocks = encoder.encoder.layer
         for index, block in enumerate(blocks):
             block.drop_path.drop_prob = drop_path * index / max(1, len(blocks) - 1)
 
 
-def _attention_of(block: nn.Module) -> nn.Module:
+def attention_of(block: nn.Module) -> nn.Module:
     """The module of a block that calls the attention function; every one of transformers' has `is_causal`."""
     return next(part for part in block.modules() if hasattr(part, "is_causal"))
 

@@ -81,7 +81,8 @@ def init_from_scratch(encoder: nn.Module) -> None:
     for module in encoder.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.5 * module.in_features**-0.5)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             fan_in = module.kernel_size[0] * module.kernel_size[1] * module.in_channels // module.groups
             nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_in))

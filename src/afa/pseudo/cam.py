@@ -89,7 +89,7 @@ class CamResult:
     walk: NetworkOutput | None = None
 
 
-def fuse_scores(scores: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+def fuse_scores(scores: Sequence[Tensor], size: tuple[int, int], *, mirrored: bool = True) -> Tensor:
     """Fuse raw class scores of several scales into one CAM.
 
     The scores of each scale are enlarged. The larger score of an image and its mirror image counts, if positive.
@@ -98,6 +98,7 @@ def fuse_scores(scores: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     Args:
         scores: Of each scale (2B, C, h, w) raw class scores: B of the plain images, then B of the flipped ones.
         size: (H, W) of the CAM.
+        mirrored: Off, there are B of the plain images alone.
 
     Returns:
         (B, C, H, W) in [0, 1].
@@ -107,10 +108,12 @@ def fuse_scores(scores: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """
     total: Tensor | None = None
     for score in scores:
-        plain, flipped = score.chunk(2)  # (B, C, h, w) each
-        mirrored = torch.cat([plain, flipped.flip(-1)])  # (2B, C, h, w)
-        plain, flipped = resize(mirrored, size).chunk(2)  # (B, C, H, W) each
-        positive = torch.maximum(plain, flipped).relu()  # (B, C, H, W)
+        if mirrored:
+            plain, flipped = score.chunk(2)  # (B, C, h, w) each
+            plain, flipped = resize(torch.cat([plain, flipped.flip(-1)]), size).chunk(2)  # (B, C, H, W) each
+            positive = torch.maximum(plain, flipped).relu()  # (B, C, H, W)
+        else:
+            positive = resize(score, size).relu()  # (B, C, H, W)
         total = positive if total is None else total + positive
     assert total is not None
     return normalize_cam(total)
@@ -135,6 +138,7 @@ def multi_scale_cam(
     image: Tensor,
     *,
     scales: Sequence[float],
+    mirrored: bool = True,
     affinity: bool = False,
     plain_scores: Tensor | None = None,
     pick: Callable[[Tensor], Tensor] | None = None,
@@ -145,6 +149,7 @@ def multi_scale_cam(
         score: Encoder pass; a `ViewScore` gives its own views of the images.
         image: (B, 3, H, W) RGB in [0, 1].
         scales: Input scales.
+        mirrored: Also run the mirror image at each scale.
         affinity: Also return the affinity and attention of the unflipped pass at the largest scale.
         plain_scores: (B, C, h, w) class scores of the unflipped image at scale 1, if a pass made them already.
         pick: (B, C, h, w) -> (B, P, h, w), picks the channels that are wanted before any is enlarged. Each channel is
@@ -159,15 +164,20 @@ def multi_scale_cam(
     walk: NetworkOutput | None = None
     for scale in scales:
         wanted = affinity and scale == max(scales)
-        if scale == 1.0 and plain_scores is not None and not wanted:
-            plain, flipped = plain_scores, views.view(scale, (True,), False).class_scores
-        elif wanted:
+        if wanted:
             # The walk takes the affinity of the plain half alone, so only this half computes it.
             walk = views.view(scale, (False,), True)
-            plain, flipped = walk.class_scores, views.view(scale, (True,), False).class_scores
+            sides = [walk.class_scores]  # (B, C, h, w) each
+        elif scale == 1.0 and plain_scores is not None:
+            sides = [plain_scores]
         else:
-            plain, flipped = views.view(scale, (False, True), False).class_scores.chunk(2)  # (B, C, h, w) each
+            flips = (False, True) if mirrored else (False,)
+            sides = list(torch.chunk(views.view(scale, flips, False).class_scores, len(flips)))
+        if mirrored and len(sides) == 1:
+            sides.append(views.view(scale, (True,), False).class_scores)
+        plain = sides[0]
         if scale == max(scales):
             grid = (plain.shape[2], plain.shape[3])
-        scores.append(torch.cat([plain, flipped] if pick is None else [pick(plain), pick(flipped)]))  # (2B, P, h, w)
-    return CamResult(cam=fuse_scores(scores, (image.shape[2], image.shape[3])), grid=grid, walk=walk)
+        scores.append(torch.cat(sides if pick is None else [pick(side) for side in sides]))  # (B or 2B, P, h, w)
+    size = (image.shape[2], image.shape[3])
+    return CamResult(cam=fuse_scores(scores, size, mirrored=mirrored), grid=grid, walk=walk)

@@ -82,7 +82,15 @@ def training_labels(
     walks = "refined_label" in want and config.propagation != "none"
     present = present_classes(tags, num_slots=num_slots)
     pick = present.foreground.gather
-    cam = multi_scale_cam(score, image, scales=config.scales, affinity=walks, plain_scores=plain_scores, pick=pick)
+    cam = multi_scale_cam(
+        score,
+        image,
+        scales=config.scales,
+        mirrored=config.mirror,
+        affinity=walks,
+        plain_scores=plain_scores,
+        pick=pick,
+    )
     return TrainingLabels(**_merged_labels(want, cam, present, Refiner(image, config), valid_box))
 
 
@@ -119,20 +127,24 @@ def infer_pseudo(
     walks = config.propagation != "none" and bool({"propagated", "propagated_label", "refined_label"} & set(want))
     present = present_classes(tags, num_slots=num_slots)
     foreground = present.foreground
-    picked = multi_scale_cam(score, image, scales=config.scales, affinity=walks, pick=foreground.gather)
+    picked = multi_scale_cam(
+        score, image, scales=config.scales, mirrored=config.mirror, affinity=walks, pick=foreground.gather
+    )
     refiner = Refiner(image, config)
     box = _whole_box(*refiner.size, image.device).expand(image.shape[0], -1)  # (B, 4)
     made = _merged_labels(want, picked, present, refiner, box, crf)
     if set(want) == set(made):
         return made
+    if "cam_label" in want:
+        softmax = refined or crf is not None
+        scores = mask_scores(with_background(picked.cam, config.background_cam), present.valid, softmax=softmax)
+        scores = refiner.on_canvas(scores) if refined else scores  # (B, P, H, W)
+        made["cam_label"] = present.to_class(best_slot(_through_crf(scores, present.valid, refiner, crf)))  # (B, H, W)
+    if set(want) == set(made):
+        return made
     cam = dataclasses.replace(picked, cam=foreground.scatter(picked.cam, tags.shape[1]))  # (B, C, H, W)
     if "cam" in want:
         made["cam"] = cam.cam
-    if "cam_label" in want:
-        softmax = refined or crf is not None
-        scores = present_scores(with_background(cam.cam, config.background_cam), tags, softmax=softmax)  # (B, K, H, W)
-        scores = refiner.on_canvas(scores) if refined else scores
-        made["cam_label"] = _through_crf(scores, valid_channels(tags), refiner, crf).argmax(1)  # (B, H, W)
     if "propagated" in want or "propagated_label" in want:
         scores = _propagated_scores(cam, tags, config)  # (B, K, h, w)
         if "propagated" in want:

@@ -55,7 +55,7 @@ def collect_report(run: Path) -> dict[str, Any]:
         "steps": steps,
         "supervision": SUPERVISION_NAMES[config.train.supervision],
         "config": config_to_dict(config),
-        "classes": list(folder.classes() if folder.has_classes else config.data.classes),
+        "classes": list(folder.classes() if folder.has_classes else config.data.class_names),
         "per_class": {kind: scores[kind].get("per_class") for kind in LABEL_KINDS},
         "protocol": scores["seg"].get("protocol"),
         "num_images": scores["seg"].get("num_images"),

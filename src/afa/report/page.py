@@ -86,8 +86,7 @@ def collect_page(
         legend; `charts` of the training, None without a step; `scores`: those by class; `environment`: what is known
         of it, by name; `parameters`, `data`: texts, or None; `gain`: of the segmentation over the CAM, points.
     """
-    tagged = {tag for example in examples for tag in example["tags"]}
-    classes, palette, count = report["classes"], voc_palette().tolist(), report["num_parameters"]
+    classes, count = report["classes"], report["num_parameters"]
     parameters = None if count is None else f"{count / 1e6:.1f} M parameters"
     environment = {key: report[key] for key in ("device", "processes", "precision")}
     environment |= {"parameters": parameters, "torch": report["torch"], "Python": report["python"]}
@@ -96,11 +95,7 @@ def collect_page(
         "report": report,
         "examples": examples,
         "columns": [key for key in PICTURES if any(key in example["pictures"] for example in examples)],
-        "colors": [
-            (name, tuple(palette[value % IGNORE_INDEX]))
-            for value, name in enumerate(classes, start=1)
-            if len(classes) <= _LEGEND_LIMIT or name in tagged
-        ],
+        "colors": class_colors(classes, examples),
         "charts": _training_charts(report["config"]["schedule"], metrics),
         "scores": _class_scores(report),
         "environment": {key: value for key, value in environment.items() if value is not None},
@@ -108,6 +103,16 @@ def collect_page(
         "data": Path(report["config"]["data"]["root"]).name,
         "gain": _difference(report["miou"], report["cam_miou"]),
     }
+
+
+def class_colors(classes: Sequence[str], examples: Sequence[dict[str, Any]]) -> list[tuple[str, tuple[int, int, int]]]:
+    """The legend: name and color of the classes, of many only those that the examples are tagged with."""
+    tagged, palette = {tag for example in examples for tag in example["tags"]}, voc_palette().tolist()
+    return [
+        (name, tuple(palette[value % IGNORE_INDEX]))
+        for value, name in enumerate(classes, start=1)
+        if len(classes) <= _LEGEND_LIMIT or name in tagged
+    ]
 
 
 def _training_charts(schedule: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -62,6 +62,7 @@ def write_examples(
     config: Config,
     device: torch.device,
     count: int,
+    trained: bool = True,
 ) -> None:
     """Write RUN/examples: a folder of pictures for each of some evenly spaced images, sheet.png and index.json.
 
@@ -76,6 +77,7 @@ def write_examples(
         config: Its `pseudo` and `evaluation` sections apply.
         device: Where the network runs.
         count: How many examples; fewer when there are fewer images with tags.
+        trained: Off, the pictures are image, CAM and pseudo label alone: decoder and affinity have learned nothing.
     """
     folder = Run(run).examples
     shutil.rmtree(folder, ignore_errors=True)
@@ -87,7 +89,8 @@ def write_examples(
         name = f"{number:03d}"
         (folder / name).mkdir()
         seen = _Seen.open(images, i, config, device, enlarge=False)
-        for key, picture in _example_pictures(network, config, seen).items():
+        drawn = _example_pictures(network, config, seen) if trained else _untrained_pictures(network, config, seen)
+        for key, picture in drawn.items():
             Image.fromarray(picture).save(folder / name / f"{key}.png")
         tags = [c for c, present in zip(images.classes, images.tags(i), strict=True) if present]
         index.append({"name": images.names[i], "tags": tags, "folder": name})
@@ -161,9 +164,10 @@ def draw_sheet(folders: Sequence[Path]) -> Image.Image:
     Returns:
         RGB image on white.
     """
-    paths = [[folder / f"{key}.png" for key in PICTURES] for folder in folders]
+    keys = [key for key in PICTURES if any((folder / f"{key}.png").is_file() for folder in folders)]
+    paths = [[folder / f"{key}.png" for key in keys] for folder in folders]
     rows = [[Image.open(path) if path.is_file() else None for path in row] for row in paths]
-    return lay_out(rows, list(PICTURES.values()))
+    return lay_out(rows, [PICTURES[key] for key in keys])
 
 
 def evenly_spaced(images: TaggedImages, count: int) -> list[int]:
@@ -240,6 +244,16 @@ def _example_pictures(network: AfaNetwork, config: Config, seen: _Seen) -> dict[
         "prediction": blend_label(seen.picture, seen.segment(network, config, crf=config.evaluation.crf)),
     }
     return drawn if seen.truth is None else drawn | {"truth": blend_label(seen.picture, seen.truth)}
+
+
+@torch.inference_mode()
+def _untrained_pictures(network: AfaNetwork, config: Config, seen: _Seen) -> dict[str, Pixels]:
+    pseudo = seen.infer(network, config.pseudo, "cam", "cam_label", refined=True)
+    return {
+        "image": seen.picture,
+        "cam": blend_heat(seen.picture, pseudo["cam"][seen.present]),
+        "pseudo": blend_label(seen.picture, pseudo["cam_label"]),
+    }
 
 
 def _shares(propagated: Tensor) -> Tensor:

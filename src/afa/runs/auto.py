@@ -5,7 +5,9 @@ What a user states wins over what is chosen here. The training itself is up to `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import huggingface_hub
@@ -14,18 +16,28 @@ import torch
 from afa.config import Config, load_config
 from afa.data.open import DataSet
 from afa.errors import AfaError
-from afa.model.families import MitSize
+from afa.model.families import TOKEN_SIZES, MitSize
 from afa.model.registry import BACKBONES, BackboneSpec, backbone_of
 from afa.runtime import resolve_precision
 
-BACKBONE: Final = "dinov2_small_reg"
-"""Default encoder: its weights are free to use, and know objects better than those of any other small encoder."""
+BACKBONE: Final = "clip_b16"
+"""Default encoder: its weights are free to use, and its text encoder knows what class names mean."""
+
+FROZEN_EPOCHS: Final = 8
+"""How often each image is seen with a frozen encoder, as long as steps and time stay within their limits."""
+
+DEFAULT_MINUTES: Final = 60.0
+"""What a training with a frozen encoder may take if the user does not say."""
 
 EPOCHS: Final = 40
 """How often each image is seen, as long as the number of steps stays within its limits."""
 
 MIN_STEPS: Final = 300
 """Fewest steps: with fewer, the phases have no time to follow each other."""
+
+_FROZEN_MAX_STEPS: Final = 800
+_FROZEN_SIDES: Final = (384, 320, 256, 224)
+"""Longer sides of the images, the largest that the time allows first."""
 
 _MAX_STEPS: Final = {"cpu": 1_000, "mps": 1_000, "cuda": 2_000}
 _SCRATCH_STEPS: Final = 1_300
@@ -47,8 +59,31 @@ _TOKENS: Final[dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class Pace:
+    """What this machine needs with a frozen encoder.
+
+    Attributes:
+        image: Seconds for one image through the encoder.
+        step: Seconds for one training step from the feature cache.
+    """
+
+    image: float
+    step: float
+
+
+PaceFunction = Callable[[Config, int, torch.device], Pace]
+"""(settings, number of classes, device) -> a measurement."""
+
+
 def choose_defaults(
-    layout: DataSet, device: torch.device, overrides: Mapping[str, Any] | None = None, *, need_weights: bool = True
+    layout: DataSet,
+    device: torch.device,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    minutes: float | None = None,
+    measure: PaceFunction | None = None,
+    need_weights: bool = True,
 ) -> tuple[Config, tuple[str, str, str, str]]:
     """Choose settings by data and device.
 
@@ -56,6 +91,8 @@ def choose_defaults(
         layout: The data set.
         device: Where to train.
         overrides: Dotted keys that the user states, those that the layout was found with among them; they win.
+        minutes: What everything may take with a frozen encoder, scoring included; None: `DEFAULT_MINUTES` on a CPU.
+        measure: Measures this machine; None: nothing is measured, and the time is not told.
         need_weights: Make sure that the encoder's weights can be had.
 
     Returns:
@@ -63,10 +100,17 @@ def choose_defaults(
 
     Raises:
         AfaError: The weights are neither in the local cache nor can the hub be reached; no image to train on; a key
-            is unknown or its value out of range.
+            is unknown or its value out of range; `minutes` for an encoder that is not frozen.
     """
     stated = dict(overrides or {})
     chosen = _choose_encoder(stated, need_weights=need_weights)
+    if _stays_frozen(chosen, stated):
+        return _choose_frozen(layout, device, chosen, stated, minutes, measure)
+    if minutes is not None:
+        raise AfaError(
+            f"--minutes is {minutes:g}, but the time of training {chosen['model.backbone']} is not known before; use "
+            "clip_b16, or --schedule.max_steps"
+        )
     spec = BACKBONES.get(chosen["model.backbone"])
     scratch = not chosen["model.weights"] or spec is None
     num_images = len(layout.train())
@@ -123,6 +167,98 @@ def _choose_encoder(stated: Mapping[str, Any], *, need_weights: bool) -> dict[st
     return {"model.backbone": backbone, "model.weights": spec.weights}
 
 
+def _stays_frozen(chosen: Mapping[str, Any], stated: Mapping[str, Any]) -> bool:
+    """Whether class names and a frozen encoder give the CAM: unless the user says that something else learns."""
+    size = TOKEN_SIZES.get(chosen["model.backbone"])
+    learns = stated.get("model.classifier", "text") != "text" or "model.freeze_blocks" in stated
+    return size is not None and size.language > 0 and bool(chosen["model.weights"]) and not learns
+
+
+def _choose_frozen(
+    layout: DataSet,
+    device: torch.device,
+    chosen: dict[str, Any],
+    stated: dict[str, Any],
+    minutes: float | None,
+    measure: PaceFunction | None,
+) -> tuple[Config, tuple[str, str, str, str]]:
+    """Size and steps by what the machine does in the time."""
+    num_images, preset = len(layout.train()), "frozen"
+    chosen["model.freeze_blocks"] = TOKEN_SIZES[chosen["model.backbone"]].depth
+    base = load_config(None, chosen | stated, preset=preset)
+    batch_size = base.schedule.batch_size
+    most = min(_FROZEN_MAX_STEPS, max(MIN_STEPS, round(FROZEN_EPOCHS * num_images / batch_size)))
+    num_scored = 0
+    if base.data.val_list and layout.has_validation:
+        num_scored = len(layout.validation()) * (3 if layout.has_masks else 1)  # segmentation, CAM, propagated CAM
+    limit = minutes if minutes is not None else DEFAULT_MINUTES if device.type == "cpu" else None
+    words = ""
+    sides: tuple[int, ...] = _FROZEN_SIDES
+    if "augment.crop_size" in stated:
+        sides = (base.augment.crop_size,)
+    side, steps = sides[0], most
+    if measure is not None:
+        pace = measure(load_config(None, chosen | stated | {"augment.crop_size": sides[0]}, preset=preset),
+                       len(layout.classes), device)  # fmt: skip
+        plans = [_plan(pace, each, sides[0], num_images, num_scored, most, limit) for each in sides]
+        plan = next((each for each in plans if each.fits), plans[-1])
+        side, steps, words = plan.side, plan.steps, plan.describe(limit, plans[0], most)
+    short = round(side * 0.75)
+    chosen |= {"augment.crop_size": side, "augment.short_side": short, "evaluation.short_side": short}
+    chosen |= {"schedule.max_steps": steps, "schedule.refined_steps": round(steps / 3)}
+    config = load_config(None, chosen | stated, preset=preset)
+    schedule = config.schedule
+    epochs = schedule.max_steps * schedule.batch_size / num_images
+    return config, (
+        f"data: {layout.describe()}",
+        f"encoder: {_encoder_words(config, device)}; for others --model.weights FOLDER or HUB_ID",
+        f"schedule: {schedule.max_steps:,} steps of {schedule.batch_size} images of {config.augment.crop_size} pixels, "
+        f"{epochs:.3g} epochs of {num_images:,} images{words}",
+        f"scores: {_score_words(config, layout)}",
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Size and steps, and what they take in minutes."""
+
+    side: int
+    steps: int
+    cache: float
+    training: float
+    scoring: float
+    fits: bool
+
+    @property
+    def minutes(self) -> float:
+        return self.cache + self.training + self.scoring
+
+    def describe(self, limit: float | None, largest: _Plan, most: int) -> str:
+        parts = f"{self.cache:.0f} for the features, {self.training:.0f} training, {self.scoring:.0f} scoring"
+        words = f"; about {max(1, self.minutes):.0f} min here: {parts}"
+        if not self.fits:
+            return f"{words}; that is more than {limit:g} min: fewer images or --augment.crop_size would shorten it"
+        more = [f"images of {largest.side} pixels"] if largest.side > self.side else []
+        more += [f"{most:,} steps"] if most > self.steps else []
+        if not more:
+            return f"{words}; more time would buy nothing that was tried"
+        needed = largest.cache + largest.scoring + largest.training * most / largest.steps
+        return f"{words}; --minutes {math.ceil(needed)} would buy {' and '.join(more)}"
+
+
+def _plan(
+    pace: Pace, side: int, measured: int, num_images: int, num_scored: int, most: int, limit: float | None
+) -> _Plan:
+    """The most steps that fit at a size; the work grows with the area."""
+    area = (side / measured) ** 2
+    cache, scoring = (count * pace.image * area / 60 for count in (num_images, num_scored))
+    step = pace.step * area / 60
+    steps = most if limit is None else min(most, int((limit - cache - scoring) / step))
+    fits = steps >= MIN_STEPS
+    steps = max(MIN_STEPS, steps)
+    return _Plan(side, steps, cache, steps * step, scoring, fits)
+
+
 def _crop(spec: BackboneSpec, device: torch.device) -> dict[str, Any]:
     """Crops with as many tokens as the device can learn from in reasonable time, and the settings that go with them."""
     size, on_gpu = spec.size, device.type == "cuda"
@@ -149,6 +285,9 @@ def _encoder_words(config: Config, device: torch.device) -> str:
     spec = BACKBONES[model.backbone]
     license = f" ({spec.license})" if model.weights == spec.weights else ""
     words = f"{model.backbone} from {model.weights}{license}"
+    if model.classifier == "text":
+        origin = model.text_embeddings or "its text encoder"
+        return f"{words}, frozen; the class names, by {origin}, tell it what to look for"
     if model.freeze_blocks:
         return f"{words}, its first {model.freeze_blocks} blocks frozen, which keeps the class maps on the objects"
     return f"{words}, trained as a whole on {device.type}"

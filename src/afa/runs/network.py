@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from afa.config import Config, ModelConfig
+from afa.model.families import TOKEN_SIZES
 from afa.model.network import AfaNetwork
 from afa.model.registry import build_backbone
+from afa.model.text import embed_words
 from afa.model.weights import load_weights
 from afa.runs.run import Run
+
+if TYPE_CHECKING:
+    from afa.model.language import TextClassifier
 
 
 @dataclass(frozen=True)
@@ -31,17 +38,21 @@ class LoadedRun:
     origin: Path
 
 
-def build_network(model: ModelConfig, num_classes: int, *, pretrained: bool = True) -> AfaNetwork:
+def build_network(
+    model: ModelConfig, num_classes: int, *, words: Sequence[Sequence[str]] = (), pretrained: bool = True
+) -> AfaNetwork:
     """Build the network that a configuration describes.
 
     Args:
         model: Settings.
         num_classes: C.
-        pretrained: Load `model.weights` into the encoder; off, it starts random.
+        words: Words of each class, for `model.classifier` = text.
+        pretrained: Load `model.weights` into the encoder and look the words up; off, all starts random or empty.
 
     Raises:
-        AfaError: As `build_backbone`.
+        AfaError: As `build_backbone` and `embed_words`.
     """
+    with_text = model.classifier == "text"
     backbone = build_backbone(
         model.backbone,
         model.weights if pretrained else "",
@@ -49,6 +60,7 @@ def build_network(model: ModelConfig, num_classes: int, *, pretrained: bool = Tr
         attention_blocks=model.affinity_blocks,
         freeze_blocks=model.freeze_blocks,
         feature_levels=model.feature_levels,
+        language=with_text,
     )
     return AfaNetwork(
         backbone,
@@ -58,7 +70,27 @@ def build_network(model: ModelConfig, num_classes: int, *, pretrained: bool = Tr
         decoder_width=model.decoder_width,
         decoder_dropout=model.decoder_dropout,
         attention_scaling=model.attention_scaling,
+        text=_text_classifier(model, num_classes, words if pretrained else ()) if with_text else None,
     )
+
+
+def _text_classifier(model: ModelConfig, num_classes: int, words: Sequence[Sequence[str]]) -> TextClassifier:
+    from afa.model.language import TextClassifier  # here, as transformers takes seconds to import
+
+    if not words:
+        shape, width = len(model.background_words), TOKEN_SIZES[model.backbone].language
+        return TextClassifier(
+            torch.zeros(num_classes, width), torch.zeros(shape, width), sharpness=model.text_sharpness
+        )
+    vectors = embed_words(
+        words,
+        model.background_words,
+        backbone=model.backbone,
+        weights=model.weights,
+        embeddings=model.text_embeddings,
+        templates=model.text_templates,
+    )
+    return TextClassifier(vectors.classes, vectors.background, sharpness=model.text_sharpness)
 
 
 def load_run(run: Path, device: torch.device) -> LoadedRun:

@@ -15,11 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from afa.config import Config
 from afa.errors import AfaError
-from afa.model.backbone import FrozenTokens
+from afa.model.backbone import Encoded
 from afa.model.network import AfaNetwork
 from afa.pseudo.cam import ScoreFunction
 from afa.runtime import ALONE, Processes, autocast, seed_step
-from afa.training.feature_cache import CachedScore, FeatureReader
+from afa.training.feature_cache import CachedScore, FeatureReader, encoded
 from afa.training.optimizer import build_optimizer, set_learning_rate, trained_parameters
 from afa.training.schedule import Phase, phase
 from afa.training.step import ForwardFunction, LossFunction, StepLosses, compute_losses, gradients_are_finite
@@ -52,7 +52,7 @@ class TrainingEngine:
         compute: What a step computes.
 
     Attributes:
-        features: Feature cache that steps start from; None: from pixels.
+        features: Feature cache that the batches are read from; None: steps start from pixels.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class TrainingEngine:
         schedule = self.config.schedule
         buffers = list(self.network.buffers())
         before = [buffer.clone() for buffer in buffers]
-        forward, score = self._passes(batch, kind)
+        forward, score = self._passes(batch)
         losses = self.compute(
             forward,
             score,
@@ -212,21 +212,21 @@ class TrainingEngine:
         self.skipped.copy_(torch.where(finite, 0, self.skipped + 1))
         return replace(losses, total=losses.total.detach())
 
-    def _passes(self, batch: Batch, kind: Phase) -> tuple[ForwardFunction, ScoreFunction]:
-        if self.features is None:
+    def _passes(self, batch: Batch) -> tuple[ForwardFunction, ScoreFunction]:
+        if not batch.frozen:
             return self._forward, self._score
-        tokens = self.features.training_view(batch, kind)
+        kept = encoded(batch)
 
         def forward(_: Tensor, segmentation: bool, affinity: bool) -> NetworkOutput:
-            return self._forward(tokens, segmentation, affinity)
+            return self._forward(kept, segmentation, affinity)
 
-        return forward, CachedScore(self._score, self.features, batch, kind)
+        return forward, CachedScore(self._score, kept)
 
-    def _forward(self, image: Tensor | FrozenTokens, segmentation: bool, affinity: bool) -> NetworkOutput:
+    def _forward(self, image: Tensor | Encoded, segmentation: bool, affinity: bool) -> NetworkOutput:
         with autocast(self.device, self.config.train.precision):
             output: NetworkOutput = self.module(image, segmentation=segmentation, affinity=affinity)
         return output
 
-    def _score(self, image: Tensor | FrozenTokens, affinity: bool) -> NetworkOutput:
+    def _score(self, image: Tensor | Encoded, affinity: bool) -> NetworkOutput:
         with autocast(self.device, self.config.train.precision):
             return self.network.score(image, affinity)

@@ -1,4 +1,4 @@
-"""A folder of fixed-size fp16 rows, one for each image, written once and read in any order.
+"""A folder of fp16 rows, one for each image, written once and read in any order.
 
 The rows lie in one file, in the order of the images; `index.json` beside it says what they are and how many are there.
 What stands in a row is the caller's.
@@ -7,9 +7,11 @@ What stands in a row is the caller's.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,28 +35,28 @@ class FeatureStore:
         folder: Where it lies.
         about: What the rows are, as JSON; written into the index and not looked at here.
         num_rows: Rows of the whole store.
-        row_size: fp16 values of a row.
         num_done: Rows that are there.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any], *, num_rows: int, row_size: int, num_done: int = 0) -> None:
+    def __init__(self, folder: Path, about: dict[str, Any], *, sizes: Sequence[int], num_done: int = 0) -> None:
+        """Take the numbers of fp16 values of each row."""
         self.folder = folder
         self.about = about
-        self.num_rows = num_rows
-        self.row_size = row_size
+        self.sizes = sizes
+        self.num_rows = len(sizes)
         self.num_done = num_done
         self._num_written = num_done
+        self._starts = [0, *itertools.accumulate(sizes)]
 
     @classmethod
     def open(cls, folder: Path) -> FeatureStore | None:
         """Open the finished part of a store in a folder; None if there is none."""
         try:
             index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-            num_done, row_size = int(index["num_done"]), int(index["row_size"])
-            if (folder / _ROWS).stat().st_size < num_done * row_size * 2:
-                return None
-            return cls(folder, index["about"], num_rows=int(index["num_rows"]), row_size=row_size, num_done=num_done)
-        except (OSError, ValueError, KeyError, TypeError):
+            store = cls(folder, index["about"], sizes=index["sizes"], num_done=int(index["num_done"]))
+            there = (folder / _ROWS).stat().st_size >= 2 * store._starts[store.num_done]
+            return store if there else None
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
             return None
 
     @property
@@ -65,7 +67,7 @@ class FeatureStore:
     @property
     def num_bytes(self) -> int:
         """Size of the whole store."""
-        return self.num_rows * self.row_size * 2
+        return 2 * self._starts[-1]
 
     def reserve(self, max_gib: float, *, setting: str, advice: str) -> None:
         """Make sure that the store fits before anything is written.
@@ -88,35 +90,35 @@ class FeatureStore:
             free = shutil.disk_usage(self.folder).free
         except OSError as error:
             raise AfaError(f"{self.folder}: cannot be written to ({error.strerror}); set data.feature_dir") from None
-        missing = (self.num_rows - self.num_done) * self.row_size * 2
+        missing = self.num_bytes - 2 * self._starts[self.num_done]
         if missing > free:
             raise AfaError(
                 f"{self.folder}: the feature cache needs {format_gib(missing)}, but the disk has {format_gib(free)} "
                 f"free; make room, set data.feature_dir to another disk, or {advice}"
             )
 
-    def write(self, rows: NDArray[np.float16]) -> None:
-        """Add the next rows; they count from the next `commit` on.
+    def write(self, row: NDArray[np.float16]) -> None:
+        """Add the next row; it counts from the next `commit` on.
 
         Args:
-            rows: (n, row_size) fp16.
+            row: (size,) fp16.
 
         Raises:
             AfaError: The disk is full.
         """
-        assert rows.dtype == np.float16, rows.dtype
-        assert rows.shape[1] == self.row_size, rows.shape
+        assert row.dtype == np.float16, row.dtype
+        assert row.shape == (self.sizes[self._num_written],), row.shape
         path = self.folder / _ROWS
         try:
             # Not through a memory map, which kills the process when the disk is full.
             with path.open("r+b" if path.exists() else "wb") as file:
-                file.seek(self._num_written * self.row_size * 2)
-                file.write(np.ascontiguousarray(rows).data)
+                file.seek(2 * self._starts[self._num_written])
+                file.write(np.ascontiguousarray(row).data)
         except OSError as error:
             raise AfaError(
                 f"{path}: cannot be written ({error.strerror}); make room or set data.feature_dir, and use --resume"
             ) from None
-        self._num_written += len(rows)
+        self._num_written += 1
 
     def commit(self) -> None:
         """Make the rows durable that were written, then count them.
@@ -124,15 +126,14 @@ class FeatureStore:
         Raises:
             AfaError: The disk is full.
         """
-        index = {"about": self.about, "num_rows": self.num_rows, "row_size": self.row_size}
-        index["num_done"] = self._num_written
+        index = {"about": self.about, "num_done": self._num_written, "sizes": list(self.sizes)}
         remedy = "make room or set data.feature_dir, and use --resume"
         try:
             with (self.folder / _ROWS).open("r+b") as file:
                 os.fsync(file.fileno())
         except OSError as error:
             raise AfaError(f"{self.folder}: cannot be written ({error.strerror}); {remedy}") from None
-        write_whole(self.folder / _INDEX, json.dumps(index, indent=1), durable=True, remedy=remedy)
+        write_whole(self.folder / _INDEX, json.dumps(index), durable=True, remedy=remedy)
         self.num_done = self._num_written
 
     def row(self, index: int) -> NDArray[np.float16]:
@@ -142,15 +143,15 @@ class FeatureStore:
         long as there is room.
 
         Returns:
-            (row_size,) fp16, not to be written to.
+            (size,) fp16, not to be written to.
         """
         assert 0 <= index < self.num_done, (index, self.num_done)
         row: NDArray[np.float16] = np.memmap(
             self.folder / _ROWS,
             dtype=np.float16,
             mode="r",
-            offset=index * self.row_size * 2,
-            shape=(self.row_size,),
+            offset=2 * self._starts[index],
+            shape=(self.sizes[index],),
         )
         return row
 

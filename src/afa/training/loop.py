@@ -113,7 +113,7 @@ def train(
     scored = open_validation(config, data, tell=processes.is_main)
     torch.manual_seed(config.train.seed)
     # This comes before the run folder is made, so that missing weights leave nothing behind.
-    network = build_network(config.model, len(images.classes)).to(device)
+    network = build_network(config.model, len(images.classes), words=data.words).to(device)
     if processes.is_main:
         _prepare_run(run, config, images.classes, resume=resume)
     processes.wait()
@@ -161,7 +161,7 @@ def _batches(
         start=start,
         processes=processes,
         cache=cache,
-        features=None if engine.features is None else engine.features.read,
+        features=engine.features,
         device=engine.device if engine.device.type == "cuda" else None,
     )
     if config.train.supervision == "tags":

@@ -76,13 +76,13 @@ def phase(step: int, config: Config) -> Phase:
         config: What the run learns from, when, and weights of the losses: one of weight 0 is never computed.
 
     Returns:
-        `cls` before `cls_steps`, `initial` up to and including `refined_steps`, then `refined`. Under full supervision
-        `masks` from the start.
+        `cls` before `cls_steps`, or never if no classifier learns; `initial` up to and including `refined_steps`, then
+        `refined`. Under full supervision `masks` from the start.
     """
     schedule, loss = config.schedule, config.loss
     if config.train.supervision == "masks":
         return Phase("masks", True, False, False, False)
-    if step < schedule.cls_steps:
+    if step < schedule.cls_steps and config.model.classifier == "learned":
         return Phase("cls", False, False, False, False)
     name: PhaseName = "refined" if step > schedule.refined_steps else "initial"
     segmentation, affinity = loss.segmentation_weight > 0, loss.affinity_weight > 0

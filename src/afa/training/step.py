@@ -92,12 +92,14 @@ def compute_losses(
             )
     loss = cls = classification_loss(output.image_logits, batch.tags)
     seg = aff = reg = None
+    stride = config.loss.segmentation_stride
     target = labels.refined_label if phase.want_refined else labels.initial_label  # (B, H, W)
     if phase.segmentation:
         assert output.seg_logits is not None
         assert target is not None
-        logits = resize(output.seg_logits, target.shape[1:])  # (B, K, H/4, W/4) -> (B, K, H, W)
-        seg = segmentation_loss(logits, target, form=config.loss.segmentation_form, total=processes.total)
+        seg_target = target[:, stride // 2 :: stride, stride // 2 :: stride]  # (B, H / stride, W / stride)
+        logits = resize(output.seg_logits, seg_target.shape[1:])  # (B, K, H/4, W/4) -> (B, K, H / stride, W / stride)
+        seg = segmentation_loss(logits, seg_target, form=config.loss.segmentation_form, total=processes.total)
         loss = loss + processes.count * config.loss.segmentation_weight * seg
         if config.loss.energy_weight > 0:
             # Building a lattice synchronizes the GPU, and on a GPU the sum over all pairs is fast.

@@ -63,6 +63,7 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
         paths=paths,
         names=check_paths(paths, folder),
         colors=listed.colors,
+        words=listed.words,
         declared=bool(listed.names),
         every_path=every_path,
     )

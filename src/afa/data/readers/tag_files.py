@@ -213,6 +213,7 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
         paths=tuple(entries),
         names=check_paths(entries, folder),
         colors=listed.colors,
+        words=listed.words,
         declared=any(content.declared for content in contents),
         every_path=images.paths,
     )

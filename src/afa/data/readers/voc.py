@@ -67,6 +67,7 @@ def read(root: Path, data: DataConfig) -> TagTable:
         paths=paths,
         names=names,
         colors=listed.colors,
+        words=listed.words,
         listed=True,
         tags_path=tags_path,
     )

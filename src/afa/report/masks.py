@@ -1,0 +1,56 @@
+"""The page of `afa masks`: examples, coverage, and the images to look at first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from afa.config import Config
+from afa.data.dataset import TaggedImages
+from afa.inference.masks import MasksSummary
+from afa.model.network import AfaNetwork
+from afa.report.page import class_colors, read_examples
+from afa.report.pictures import PICTURES, write_examples
+from afa.report.render import render_page
+from afa.runs.files import write_whole
+
+
+def write_masks_page(
+    network: AfaNetwork,
+    images: TaggedImages,
+    out: Path,
+    summary: MasksSummary,
+    *,
+    config: Config,
+    device: torch.device,
+    count: int,
+) -> Path:
+    """Write OUT/examples and OUT/masks.html.
+
+    Args:
+        network: On `device`, in eval mode; the one that made the masks.
+        images: Where examples are taken from.
+        out: Folder of the masks.
+        summary: What was done.
+        config: Settings that the masks were made with.
+        device: Where the network runs.
+        count: How many examples.
+
+    Returns:
+        Path of the page.
+    """
+    write_examples(network, images, out, config=config, device=device, count=count, trained=False)
+    examples = read_examples(out)
+    page = out / "masks.html"
+    values = {
+        "name": out.resolve().name,
+        "summary": summary,
+        "config": config,
+        "classes": images.classes,
+        "examples": examples,
+        "columns": [key for key in PICTURES if any(key in example["pictures"] for example in examples)],
+        "colors": class_colors(images.classes, examples),
+    }
+    write_whole(page, render_page("masks", **values), durable=True)
+    return page
