@@ -2,7 +2,7 @@
 
 Every training image is seen once, as a whole: its longer side as long as the crop, both sides multiples of the patch.
 Feature levels and class scores go to disk in half precision; from then on a training step reads them, mirrored or not,
-and runs decoder and affinity head alone. Pseudo labels still see the pixels.
+and runs the decoder alone, with the affinity head if it learns. Pseudo labels still see the pixels.
 """
 
 from __future__ import annotations
