@@ -211,7 +211,6 @@ def _time_encoding(network: AfaNetwork, config: Config, device: torch.device) ->
     height, width = whole_size((3, 4), config.augment.crop_size, network.backbone.strides[-1])
     image = torch.zeros(1 if device.type == "cpu" else 32, 3, height, width, device=device)
     seconds = []
-    network.eval()
     for _ in range(_TIMED_STEPS):
         began = time.perf_counter()
         with autocast(device, config.train.precision):
@@ -219,7 +218,6 @@ def _time_encoding(network: AfaNetwork, config: Config, device: torch.device) ->
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         seconds.append((time.perf_counter() - began) / len(image))
-    network.train()
     return min(seconds)
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 from afa.errors import AfaError
 from afa.model.attention import Agreement
 from afa.model.backbone import BackboneOutput, join_attention
-from afa.model.families import TOKEN_FAMILIES, TOKEN_SIZES
+from afa.model.families import TOKEN_SIZES
 from afa.model.vit import TokenBackbone, architecture, attention_of
 from afa.model.weights import build_encoder
 from afa.types import RawAttention
@@ -78,7 +78,7 @@ class LanguageBackbone(TokenBackbone):
             freeze_blocks=freeze_blocks,
             feature_levels=feature_levels,
         )
-        last, steps = shape.depth - 1, max(1, feature_levels - 2)
+        last, steps = shape.depth - 1, feature_levels - 2
         self.levels = tuple(shape.depth - shape.depth // 2 * step // steps for step in range(feature_levels - 1))[::-1]
         self.channels = (*(shape.width,) * (feature_levels - 1), shape.language)
         self._attending = self.levels[:-1][-attention_blocks:]
@@ -153,7 +153,7 @@ class LanguageBackbone(TokenBackbone):
             shares[:, None].to(value.dtype) @ value[:, :, first:],
         )  # (B, heads, hw, d) each
         found = [attention.out_proj(each.transpose(1, 2).flatten(2)) for each in gathered]  # (B, hw, D) each
-        norm = self._part(TOKEN_FAMILIES[self.shape.family].norm)
+        norm = self._part(self.family.norm)
         one, two = (normalize(self.projection(norm(each)).float(), dim=2) for each in found)
         return (one + two) / 2  # (B, hw, E)
 

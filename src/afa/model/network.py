@@ -110,13 +110,14 @@ class AfaNetwork(nn.Module):
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Encoded:
-        """Run a frozen encoder: what the other methods need of an image, to be kept and given to them later.
+        """Run a frozen encoder as `score` does: what the other methods need of an image, to be kept for them.
 
         Args:
             image: (B, 3, H, W) normalized image.
         """
         assert self.text is not None
-        encoded: BackboneOutput = self.backbone(image)
+        with _in_eval_mode(self.backbone):
+            encoded: BackboneOutput = self.backbone(image)
         return Encoded(encoded.features, self._classify(encoded).class_scores)
 
     def segment(self, image: Tensor) -> Tensor:

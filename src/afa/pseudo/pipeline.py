@@ -133,8 +133,6 @@ def infer_pseudo(
     refiner = Refiner(image, config)
     box = _whole_box(*refiner.size, image.device).expand(image.shape[0], -1)  # (B, 4)
     made = _merged_labels(want, picked, present, refiner, box, crf)
-    if set(want) == set(made):
-        return made
     if "cam_label" in want:
         softmax = refined or crf is not None
         scores = mask_scores(with_background(picked.cam, config.background_cam), present.valid, softmax=softmax)

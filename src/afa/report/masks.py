@@ -10,8 +10,8 @@ from afa.config import Config
 from afa.data.dataset import TaggedImages
 from afa.inference.masks import MasksSummary
 from afa.model.network import AfaNetwork
-from afa.report.page import class_colors, read_examples
-from afa.report.pictures import PICTURES, write_examples
+from afa.report.page import class_colors, picture_columns, read_examples
+from afa.report.pictures import write_examples
 from afa.report.render import render_page
 from afa.runs.files import write_whole
 
@@ -49,7 +49,7 @@ def write_masks_page(
         "config": config,
         "classes": images.classes,
         "examples": examples,
-        "columns": [key for key in PICTURES if any(key in example["pictures"] for example in examples)],
+        "columns": picture_columns(examples),
         "colors": class_colors(images.classes, examples),
     }
     write_whole(page, render_page("masks", **values), durable=True)

@@ -94,7 +94,7 @@ def collect_page(
     return {
         "report": report,
         "examples": examples,
-        "columns": [key for key in PICTURES if any(key in example["pictures"] for example in examples)],
+        "columns": picture_columns(examples),
         "colors": class_colors(classes, examples),
         "charts": _training_charts(report["config"]["schedule"], metrics),
         "scores": _class_scores(report),
@@ -103,6 +103,11 @@ def collect_page(
         "data": Path(report["config"]["data"]["root"]).name,
         "gain": _difference(report["miou"], report["cam_miou"]),
     }
+
+
+def picture_columns(examples: Sequence[dict[str, Any]]) -> list[str]:
+    """The names of the pictures that an example has, in the order of the method."""
+    return [key for key in PICTURES if any(key in example["pictures"] for example in examples)]
 
 
 def class_colors(classes: Sequence[str], examples: Sequence[dict[str, Any]]) -> list[tuple[str, tuple[int, int, int]]]:

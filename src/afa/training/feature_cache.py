@@ -212,8 +212,6 @@ def _fill(
     views = whole_views(images, config, multiple, start=done, batch_size=batch_size, processes=processes, cache=cache)
     began = committed = time.perf_counter()
     first, pending, tell = done, 0, progress
-    was_training = network.training
-    network.eval()
     bar = image_progress("feature cache", total=store.num_rows, done=done, enabled=progress, lines=True)
     with bar as advance, interrupts() as asked_to_stop:
         for batch in views:
@@ -239,7 +237,6 @@ def _fill(
                     f"stopped after {done} of {store.num_rows} images of the feature cache; the same command with "
                     "--resume goes on"
                 )
-    network.train(was_training)
 
 
 def _rows(
