@@ -1,8 +1,14 @@
-"""Code that readers share: the entry of an image in a file of tags, and JSON."""
+"""Code that readers of files of tags share: the entry of an image, JSON and XML.
+
+A reader is a function `read(path, content, classes)`: the file; its JSON if it is JSON; the class names if they are
+known. It returns the class names that the file declares, in its order, and the entries. It raises AfaError, of one
+line, where the file cannot be read or is malformed.
+"""
 
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -32,15 +38,16 @@ class TagEntry(NamedTuple):
     split: str = ""
 
 
+Contents = tuple[tuple[str, ...], list[TagEntry]]
+"""What a reader returns: declared classes and entries."""
+
+
 def load_json(path: Path, shrink: Callable[[dict[str, Any]], object]) -> Any:
-    """Read a JSON file.
+    """Read a JSON file in UTF-8, with or without a byte order mark, into a list or a dictionary.
 
     Args:
-        path: File in UTF-8, with or without a byte order mark.
+        path: The file.
         shrink: Removes from each object, while it is read, what is not needed: outlines, which are most of the file.
-
-    Returns:
-        A list or a dictionary.
 
     Raises:
         AfaError: The file cannot be read, is not JSON in UTF-8, has another outermost value, or a key twice.
@@ -97,6 +104,37 @@ def elements(content: Any) -> Iterator[tuple[str, Any]]:
             yield from ((key, element) for element in value)
         else:
             yield key, value
+
+
+class _TagTree(ET.TreeBuilder):
+    """An element tree without the positions of objects; it refuses document types, whose entities may expand."""
+
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
+        raise AfaError(f"has a document type ({name}); remove the DOCTYPE")
+
+    def start(self, tag: str, attributes: dict[str, str]) -> ET.Element:  # type: ignore[override]
+        return super().start(tag, {key: attributes[key] for key in ("name", "label", "subset") if key in attributes})
+
+
+def load_xml(path: Path, kind: str, remedy: str) -> ET.Element:
+    """Read an XML file; of its attributes only `name`, `label` and `subset` are kept.
+
+    Args:
+        path: The file.
+        kind: What it should be, and
+        remedy: What to do if it is not, for messages.
+
+    Raises:
+        AfaError: The file cannot be read, is not XML, or has a document type.
+    """
+    try:
+        return ET.parse(path, parser=ET.XMLParser(target=_TagTree())).getroot()
+    except AfaError as error:
+        raise AfaError(f"{path}: {error}") from None
+    except OSError as error:
+        raise AfaError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ET.ParseError, ValueError, LookupError) as error:
+        raise AfaError(f"{path}: not {kind} ({error}); {remedy}") from None
 
 
 def tag_rows(tags: Sequence[tuple[str, ...]], classes: Sequence[str]) -> NDArray[np.int8]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from afa.data.readers.base import TagEntry
+from afa.data.readers.base import Contents, TagEntry
 from afa.errors import AfaError, shown
 
 
@@ -28,17 +28,10 @@ class CocoFile(NamedTuple):
     annotations: dict[int, list[dict[str, Any]]]
 
 
-def read(path: Path, content: Any, classes: Sequence[str]) -> tuple[tuple[str, ...], list[TagEntry]]:
-    """Read the categories of each image.
+def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:
+    """Read the names of the categories by ascending id, whatever gaps the ids have, and the categories of each image.
 
-    Arguments as of `Reader.read`.
-
-    Returns:
-        The names of the categories by ascending id, whatever gaps the ids have; and an entry for each image, without
-        tags if nothing is annotated. Crowds count, since the class is there.
-
-    Raises:
-        AfaError: As `parse`.
+    An image without annotation has no tags. Crowds count, since the class is there.
     """
     names, images, annotations = parse(path, content)
     known: dict[frozenset[int], tuple[str, ...]] = {}
@@ -53,10 +46,6 @@ def read(path: Path, content: Any, classes: Sequence[str]) -> tuple[tuple[str, .
 
 def parse(path: Path, content: Any) -> CocoFile:
     """Check and sort the parts of a file of instances.
-
-    Args:
-        path: The file, for messages.
-        content: Its JSON.
 
     Raises:
         AfaError: It has no images or no categories; an id is missing, is there twice or is unknown; an image has no

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from afa.data.readers.base import TagEntry, elements
+from afa.data.readers.base import Contents, TagEntry, elements
 from afa.errors import AfaError
 
 TASK_KEYS: Final = frozenset(("annotations", "completions", "predictions"))
@@ -27,17 +27,10 @@ _TAG_RESULTS: Final = (
 )  # fmt: skip
 
 
-def read(path: Path, content: Any, classes: Sequence[str]) -> tuple[tuple[str, ...], list[TagEntry]]:
-    """Read the choices of each task from an export, JSON or JSON-MIN.
+def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:
+    """Read the choices of each task from an export, JSON or JSON-MIN: no class names, and an entry for each task.
 
-    Arguments as of `Reader.read`.
-
-    Returns:
-        No class names, as the export has no list of them; and an entry for each task. Addresses of the tool's own
-        server become the name of the file.
-
-    Raises:
-        AfaError: The file is no such list; a task names no image.
+    Addresses of the tool's own server become the name of the file.
     """
     entries = []
     for number, (key, task) in enumerate(elements(content), start=1):
@@ -72,14 +65,10 @@ def _task_image(data: dict[str, Any]) -> str | None:
 
 
 def _task_tags(task: dict[str, Any]) -> Iterator[str]:
-    for annotation in _list(task.get("annotations")) or _list(task.get("completions")):
-        if not isinstance(annotation, dict) or annotation.get("was_cancelled"):
-            continue
-        for result in _list(annotation.get("result")):
-            value = result.get("value") if isinstance(result, dict) else None
-            if isinstance(value, dict):
-                for kind in _TAG_RESULTS:
-                    yield from _names(value.get(kind))
+    for annotation in _dicts(task.get("annotations")) or _dicts(task.get("completions")):
+        if not annotation.get("was_cancelled"):
+            for result in _dicts(annotation.get("result")):
+                yield from _labels(result.get("value"))
 
 
 def _short_task_tags(task: dict[str, Any]) -> Iterator[str]:
@@ -91,19 +80,23 @@ def _short_task_tags(task: dict[str, Any]) -> Iterator[str]:
             yield from _names(value.get("choices"))
         elif isinstance(value, list):
             yield from _names([item for item in value if not isinstance(item, dict)])
-            for item in value:
-                if isinstance(item, dict):
-                    for kind in _TAG_RESULTS:
-                        yield from _names(item.get(kind))
+            for region in _dicts(value):
+                yield from _labels(region)
+
+
+def _labels(region: Any) -> Iterator[str]:
+    if isinstance(region, dict):
+        for kind in _TAG_RESULTS:
+            yield from _names(region.get(kind))
 
 
 def _names(value: Any) -> Iterator[str]:
     """Names in a list of names, or of paths through a taxonomy, of which the last level counts."""
-    for item in _list(value):
+    for item in value if isinstance(value, list) else []:
         name = item[-1] if isinstance(item, list) and item else item
         if isinstance(name, str) and name.strip():
             yield sys.intern(name.strip())
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []

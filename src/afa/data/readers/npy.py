@@ -16,22 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afa.data.images import image_name
-from afa.data.readers.base import TagEntry
+from afa.data.readers.base import Contents, TagEntry
 from afa.errors import AfaError
 
 
-def read(path: Path, content: Any, classes: Sequence[str]) -> tuple[tuple[str, ...], list[TagEntry]]:
-    """Read the vectors.
-
-    Arguments as of `Reader.read`.
-
-    Returns:
-        The classes, and an entry for each key: a name, or a whole number for VOC's names.
-
-    Raises:
-        AfaError: The classes are not known; the file is no such dictionary; a vector has the wrong length or values
-            other than 0 and 1; the pickle asks for anything but arrays of numbers.
-    """
+def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:
+    """Read the vectors: the classes, which must be known, and an entry for each key."""
     if not classes:
         raise AfaError(f"{path}: has vectors without class names; write the names to classes.txt, one a line")
     try:

@@ -56,19 +56,11 @@ class _Columns(NamedTuple):
     single: bool
 
 
-def read(path: Path, content: Any, classes: Sequence[str]) -> tuple[tuple[str, ...], list[TagEntry]]:
-    """Read a table.
+def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:
+    """Read a table: the class names in the order of its one-hot columns, none without such columns; and the entries.
 
-    Args:
-        path: The file; its suffix says the format, any but .tsv, .json, .jsonl and .ndjson being CSV.
-        content: Its JSON if it is a .json.
-        classes: The class names where they are known: a text that is one of them is one tag, spaces and all.
-
-    Returns:
-        The class names in the order of the one-hot columns, none without such columns; and the entries.
-
-    Raises:
-        AfaError: The file cannot be read, is malformed, or has no column of images or of tags.
+    The suffix says the format: any but .tsv, .json, .jsonl and .ndjson is CSV. A text that is a known class is one
+    tag, spaces and all.
     """
     suffix = path.suffix.lower()
     if suffix == ".json":
