@@ -26,7 +26,7 @@ from PIL import Image
 
 from afa.config import AugmentConfig, Config, DataConfig, ScheduleConfig
 from afa.data.dataset import TaggedImages
-from afa.data.images import find_images
+from afa.data.files import find_images
 from afa.data.loader import resolve_workers, train_batches
 from afa.data.pixel_cache import PixelCache
 from afa.runtime import pick_device

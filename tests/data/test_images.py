@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from afa.data.images import IMAGE_SUFFIXES, find_images, image_name, read_image, read_mask, read_size
+from afa.data.files import find_images
+from afa.data.images import IMAGE_SUFFIXES, image_name, read_image, read_mask, read_size
 from afa.errors import AfaError
 
 

@@ -1,4 +1,4 @@
-"""Finds the images below a folder, and which of them an entry of tags means, in one walk that opens no image."""
+"""Finds the images below a folder, and which of them a text means, in one walk that opens no image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final
 
 from afa.config import DataConfig
 from afa.data.classes import folded, is_plain
-from afa.data.images import IMAGE_SUFFIXES
+from afa.data.images import IMAGE_SUFFIXES, image_name
 from afa.errors import AfaError, shown
 
 
@@ -24,10 +24,13 @@ def walk_files(folder: Path, suffixes: Collection[str], *, skip: Callable[[str],
     Args:
         folder: Where to begin.
         suffixes: Lower-case suffixes, with the dot, of the files to yield.
-        skip: Told the path of a folder below `folder`, whether to pass over it.
+        skip: Whether to pass over a folder, by its path below `folder`.
 
     Returns:
         Iterator of paths below `folder`, with slashes, sorted within each folder.
+
+    Raises:
+        AfaError: A folder cannot be listed.
     """
     status = os.stat(folder)
     seen = {(status.st_dev, status.st_ino)}
@@ -55,14 +58,27 @@ def walk_files(folder: Path, suffixes: Collection[str], *, skip: Callable[[str],
         pending += reversed(folders)
 
 
-def stem_of(path: str) -> str:
-    """A path without its last suffix.
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """List the images that files, taken whatever their suffix, and folders name.
 
-    >>> stem_of("a.b/c.d.jpg"), stem_of("a.b/c")
-    ('a.b/c.d', 'a.b/c')
+    Returns:
+        Image files in the order of `paths`, each folder's sorted, each file once.
+
+    Raises:
+        AfaError: A path does not exist, or a folder holds no image.
     """
-    dot = path.rfind(".")
-    return path[:dot] if dot > path.rfind("/") + 1 else path
+    found: dict[Path, None] = {}
+    for path in paths:
+        if path.is_dir():
+            images = sorted(path / below for below in walk_files(path, IMAGE_SUFFIXES))
+            if not images:
+                raise AfaError(f"{path}: no image in this folder; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
+            found.update(dict.fromkeys(images))
+        elif path.exists():
+            found[path] = None
+        else:
+            raise AfaError(f"{path}: no such image or folder; check the path")
+    return list(found)
 
 
 def path_below(path: Path, root: Path) -> str:
@@ -74,21 +90,14 @@ class ImageFiles:
     """The images below a folder, which can be found by the names that people write."""
 
     def __init__(self, folder: Path, *, skip: Callable[[str], bool] | None = None) -> None:
-        """Walk the folder.
-
-        Args:
-            folder: The folder.
-            skip: As of `walk_files`.
-        """
+        """Walk the folder; `skip` as of `walk_files`."""
         self.folder = folder
         self.paths: tuple[str, ...] = tuple(walk_files(folder, IMAGE_SUFFIXES, skip=skip))
         self._exact = frozenset(self.paths)
         self._views: dict[str, dict[str, list[str]]] = {}
 
-    def find(
-        self, text: str, where: str, *, lacks: str = "", drop: Sequence[str] = (), loose: bool = False
-    ) -> str | None:
-        """The image that a text means.
+    def find(self, text: str, where: str, *, lacks: str = "", drop: str = "", loose: bool = False) -> str | None:
+        """The path below the folder of the image that a text means, or None where there is none.
 
         A path below the folder is taken as it is; else letter case, Unicode form and suffix may differ, and leading
         folders may be missing, as long as exactly one image fits.
@@ -97,11 +106,8 @@ class ImageFiles:
             text: Names the image.
             where: File and line, for messages.
             lacks: Prefix, ending in a slash, that the text may lack: its paths begin in that folder.
-            drop: Prefixes, ending in a slash, that the text may have before the path below the folder.
+            drop: Prefix, ending in a slash, that the text may have before the path below the folder.
             loose: Also drop leading folders of the text, and the prefix that Label Studio gives to uploaded files.
-
-        Returns:
-            Its path below the folder, or None where there is none.
 
         Raises:
             AfaError: The text leads out of the folder, or several images fit.
@@ -109,7 +115,7 @@ class ImageFiles:
         if f"{lacks}{text}" in self._exact:
             return f"{lacks}{text}"
         inside = self._inside(text, where)
-        texts = [f"{lacks}{inside}", *(inside.removeprefix(prefix) for prefix in drop), inside]
+        texts = [f"{lacks}{inside}", inside.removeprefix(drop), inside]
         if loose:
             parts = inside.split("/")
             texts += ["/".join(parts[cut:]) for cut in range(1, len(parts))]
@@ -156,35 +162,23 @@ class ImageFiles:
         found = self._views[view].get(key(text), [])
         if view.startswith("last"):
             # The folders that the text does have must fit too.
-            end = f"/{folded(_without_suffix(text))}"
-            found = [path for path in found if f"/{folded(stem_of(path))}".endswith(end)]
+            end = f"/{folded(image_name(text))}"
+            found = [path for path in found if f"/{folded(image_name(path))}".endswith(end)]
         return found
-
-
-def _without_suffix(path: str) -> str:
-    stem, suffix = os.path.splitext(path)
-    return stem if suffix.lower() in IMAGE_SUFFIXES else path
 
 
 _VIEWS: Final[dict[str, Callable[[str], str]]] = {
     "normal path": lambda path: unicodedata.normalize("NFC", path),
-    "stem": lambda path: unicodedata.normalize("NFC", _without_suffix(path)),
-    "any case": lambda path: folded(_without_suffix(path)),
+    "stem": lambda path: unicodedata.normalize("NFC", image_name(path)),
+    "any case": lambda path: folded(image_name(path)),
     "last, suffix": lambda path: folded(path.rsplit("/", 1)[-1]),
-    "last": lambda path: folded(_without_suffix(path.rsplit("/", 1)[-1])),
+    "last": lambda path: folded(image_name(path.rsplit("/", 1)[-1])),
 }
 """The parts of a path that must agree, the strictest rule first."""
 
 
 def check_paths(paths: Iterable[str], folder: Path) -> tuple[str, ...]:
-    """The names of images: their paths without suffix, checked to be different files on any system.
-
-    Args:
-        paths: Paths of images below `folder`.
-        folder: The folder, for messages.
-
-    Returns:
-        The names in the order of the paths.
+    """The names of images, their paths below `folder` without suffix: checked to be different files on any system.
 
     Raises:
         AfaError: Two names are the same, or differ in case or Unicode form only; one has control characters.
@@ -192,12 +186,12 @@ def check_paths(paths: Iterable[str], folder: Path) -> tuple[str, ...]:
     names = []
     seen: dict[str, str] = {}
     for path in paths:
-        name = stem_of(path)
+        name = image_name(path)
         if not is_plain(name):
             raise AfaError(f"{folder}: the file name {shown(path)} has control characters; rename the file")
         other = seen.setdefault(folded(name), path)
         if other != path:
-            same = "have the same name" if stem_of(other) == name else "differ in case or accents only"
+            same = "have the same name" if image_name(other) == name else "differ in case or accents only"
             raise AfaError(f"{folder}: {shown(other)} and {shown(path)} {same}; keep or rename one of them")
         names.append(name)
     return tuple(names)
@@ -217,8 +211,8 @@ def image_folder(root: Path, data: DataConfig) -> Path:
     return root / "images" if (root / "images").is_dir() else root
 
 
-def find_images(folder: Path, root: Path, data: DataConfig) -> ImageFiles:
-    """The images below a folder; folders of masks are passed over."""
+def images_below(folder: Path, root: Path, data: DataConfig) -> ImageFiles:
+    """The images below a folder of a data set; folders of masks are passed over."""
 
     def is_mask_folder(path: str) -> bool:
         named_so = re.fullmatch(r"masks|Segmentation(Class|Object)\w*", path.rsplit("/", 1)[-1])

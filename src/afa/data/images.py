@@ -6,7 +6,7 @@ What the pixels mean, and which file belongs to which name, is left to `afa.data
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -99,46 +99,14 @@ def read_mask(path: Path) -> NDArray[np.uint8]:
     return _decode(path, indices)
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """List the images that files and folders name.
-
-    Args:
-        paths: Files, taken whatever their suffix, and folders, walked recursively for files with one of
-            `IMAGE_SUFFIXES`. Hidden files and folders in them are passed over.
-
-    Returns:
-        Image files in the order of `paths`, each folder's sorted, each file once.
-
-    Raises:
-        AfaError: A path does not exist, or a folder holds no image.
-    """
-    found: dict[Path, None] = {}
-    for path in paths:
-        if path.is_dir():
-            images = [file for file in sorted(path.rglob("*")) if _is_visible_image(file, path)]
-            if not images:
-                raise AfaError(f"{path}: no image in this folder; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
-            found.update(dict.fromkeys(images))
-        elif path.exists():
-            found[path] = None
-        else:
-            raise AfaError(f"{path}: no such image or folder; check the path")
-    return list(found)
-
-
 def image_name(text: str) -> str:
-    """The name of an image in lists and tags: the text without an image suffix, if it has one.
+    """A path or text without its suffix, if that is one of `IMAGE_SUFFIXES`: the name of an image.
 
     >>> image_name("2007_000032.JPG"), image_name("v1.2_cat")
     ('2007_000032', 'v1.2_cat')
     """
     stem, dot, suffix = text.rpartition(".")
     return stem if stem and dot + suffix.lower() in IMAGE_SUFFIXES else text
-
-
-def _is_visible_image(file: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-    return not hidden and file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
 
 
 def _decode(path: Path, read: Callable[[Image.Image], _T]) -> _T:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from afa.config import DataConfig
 from afa.data.classes import kept_classes, read_list
 from afa.data.dataset import PRESENT, UNKNOWN, MaskedImages, TaggedImages, TagTable
-from afa.data.files import path_below, stem_of, walk_files
+from afa.data.files import path_below, walk_files
+from afa.data.images import image_name
 from afa.data.readers import folders, tag_files, voc
 from afa.data.split import TEST, TRAIN, VALIDATION, choose_sides
 from afa.errors import AfaError, shown
@@ -127,7 +128,7 @@ class DataSet:
         if not table.listed:
             self._sides, self._split_words = choose_sides(data, table.paths, table.names, present, table.sides)
         tagged = {path for path, usable in zip(table.paths, self._usable.tolist(), strict=True) if usable}
-        self.untagged = tuple(stem_of(path) for path in table.every_path if path not in tagged)
+        self.untagged = tuple(image_name(path) for path in table.every_path if path not in tagged)
 
     @property
     def has_validation(self) -> bool:
@@ -305,7 +306,7 @@ class DataSet:
 
     def _find_masks(self, rows: NDArray[np.int64], folder: Path) -> dict[int, str]:
         """The mask of each row that has one: its path without suffix is the name, perhaps without leading folders."""
-        masks = {stem_of(path): path for path in walk_files(folder, {".png"})}
+        masks = {image_name(path): path for path in walk_files(folder, {".png"})}
         found: dict[int, str] = {}
         taken: dict[str, str] = {}
         for row in rows.tolist():

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from afa.config import Config, EvaluationConfig
 from afa.data.dataset import TaggedImages
-from afa.data.images import find_images, image_name
+from afa.data.files import find_images
+from afa.data.images import image_name
 from afa.errors import AfaError
 from afa.evaluation.evaluate import resolve_batch_size
 from afa.evaluation.protocols import (

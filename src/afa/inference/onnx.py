@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from afa import __version__
-from afa.data.images import find_images, read_image
+from afa.data.files import find_images
+from afa.data.images import read_image
 from afa.demo.shapes import draw_shapes
 from afa.errors import AfaError, first_line, quiet
 from afa.evaluation.protocols import MIN_SIDE

@@ -112,7 +112,7 @@ class _TagTree(ET.TreeBuilder):
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
         raise AfaError(f"has a document type ({name}); remove the DOCTYPE")
 
-    def start(self, tag: str, attributes: dict[str, str]) -> ET.Element:  # type: ignore[override]
+    def start(self, tag: str, attributes: dict[str, str]) -> ET.Element:
         return super().start(tag, {key: attributes[key] for key in ("name", "label", "subset") if key in attributes})
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from afa.config import DataConfig
 from afa.data.classes import check_classes, stated_classes
 from afa.data.dataset import TagTable
-from afa.data.files import check_paths, find_images, image_folder
+from afa.data.files import check_paths, image_folder, images_below
 from afa.data.readers.base import tag_rows
 from afa.data.split import SIDES, UNSTATED
 from afa.errors import AfaError, shown
@@ -18,10 +18,6 @@ from afa.errors import AfaError, shown
 def read(root: Path, data: DataConfig) -> TagTable | None:
     """Read the class of each image from the name of its folder.
 
-    Args:
-        root: Folder of the data set.
-        data: Settings.
-
     Returns:
         A row for each image in the folder of a class; None where there are none.
 
@@ -29,7 +25,7 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
         AfaError: A folder is none of the classes that are stated; the names of classes or images are no good.
     """
     folder = root if data.image_dir == DataConfig().image_dir else image_folder(root, data)
-    every_path = find_images(folder, root, data).paths
+    every_path = images_below(folder, root, data).paths
     first = {path.partition("/")[0] for path in every_path if "/" in path}
     if folder == root and first and first <= {"images", data.image_dir}:
         folder = root / min(first)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from afa.data.readers.base import TagEntry, elements
+from afa.data.readers.base import Contents, TagEntry, elements
 from afa.errors import AfaError, shown
 
 IMAGE_COLUMNS: Final = (

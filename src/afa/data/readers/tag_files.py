@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +15,10 @@ import numpy as np
 from afa.config import DataConfig
 from afa.data.classes import check_classes, is_plain, stated_classes, unknown_class
 from afa.data.dataset import TagTable
-from afa.data.files import ImageFiles, check_paths, find_images, image_folder, path_below, stem_of
+from afa.data.files import ImageFiles, check_paths, image_folder, images_below, path_below
 from afa.data.images import image_name
 from afa.data.readers import coco, cvat, labelstudio, npy, table, voc_xml
-from afa.data.readers.base import TagEntry, drop_outlines, elements, load_json, tag_rows
+from afa.data.readers.base import Contents, TagEntry, drop_outlines, elements, load_json, tag_rows
 from afa.data.split import SIDES, UNSTATED, side_of
 from afa.errors import AfaError, shown
 
@@ -28,14 +28,13 @@ class Reader(NamedTuple):
 
     Attributes:
         words: What it is, with its article.
-        read: Takes the path, its JSON if it is JSON, and the classes if they are known; gives the class names that
-            the file declares, and its entries.
+        read: As `afa.data.readers.base` says.
         unit: What an entry is called.
         layout: Value of `data.layout`.
     """
 
     words: str
-    read: Callable[[Path, Any, Sequence[str]], tuple[tuple[str, ...], list[TagEntry]]]
+    read: Callable[[Path, Any, Sequence[str]], Contents]
     unit: str = "entry"
     layout: str = "table"
 
@@ -67,12 +66,7 @@ _MAX_IMAGE_NAME: Final = 4096  # characters
 
 @dataclass(frozen=True)
 class TagFile:
-    """A file or folder of tags.
-
-    Attributes:
-        path: Where it lies.
-        side: Side of the split that all its images are on, where its name or folder says it.
-    """
+    """A file or folder of tags, and the side of the split that all its images are on, where its place says it."""
 
     path: Path
     side: int = UNSTATED
@@ -84,11 +78,7 @@ class TagFile:
 
     @cached_property
     def kind(self) -> str:
-        """Key in `READERS`, by its suffix and, of JSON, its first part.
-
-        Raises:
-            AfaError: It is missing, or no JSON.
-        """
+        """Key in `READERS`, by its suffix and, of JSON, its first part; an `AfaError` if it is missing or no JSON."""
         if self.path.is_dir():
             return "voc_xml"
         if not self.path.is_file():
@@ -127,10 +117,6 @@ def words(kind: str) -> str:
 def read_tags(path: Path, classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Read the tags of all images that a file or folder names.
 
-    Args:
-        path: As of `read_tag_file`.
-        classes: The C class names in index order.
-
     Returns:
         Image name, without suffix, to its tags in the order of `classes`, each once; possibly none.
 
@@ -144,18 +130,12 @@ def read_tag_file(file: TagFile, classes: Sequence[str] = ()) -> FoundTags:
     """Read a file of tags of any kind.
 
     Args:
-        file: A folder of VOC XML (each `object/name` is a tag); an `.npy` file with a dictionary from image
-            name to a one-hot vector of length C; the `.xml` of CVAT; a `.json` of COCO instances or Label Studio; or
-            else a table, such as a CSV with the header `image,tags` and spaces between the tags.
+        file: A table, an export of a tool, a folder of VOC XML, or an `.npy` of one-hot vectors.
         classes: The C class names in index order, or none: the file's own.
 
-    Returns:
-        Its entries and classes.
-
     Raises:
-        AfaError: It is missing or malformed; it names an unknown class or an image twice; a vector has
-            the wrong length or values other than 0 and 1; a pickle asks for anything but arrays of numbers; the
-            classes that it declares or uses are no good as such (`check_classes`).
+        AfaError: It is missing or malformed; it names an unknown class or an image twice; the classes that it declares
+            or uses are no good as such (`check_classes`).
     """
     declared, found = READERS[file.kind].read(file.path, file.content, classes)
     chosen = tuple(classes) or declared or tuple(sorted({tag for entry in found for tag in entry.tags}))
@@ -166,10 +146,6 @@ def read_tag_file(file: TagFile, classes: Sequence[str] = ()) -> FoundTags:
 
 def read(root: Path, data: DataConfig) -> TagTable | None:
     """Read the file of tags of a folder, or one for each side of a split, and find the images that they mean.
-
-    Args:
-        root: Folder of the data set.
-        data: Settings.
 
     Returns:
         A row for each image with an entry; None where nothing looks like a file of tags.
@@ -188,7 +164,7 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
     in_splits = any(file.path.parent != root and file.path.parent.name.lower() in SIDES for file in files)
     if not in_splits or data.image_dir != DataConfig().image_dir:
         folder = image_folder(root, data)
-    images = find_images(folder, root, data)
+    images = images_below(folder, root, data)
     entries: dict[str, TagEntry] = {}
     sides: list[int] = []
     for file, content in zip(files, contents, strict=True):
@@ -224,8 +200,7 @@ def _find_files(root: Path, data: DataConfig) -> list[TagFile]:
     if data.tags:
         path = root / data.tags
         if path.is_dir() and not _list_files(path, {".xml"}):
-            found = [TagFile(path / name, side_of(stem_of(name))) for name in _list_files(path, _SUFFIXES)]
-            return _best_files(data, found, path)
+            return _best_files(data, _list_files(path, _SUFFIXES), path)
         file = TagFile(path)
         if data.layout not in ("auto", "hf", "table", file.kind):  # the kind says so where there is none
             is_other = f"is {READERS[file.kind].words}, not {words(data.layout)}"
@@ -234,28 +209,23 @@ def _find_files(root: Path, data: DataConfig) -> list[TagFile]:
     with os.scandir(root) as entries:
         splits = sorted(entry.name for entry in entries if entry.name.lower() in SIDES and entry.is_dir())
     found = [
-        TagFile(root / folder / name, SIDES.get(folder.lower(), side_of(stem_of(name))))
+        file
         for folder in (*_FOLDERS, *splits)
-        if (root / folder).is_dir()
-        for name in _list_files(root / folder, _SUFFIXES)
+        for file in _list_files(root / folder, _SUFFIXES, SIDES.get(folder.lower(), UNSTATED))
     ]
     files = _best_files(data, found, root)
-    annotations = root / "Annotations"
-    if not files and data.layout in ("auto", "table") and annotations.is_dir() and _list_files(annotations, {".xml"}):
-        return [TagFile(annotations)]
+    if not files and data.layout in ("auto", "table") and _list_files(root / "Annotations", {".xml"}):
+        return [TagFile(root / "Annotations")]
     return files
 
 
-def _list_files(folder: Path, suffixes: Iterable[str]) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(
-            entry.name
-            for entry in entries
-            if os.path.splitext(entry.name)[1].lower() in suffixes
-            and not entry.name.startswith(".")
-            and not _NO_TAGS.fullmatch(stem_of(entry.name))
-            and entry.is_file()
-        )
+def _list_files(folder: Path, suffixes: Collection[str], side: int = UNSTATED) -> list[TagFile]:
+    """The files that may be tags, on the given side or that which their names say; none without the folder."""
+    if not folder.is_dir():
+        return []
+    names = [name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in suffixes and name[0] != "."]
+    files = [folder / name for name in sorted(names) if not _NO_TAGS.fullmatch(os.path.splitext(name)[0])]
+    return [TagFile(file, side_of(file.stem) if side == UNSTATED else side) for file in files if file.is_file()]
 
 
 def _best_files(data: DataConfig, found: Sequence[TagFile], folder: Path) -> list[TagFile]:
@@ -263,15 +233,10 @@ def _best_files(data: DataConfig, found: Sequence[TagFile], folder: Path) -> lis
     ranked: dict[int, list[TagFile]] = {}
     for file in found:
         stem = file.path.stem
-        if data.layout == "hf" and stem.lower() != "metadata":
-            continue
-        if data.layout not in ("auto", "hf") and READERS[file.kind].layout != data.layout:
-            continue
-        rank = next((i for i, pattern in enumerate(_STEMS) if re.fullmatch(pattern, stem, re.I)), len(_STEMS))
-        ranked.setdefault(rank, []).append(file)
-    if not ranked:
-        return []
-    best = ranked[min(ranked)]
+        if data.layout == "auto" or _fits(file, data.layout):
+            rank = next((i for i, pattern in enumerate(_STEMS) if re.fullmatch(pattern, stem, re.I)), len(_STEMS))
+            ranked.setdefault(rank, []).append(file)
+    best = ranked[min(ranked)] if ranked else []
     sides = {file.side for file in best}
     if len(best) > 1 and (UNSTATED in sides or len(sides) < len(best)):
         raise AfaError(
@@ -281,27 +246,28 @@ def _best_files(data: DataConfig, found: Sequence[TagFile], folder: Path) -> lis
     return best
 
 
+def _fits(file: TagFile, layout: str) -> bool:
+    return file.path.stem.lower() == "metadata" if layout == "hf" else READERS[file.kind].layout == layout
+
+
 def _merged_classes(files: Sequence[TagFile], contents: Sequence[FoundTags]) -> tuple[str, ...]:
-    first = contents[0]
-    for file, content in zip(files, contents, strict=True):
-        if content.classes == first.classes:
-            continue
-        both = f"{files[0].path} and {file.path}"
-        if first.declared or content.declared:
-            raise AfaError(f"{both}: list different classes; make them the same")
-        classes = tuple(sorted({name for each in contents for name in each.classes}))
-        check_classes(classes, both)
-        return classes
-    return first.classes
+    first, *others = [content.classes for content in contents]
+    if all(classes == first for classes in others):
+        return first
+    both = " and ".join(str(file.path) for file in files)
+    if any(content.declared for content in contents):
+        raise AfaError(f"{both}: list different classes; make them the same")
+    classes = tuple(sorted({name for content in contents for name in content.classes}))
+    check_classes(classes, both)
+    return classes
 
 
 def _match(file: TagFile, entries: Iterable[TagEntry], images: ImageFiles, root: Path) -> list[tuple[str, TagEntry]]:
     """The image of each entry, all of which must be there."""
     folder, parent = images.folder, file.path.parent
-    drop = [f"{folder.name}/"] if folder != root else []
-    lacks = ""
-    if parent.is_relative_to(folder) and parent != folder:
-        lacks = f"{parent.relative_to(folder).as_posix()}/"
+    drop = "" if folder == root else f"{folder.name}/"
+    inside = parent.is_relative_to(folder) and parent != folder
+    lacks = f"{parent.relative_to(folder).as_posix()}/" if inside else ""
     loose = file.kind == "labelstudio"
     paths = [(images.find(entry.image, entry.where, lacks=lacks, drop=drop, loose=loose), entry) for entry in entries]
     missing = [entry for path, entry in paths if path is None]

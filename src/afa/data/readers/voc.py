@@ -10,7 +10,8 @@ import numpy as np
 from afa.config import DataConfig
 from afa.data.classes import VOC_CLASSES, stated_classes
 from afa.data.dataset import UNKNOWN, TagTable
-from afa.data.files import ImageFiles, stem_of
+from afa.data.files import ImageFiles
+from afa.data.images import image_name
 from afa.data.readers.base import tag_rows
 from afa.data.readers.tag_files import read_tags
 from afa.data.split import UNSTATED
@@ -34,10 +35,6 @@ def has_lists(root: Path, data: DataConfig) -> bool:
 def read(root: Path, data: DataConfig) -> TagTable:
     """Read all images of the folder, and the tags of those that have any; the lists are left for later.
 
-    Args:
-        root: Folder of the data set.
-        data: Settings.
-
     Returns:
         A row for each image; the tags of images without an entry are unknown.
 
@@ -49,7 +46,7 @@ def read(root: Path, data: DataConfig) -> TagTable:
     if not folder.is_dir():
         raise AfaError(f"{folder}: no such folder; set data.image_dir")
     paths = ImageFiles(folder).paths
-    names = tuple([stem_of(path) for path in paths])
+    names = tuple([image_name(path) for path in paths])
     found = (root / place for place in _TAG_PLACES if (root / place).exists())
     tags_path = root / data.tags if data.tags else next(found, None)
     tags = np.full((len(names), len(listed.names)), UNKNOWN, dtype=np.int8)
