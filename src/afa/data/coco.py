@@ -43,7 +43,7 @@ class Instance(NamedTuple):
     Attributes:
         category: Id of its category.
         is_crowd: Whether it is a crowd, whose pixels are ignored.
-        polygons: Its outline: (P, 2) float32 arrays of x and y, pixels.
+        polygons: Its outline: (P, 2) float32 arrays of x and y, pixels, from the left and upper edge of the image.
         counts: Or its run lengths as COCO writes them: whole numbers or a compressed text.
     """
 
@@ -87,9 +87,6 @@ def convert_coco(instances: Path, images: Path, out: Path, *, split: str, progre
         split: Name of the list, such as train or val.
         progress: Show progress on standard error.
 
-    Returns:
-        What was done.
-
     Raises:
         AfaError: The file is no instances JSON, or an outline in it is malformed; an image is missing; OUT holds other
             classes or other images; a file cannot be written.
@@ -108,12 +105,10 @@ def convert_coco(instances: Path, images: Path, out: Path, *, split: str, progre
         prefix = _link_images(images, out / "JPEGImages")
         _write_classes(out / "classes.txt", classes)
         stems = {number: f"{prefix}/{name}" for number, name in _find_all(images, found, instances).items()}
-        num_written = 0
-        for number in track(stems, f"Masks of {split}", console=Console(stderr=True), disable=not progress):
-            path = out / "SegmentationClassAug" / f"{stems[number]}.png"
-            if not path.is_file():
-                write_index_png(path, _image_mask(found, number, instances))
-                num_written += 1
+        masks = {number: out / "SegmentationClassAug" / f"{stem}.png" for number, stem in stems.items()}
+        missing = [number for number, path in masks.items() if not path.is_file()]
+        for number in track(missing, f"Masks of {split}", console=Console(stderr=True), disable=not progress):
+            write_index_png(masks[number], _image_mask(found, number, instances))
         tags = {}
         for number, stem in stems.items():
             present = {part["category_id"] for part in found.annotations[number]}
@@ -122,13 +117,13 @@ def convert_coco(instances: Path, images: Path, out: Path, *, split: str, progre
         write_whole(out / "lists" / f"{split}.txt", "".join(f"{stem}\n" for stem in stems.values()))
     except OSError as error:
         raise AfaError(f"{out}: cannot be written ({error.strerror}); free space or choose another folder") from None
-    return CocoSummary(len(stems), len(found.images) - len(stems), num_written)
+    return CocoSummary(len(stems), len(found.images) - len(stems), len(missing))
 
 
 def semantic_mask(
     instances: Sequence[Instance], index: Mapping[int, int], height: int, width: int, *, where: str
 ) -> NDArray[np.uint8]:
-    """Paint the instances of an image into one mask.
+    """Paint the instances of an image of height x width pixels into one mask.
 
     Crowds lie lowest, then the instances from the largest to the smallest, so that what is in front of or within a
     larger object stays.
@@ -136,8 +131,8 @@ def semantic_mask(
     Args:
         instances: The objects of the image.
         index: Category id -> mask value.
-        height: Of the image, pixels.
-        width: Of the image, pixels.
+        height: Of the image.
+        width: Of the image.
         where: File and image, for messages.
 
     Returns:
@@ -163,16 +158,7 @@ def semantic_mask(
 
 
 def fill_polygons(polygons: Sequence[NDArray[np.float32]], height: int, width: int) -> NDArray[np.bool_]:
-    """The pixels whose middle lies within any of the polygons.
-
-    Args:
-        polygons: (P, 2) arrays of x and y, pixels; the left and upper edge of the image is 0.
-        height: Of the image, pixels.
-        width: Of the image, pixels.
-
-    Returns:
-        (height, width), True within.
-    """
+    """(height, width), True in the pixels whose middle lies within any of the polygons, (P, 2) arrays of x and y."""
     filled = np.zeros((height, width), dtype=bool)
     for polygon in polygons:
         left, top = np.clip(np.floor(polygon.min(axis=0)), 0, (width, height)).astype(int)
@@ -188,18 +174,11 @@ def fill_polygons(polygons: Sequence[NDArray[np.float32]], height: int, width: i
 
 
 def decode_runs(counts: Sequence[int] | str, height: int, width: int) -> NDArray[np.bool_]:
-    """Decode run lengths as COCO writes them: zeros, ones, zeros, ... down the columns, from the left.
+    """Decode run lengths, or their compressed text, to (height, width), True in the runs of ones.
 
-    In the compressed text each character above `0` has five bits of a number, lowest first, and a sixth that says
-    whether more follow; from the fourth number on, numbers are differences to the one two before.
-
-    Args:
-        counts: Run lengths, or their compressed text.
-        height: Of the mask, pixels.
-        width: Of the mask, pixels.
-
-    Returns:
-        (height, width), True in the runs of ones.
+    COCO writes zeros, ones, zeros, ... down the columns, from the left. In the text each character above `0` has five
+    bits of a number, lowest first, and a sixth that says whether more follow; from the fourth number on, numbers are
+    differences to the one two before.
 
     Raises:
         AfaError: The text is malformed, or the runs do not fill the mask.
@@ -286,17 +265,10 @@ def _image_mask(found: CocoFile, number: int, path: Path) -> NDArray[np.uint8]:
 
 def _find_all(folder: Path, found: CocoFile, path: Path) -> dict[int, str]:
     """The name below `folder` of each annotated image, by ascending id."""
-    files = ImageFiles(folder)
-    wanted = {number: found.images[number]["file_name"] for number in sorted(found.annotations)}
-    paths = [files.find(name, str(path)) for name in wanted.values()]
-    missing = [name for name, file in zip(wanted.values(), paths, strict=True) if file is None]
-    if missing:
-        raise AfaError(
-            f"{path}: {folder} has no image {shown(missing[0])} ({len(missing)} of {len(wanted)} missing); "
-            "give the folder of this split's images"
-        )
-    names = check_paths([file for file in paths if file is not None], folder)
-    return dict(zip(wanted, names, strict=True))
+    numbers = sorted(found.annotations)
+    wanted = [(found.images[number]["file_name"], str(path)) for number in numbers]
+    paths = ImageFiles(folder).find_all(wanted, "give the folder of this split's images")
+    return dict(zip(numbers, check_paths(paths, folder), strict=True))
 
 
 def _link_images(images: Path, folder: Path) -> str:
@@ -335,14 +307,7 @@ def _write_tags(path: Path, tags: Mapping[str, tuple[str, ...]], classes: Sequen
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the conversion from the command line.
-
-    Args:
-        arguments: Words after the program's name; None takes those of the process.
-
-    Returns:
-        Exit status: 0, or 2 for a mistake of the user.
-    """
+    """Run the conversion from the command line, or `arguments`; exit status 0, or 2 for a mistake of the user."""
     parser = argparse.ArgumentParser(prog="python -m afa.data.coco", description="COCO instances to the VOC layout.")
     parser.add_argument("instances", type=Path, help="instances JSON, such as instances_train2014.json")
     parser.add_argument("images", type=Path, help="folder of its images")

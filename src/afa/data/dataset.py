@@ -24,9 +24,7 @@ UNKNOWN: Final = -1
 
 
 class TaggedImages:
-    """Images with their tags: all that training sees.
-
-    There is no way from here to a mask. Built by `DataSet.train`.
+    """Images with their tags: all that training sees, for there is no way from here to a mask.
 
     Attributes:
         classes: The C class names; `tags` follows their order.
@@ -42,12 +40,12 @@ class TaggedImages:
         tags: NDArray[np.bool_] | NDArray[np.int8],
         folder: Path = Path(),
     ) -> None:
-        """Take names, files and tags of N images.
+        """Take names, files (relative to `folder` unless absolute) and tags of N images.
 
         Args:
             classes: C class names.
             names: N image names.
-            paths: N image files, relative to `folder` unless absolute.
+            paths: N image files.
             tags: (N, C) `PRESENT`, `ABSENT` or `UNKNOWN`, or whether a class is present.
             folder: Where relative paths begin.
         """
@@ -68,22 +66,11 @@ class TaggedImages:
         return self._folder / self._paths[index]
 
     def image(self, index: int) -> NDArray[np.uint8]:
-        """Read an image.
-
-        Returns:
-            (H, W, 3) uint8 RGB.
-
-        Raises:
-            AfaError: The file is not a readable image.
-        """
+        """Read an image: (H, W, 3) uint8 RGB; an `AfaError` if it is not readable."""
         return read_image(self.image_path(index))
 
     def tags(self, index: int) -> NDArray[np.float32]:
-        """Tags of an image.
-
-        Returns:
-            (C,) float32, 1 where the class is tagged as present, else 0.
-        """
+        """Tags of an image: (C,) float32, 1 where the class is tagged as present, else 0."""
         row: NDArray[np.float32] = (self._tags[index] == PRESENT).astype(np.float32)
         return row
 
@@ -95,10 +82,7 @@ class TaggedImages:
 
 
 class MaskedImages(TaggedImages):
-    """Images with masks, for evaluation only. Built by `DataSet.masked`.
-
-    Tags may be missing here: segmentation is scored without them.
-    """
+    """Images with masks, for evaluation only. Tags may be missing: segmentation is scored without them."""
 
     def __init__(
         self,
@@ -109,7 +93,7 @@ class MaskedImages(TaggedImages):
         origin: str,
         **images: Any,
     ) -> None:
-        """Take, in addition, what evaluation needs.
+        """Take, in addition to what `TaggedImages` takes:
 
         Args:
             has_tags: (N,), whether the tags have an entry for each image.
@@ -130,28 +114,20 @@ class MaskedImages(TaggedImages):
         return bool(self._has_tags[index])
 
     def tags(self, index: int) -> NDArray[np.float32]:
-        """Tags of an image, as `TaggedImages.tags`.
-
-        Raises:
-            AfaError: There is no entry for the image; CAM labels cannot be scored without.
-        """
+        """Tags of an image, as `TaggedImages.tags`; an `AfaError` if there is no entry for it."""
         if not self._has_tags[index]:
-            raise AfaError(
-                f"{self._origin}: no entry for image {self.names[index]!r}; "
-                "add its tags, or score the segmentation, which needs none"
-            )
+            remedy = "add its tags, or score the segmentation, which needs none"
+            raise AfaError(f"{self._origin}: no entry for image {self.names[index]!r}; {remedy}")
         return super().tags(index)
 
     def mask(self, index: int) -> NDArray[np.uint8]:
         """Read the true mask of an image.
 
         Returns:
-            (H, W) uint8, the image's size: 0 background, 1..C in the order of `classes`, 255 ignored. Classes
-            outside `class_subset` are 255.
+            (H, W) uint8: 0 background, 1..C in the order of `classes`, 255 ignored and outside `class_subset`.
 
         Raises:
-            AfaError: The file is not a readable index PNG, has another size than the image, or has values
-                beyond the classes.
+            AfaError: It is no readable index PNG, has another size than the image, or values beyond the classes.
         """
         path = self._mask_paths[index]
         mask = read_mask(path)

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Any, Final
 
 from afa.config import DataConfig
 from afa.data.classes import folded, is_plain
@@ -131,6 +131,20 @@ class ImageFiles:
                 if found:
                     return found[0]
         return None
+
+    def find_all(self, wanted: Sequence[tuple[str, str]], remedy: str, **rules: Any) -> list[str]:
+        """The paths of the images that N pairs of text and `where` mean, by the `rules` of `find`.
+
+        Raises:
+            AfaError: As `find`; or an image is missing, and `remedy` says what to do.
+        """
+        paths = [self.find(text, where, **rules) for text, where in wanted]
+        found = [path for path in paths if path is not None]
+        if len(found) < len(paths):
+            text, where = wanted[paths.index(None)]
+            count = f"{len(paths) - len(found)} of {len(paths)} images missing"
+            raise AfaError(f"{where}: {self.folder} has no image {shown(text)} ({count}); {remedy}")
+        return found
 
     def _inside(self, text: str, where: str) -> str:
         """The text as a path with slashes below the folder."""

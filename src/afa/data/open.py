@@ -26,10 +26,7 @@ from afa.types import IGNORE_INDEX
 
 
 def open_data(data: DataConfig) -> DataSet:
-    """Open a data set: find out how images and tags lie in its folder, and read the tags.
-
-    Args:
-        data: Its root, and what is known of the rest; `layout` names the layout, or is `auto`.
+    """Find out how images and tags lie in the folder of a data set, and read the tags.
 
     Returns:
         The data set. Nothing below looks for its files again.
@@ -49,11 +46,7 @@ def open_data(data: DataConfig) -> DataSet:
 
 
 def data_root(data: DataConfig) -> Path:
-    """The folder of a data set.
-
-    Raises:
-        AfaError: `data.root` is empty or no folder.
-    """
+    """The folder of a data set; an `AfaError` if `data.root` is empty or no folder."""
     if not data.root:
         raise AfaError("data.root is empty; set it to the folder of the data set")
     root = Path(data.root)
@@ -64,20 +57,19 @@ def data_root(data: DataConfig) -> Path:
 
 def _read(root: Path, data: DataConfig) -> TagTable:
     """The table of the first reader that fits."""
-    if data.layout == "voc" or (data.layout == "auto" and voc.has_lists(root, data)):
+    layout, is_default = data.layout, data.image_dir == DataConfig().image_dir
+    if layout == "voc" or (layout == "auto" and voc.has_lists(root, data)):
         return voc.read(root, data)
-    table = None
-    if data.layout != "imagefolder":
-        table = tag_files.read(root, data)
-        if table is None and data.layout != "auto":
-            kind = tag_files.words(data.layout)
-            raise AfaError(f"{root}: no {kind} here; set data.tags to the file, or data.layout to what it is")
+    table = None if layout == "imagefolder" else tag_files.read(root, data)
+    if table is None and layout not in ("auto", "imagefolder"):
+        kind = tag_files.words(layout)
+        raise AfaError(f"{root}: no {kind} here; set data.tags to the file, or data.layout to what it is")
     table = table or folders.read(root, data)
     if table is not None:
         return table
-    if data.layout == "auto" and data.image_dir == DataConfig().image_dir and (root / data.image_dir).is_dir():
+    if layout == "auto" and is_default and (root / data.image_dir).is_dir():
         return voc.read(root, data)
-    what = "images" if data.layout == "imagefolder" else "tags"
+    what = "images" if layout == "imagefolder" else "tags"
     raise AfaError(
         f"{root}: no {what} found; put a tags.csv with the header file,tags there, sort the images into one folder for "
         "each class, or set data.tags"
@@ -99,11 +91,6 @@ class DataSet:
     def __init__(self, data: DataConfig, root: Path, table: TagTable) -> None:
         """Keep the classes that the settings choose, and make a split if there is none.
 
-        Args:
-            data: Settings.
-            root: Folder of the data set.
-            table: What was found there.
-
         Raises:
             AfaError: As `kept_classes`.
         """
@@ -112,7 +99,6 @@ class DataSet:
         self.colors = table.colors
         self._data = data
         self._table = table
-        self._lists: dict[str, tuple[str, ...]] = {}
         known, tags = table.classes, table.tags
         if not table.declared:
             # Tags in which only some classes occur say nothing about the others; a trained network may know more.
@@ -145,21 +131,17 @@ class DataSet:
     def describe(self) -> str:
         """What was found, in one line."""
         parts = self._describe_lists() if self._table.listed else self._describe_sides()
-        parts.append(
-            "no masks" if self._mask_folder is None else f"masks in {path_below(self._mask_folder, self.root)}"
-        )
+        folder = self._mask_folder
+        parts.append("no masks" if folder is None else f"masks in {path_below(folder, self.root)}")
         first = ", ".join(self.classes[:4]) + (", ..." if len(self.classes) > 4 else "")
         classes = f"{len(self.classes)} class{'' if len(self.classes) == 1 else 'es'} ({first})"
         return f"{self.root}: {self._table.origin}, {classes}; {', '.join(parts)}"
 
     def train(self, *, list_file: str | None = None) -> TaggedImages:
-        """Images to train on.
+        """Images to train on, each with at least one tag.
 
         Args:
             list_file: List of names to take instead; relative to the root unless absolute.
-
-        Returns:
-            The images, each with at least one tag.
 
         Raises:
             AfaError: There are none; the list is missing or names an unknown image; a listed image has no tag.
@@ -250,7 +232,7 @@ class DataSet:
             if not table.listed:
                 return np.flatnonzero(self._sides == side)
             list_file, key = self._list_of(side), f"data.{'train' if side == TRAIN else 'val'}_list"
-        names = self._read_list(list_file, key)
+        names = read_list(self.root, list_file, key=key)
         missing = [name for name in names if name not in self._row_of]
         if missing:
             source, remedy = table.origin, ""
@@ -261,22 +243,15 @@ class DataSet:
                 f"names missing); correct the list{remedy}"
             )
         rows = np.array([self._row_of[name] for name in names], dtype=np.int64)
-        if len(self._row_of) < len(table.names):  # several files with one name; only lists care
-            for row in sorted(set(range(len(table.names))).difference(self._row_of.values())):
-                if table.names[row] in names:
-                    kept = table.paths[self._row_of[table.names[row]]]
-                    raise AfaError(
-                        f"{table.folder}: {table.paths[row]} and {kept} have the same name; keep one of them"
-                    )
+        repeated = set(range(len(table.names))).difference(self._row_of.values())  # only lists care
+        twice = next((row for row in sorted(repeated) if table.names[row] in names), None)
+        if twice is not None:
+            kept = table.paths[self._row_of[table.names[twice]]]
+            raise AfaError(f"{table.folder}: {table.paths[twice]} and {kept} have the same name; keep one of them")
         return rows
 
     def _list_of(self, side: int) -> str:
         return self._data.train_list if side == TRAIN else self._data.val_list
-
-    def _read_list(self, list_file: str, key: str) -> tuple[str, ...]:
-        if list_file not in self._lists:
-            self._lists[list_file] = read_list(self.root, list_file, key=key)
-        return self._lists[list_file]
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
@@ -330,7 +305,7 @@ class DataSet:
         for side, purpose in ((TRAIN, "to train on"), (VALIDATION, "for validation")):
             name = self._list_of(side)
             if name and (self.root / name).is_file():
-                count = len(self._read_list(name, "data.train_list"))
+                count = len(read_list(self.root, name, key="data.train_list"))
                 parts.append(f"{_images(count)} {purpose} ({name})")
         tags = self._table.tags_path
         return [*parts, "no tags" if tags is None else f"tags from {path_below(tags, self.root)}"]

@@ -168,7 +168,8 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
     entries: dict[str, TagEntry] = {}
     sides: list[int] = []
     for file, content in zip(files, contents, strict=True):
-        for path, entry in _match(file, content.entries.values(), images, root):
+        found = content.entries.values()
+        for path, entry in zip(_match(file, images, found, root), found, strict=True):
             if path in entries:
                 raise AfaError(
                     f"{entry.where}: image {shown(entry.image)} is {shown(path)}, which {entries[path].where} has too; "
@@ -262,21 +263,17 @@ def _merged_classes(files: Sequence[TagFile], contents: Sequence[FoundTags]) -> 
     return classes
 
 
-def _match(file: TagFile, entries: Iterable[TagEntry], images: ImageFiles, root: Path) -> list[tuple[str, TagEntry]]:
-    """The image of each entry, all of which must be there."""
+def _match(file: TagFile, images: ImageFiles, entries: Iterable[TagEntry], root: Path) -> list[str]:
+    """The path of the image of each entry, all of which must be there."""
     folder, parent = images.folder, file.path.parent
-    drop = "" if folder == root else f"{folder.name}/"
     inside = parent.is_relative_to(folder) and parent != folder
-    lacks = f"{parent.relative_to(folder).as_posix()}/" if inside else ""
-    loose = file.kind == "labelstudio"
-    paths = [(images.find(entry.image, entry.where, lacks=lacks, drop=drop, loose=loose), entry) for entry in entries]
-    missing = [entry for path, entry in paths if path is None]
-    if missing:
-        raise AfaError(
-            f"{missing[0].where}: {folder} has no image {shown(missing[0].image)} ({len(missing)} of "
-            f"{len(paths)} images missing); add them, set data.image_dir, or take them out of the tags"
-        )
-    return [(path, entry) for path, entry in paths if path is not None]
+    return images.find_all(
+        [(entry.image, entry.where) for entry in entries],
+        "add them, set data.image_dir, or take them out of the tags",
+        lacks=f"{parent.relative_to(folder).as_posix()}/" if inside else "",
+        drop="" if folder == root else f"{folder.name}/",
+        loose=file.kind == "labelstudio",
+    )
 
 
 def _entry_side(entry: TagEntry) -> int:
