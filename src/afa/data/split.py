@@ -103,41 +103,29 @@ def split_by_tags(tags: NDArray[np.bool_], names: Sequence[str], *, fraction: fl
     # Any order of the images gives the same order here.
     order = np.array(sorted(range(num_images), key=names.__getitem__))
     order = order[np.random.default_rng(seed).permutation(num_images)]
-    classes_of = np.nonzero(tags[order])[1].tolist()
-    ends = tags[order].sum(axis=1).cumsum().tolist()
-    present = [classes_of[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
-    images_of: list[list[int]] = [[] for _ in range(tags.shape[1])]
-    for image, classes in enumerate(present):
-        for index in classes:
-            images_of[index].append(image)
-    left = [len(images) for images in images_of]
-    wanted = [[count * share for count in left] for share in (1 - fraction, fraction)]
+    tags = tags[order]
+    left = tags.sum(axis=0)
+    wanted = np.outer((1 - fraction, fraction), left)  # (2, C) images that each side still lacks
     wanted_images = [num_images * (1 - fraction), num_images * fraction]
-    side = [-1] * num_images
-    while any(left):
-        rarest = min((index for index, count in enumerate(left) if count), key=left.__getitem__)
-        for image in images_of[rarest]:
-            if side[image] >= 0:
-                continue
-            lack = [(wanted[s][rarest], wanted_images[s]) for s in (0, 1)]
-            chosen = int(lack[1] > lack[0])
-            side[image] = chosen
+    side = np.full(num_images, -1)
+    while left.any():
+        rarest = np.where(left > 0, left, num_images + 1).argmin()
+        for image in np.flatnonzero(tags[:, rarest] & (side < 0)).tolist():
+            lack = [(wanted[s, rarest], wanted_images[s]) for s in (0, 1)]
+            side[image] = chosen = int(lack[1] > lack[0])
             wanted_images[chosen] -= 1
-            for index in present[image]:
-                wanted[chosen][index] -= 1
-                left[index] -= 1
-    _keep_every_class(side, present, images_of)
-    aside[order] = np.array(side) == 1
+            wanted[chosen] -= tags[image]
+        left = tags[side < 0].sum(axis=0)
+    _keep_every_class(side, tags)
+    aside[order] = side == 1
     return aside
 
 
-def _keep_every_class(side: list[int], present: list[list[int]], images_of: list[list[int]]) -> None:
+def _keep_every_class(side: NDArray[np.int64], tags: NDArray[np.bool_]) -> None:
     """Give each class an image to train on; then set one image aside if none is, and none is needed."""
-    for images in images_of:
-        if images and all(side[image] == 1 for image in images):
+    for images in map(np.flatnonzero, tags.T):
+        if images.size and (side[images] == 1).all():
             side[images[0]] = 0
-    if 1 not in side:
-        spare = (image for image, classes in enumerate(present) if all(len(images_of[c]) > 1 for c in classes))
-        image = next(spare, None)
-        if image is not None:
-            side[image] = 1
+    is_spare = (~tags | (tags.sum(axis=0) > 1)).all(axis=1)
+    if not (side == 1).any() and is_spare.any():
+        side[is_spare.argmax()] = 1
