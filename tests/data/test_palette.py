@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from afa.data.palette import colorize, overlay, voc_palette, write_index_png
+from afa.data.palette import overlay, voc_palette, write_index_png
 from afa.errors import AfaError
 
 
@@ -39,11 +39,6 @@ def test_palette_equals_the_one_in_voc_masks() -> None:
     assert voc_palette()[:21].tolist() == np.reshape(stored, (-1, 3))[:21].tolist()
 
 
-def test_colorize() -> None:
-    colors = colorize(np.array([[0, 1, 255]], dtype=np.uint8))
-    assert colors.tolist() == [[[0, 0, 0], [128, 0, 0], [224, 224, 192]]]
-
-
 def test_overlay_tints_classes_only() -> None:
     image = np.full((20, 30, 3), 100, dtype=np.uint8)
     label = np.zeros((20, 30), dtype=np.uint8)
@@ -66,7 +61,7 @@ def test_overlay_strength() -> None:
     image = np.full((9, 9, 3), 200, dtype=np.uint8)
     label = np.full((9, 9), 1, dtype=np.uint8)
     np.testing.assert_array_equal(overlay(image, label, alpha=0.0), image)
-    np.testing.assert_array_equal(overlay(image, label, alpha=1.0), colorize(label))
+    np.testing.assert_array_equal(overlay(image, label, alpha=1.0), voc_palette()[label])
 
 
 def test_index_png_round_trip(tmp_path: Path) -> None:
@@ -76,7 +71,7 @@ def test_index_png_round_trip(tmp_path: Path) -> None:
     with Image.open(path) as image:
         assert image.mode == "P"
         np.testing.assert_array_equal(np.asarray(image), label)
-        np.testing.assert_array_equal(np.asarray(image.convert("RGB")), colorize(label))
+        np.testing.assert_array_equal(np.asarray(image.convert("RGB")), voc_palette()[label])
     assert [file.name for file in path.parent.iterdir()] == ["a.png"]
 
 

@@ -40,16 +40,10 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """Read an image of any common format as upright 8-bit RGB.
+    """Read an image of any common format, which its content says, as upright (H, W, 3) uint8 RGB.
 
     The EXIF orientation is applied. Gray, palette, CMYK and 1-bit images are converted; 16-bit gray is
     divided by 257; transparent pixels are laid over white. Of an animation the first frame is read.
-
-    Args:
-        path: Image file; its content, not its suffix, says the format.
-
-    Returns:
-        (H, W, 3) uint8 RGB.
 
     Raises:
         AfaError: The file is missing, empty, truncated, not an image, too large to be meant (Pillow's
@@ -66,11 +60,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """Height and width that `read_image` would return, pixels, without decoding where the format allows.
-
-    Raises:
-        AfaError: As `read_image`, as far as the header tells.
-    """
+    """Height and width of what `read_image` returns, pixels, from the header where the format allows; errors alike."""
 
     def upright_size(image: Image.Image) -> tuple[int, int]:
         if image.format == "TIFF":
@@ -82,10 +72,7 @@ def read_size(path: Path) -> tuple[int, int]:
 
 
 def read_mask(path: Path) -> NDArray[np.uint8]:
-    """Read an index PNG: its palette indices, or gray values, are the classes.
-
-    Returns:
-        (H, W) uint8, the stored indices.
+    """Read an index PNG: (H, W) uint8, its palette indices or gray values.
 
     Raises:
         AfaError: The file cannot be read (as `read_image`), or is not a PNG of mode P or L.

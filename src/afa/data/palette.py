@@ -1,4 +1,4 @@
-"""Class maps as pictures: the VOC palette, color maps, overlays, and index PNGs."""
+"""Class maps as pictures: the VOC palette, overlays, and index PNGs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,10 @@ from afa.types import IGNORE_INDEX
 
 
 def voc_palette() -> NDArray[np.uint8]:
-    """The colors of PASCAL VOC's masks.
+    """The colors of PASCAL VOC's masks: (256, 3) uint8 RGB; row 0, the background, is black.
 
     The bits of the class index, lowest first, are dealt to red, green, blue in turn, and fill each color
     from its highest bit down; so neighboring classes differ strongly.
-
-    Returns:
-        (256, 3) uint8 RGB; row 0, the background, is black.
 
     >>> voc_palette()[[1, 15, 255]].tolist()
     [[128, 0, 0], [192, 128, 128], [224, 224, 192]]
@@ -33,20 +30,8 @@ def voc_palette() -> NDArray[np.uint8]:
     return colors.astype(np.uint8)
 
 
-def colorize(label: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Paint a class map with the VOC palette.
-
-    Args:
-        label: (H, W) uint8 class indices.
-
-    Returns:
-        (H, W, 3) uint8 RGB.
-    """
-    return voc_palette()[label]
-
-
 def overlay(image: NDArray[np.uint8], label: NDArray[np.uint8], *, alpha: float = 0.5) -> NDArray[np.uint8]:
-    """Tint an image by class, with a solid outline around each region.
+    """Tint an image by class, with a solid outline around each region: (H, W, 3) uint8 RGB.
 
     The background stays as it is; ignored pixels (255) are lightened and hatched.
 
@@ -54,9 +39,6 @@ def overlay(image: NDArray[np.uint8], label: NDArray[np.uint8], *, alpha: float 
         image: (H, W, 3) uint8 RGB.
         label: (H, W) uint8 class indices.
         alpha: Weight of the class color in the tint, 0 to 1.
-
-    Returns:
-        (H, W, 3) uint8 RGB.
     """
     assert image.shape[:2] == label.shape, (image.shape, label.shape)
     rows, columns = np.indices(label.shape)
@@ -69,22 +51,14 @@ def overlay(image: NDArray[np.uint8], label: NDArray[np.uint8], *, alpha: float 
     weight = np.where(edge, 1.0, alpha)
     weight[ignored] = np.where((rows + columns) % 8 < 2, 0.8, 0.35)[ignored]
     weight[label == 0] = 0.0
-    color = colorize(label)
+    color = voc_palette()[label]
     color[ignored] = 255
     mixed = image + weight[:, :, None] * (color.astype(np.float64) - image)
     return np.rint(mixed).astype(np.uint8)
 
 
 def index_png(label: NDArray[np.uint8], palette: NDArray[np.uint8] | None = None) -> bytes:
-    """Encode a class map as a mode-P PNG.
-
-    Args:
-        label: (H, W) uint8 class indices.
-        palette: (256, 3) uint8 RGB; None is VOC's.
-
-    Returns:
-        The file's bytes.
-    """
+    """Encode (H, W) uint8 class indices as a mode-P PNG, with a palette of (256, 3) uint8 RGB; None is VOC's."""
     assert label.dtype == np.uint8, label.dtype
     assert label.ndim == 2, label.shape
     image, encoded = Image.fromarray(label), io.BytesIO()
@@ -94,13 +68,9 @@ def index_png(label: NDArray[np.uint8], palette: NDArray[np.uint8] | None = None
 
 
 def write_index_png(path: Path, label: NDArray[np.uint8]) -> None:
-    """Write a class map as a mode-P PNG with the VOC palette, whole or not at all; missing folders are made.
-
-    Args:
-        path: File to write or replace.
-        label: (H, W) uint8 class indices.
+    """Write (H, W) uint8 class indices as a mode-P PNG with the VOC palette; missing folders are made.
 
     Raises:
-        AfaError: The file cannot be written.
+        AfaError: The file cannot be written; an older one stays then.
     """
     write_whole(path, index_png(label))

@@ -30,11 +30,7 @@ class PixelCache:
     """
 
     def __init__(self, num_images: int, max_bytes: int) -> None:
-        """Reserve the memory.
-
-        Args:
-            num_images: Number of images in the set.
-            max_bytes: Most memory to use; 0 caches nothing.
+        """Reserve at most `max_bytes` for the images of a set; 0 caches nothing.
 
         Raises:
             AfaError: The system does not give that much.
@@ -54,17 +50,11 @@ class PixelCache:
         return self._used
 
     def image(self, index: int, read: Callable[[int], NDArray[np.uint8]]) -> NDArray[np.uint8]:
-        """The image of an index.
+        """The image of an index, (H, W, 3) uint8 RGB, not to be written to.
 
         Args:
             index: Which image.
-            read: Decodes the image of an index; called unless the cache has it.
-
-        Returns:
-            (H, W, 3) uint8 RGB; not to be written to.
-
-        Raises:
-            AfaError: `read` could not read the image.
+            read: Decodes the image of an index; called unless the cache has it. Its errors pass.
         """
         cached = self._images[index]
         if cached is not None:
@@ -84,14 +74,12 @@ class PixelCache:
 
 
 def resolve_cache(cache_gib: float, *, processes: int = 1) -> int:
-    """Turn the setting `data.cache_gib` into bytes for a `PixelCache`.
+    """Turn the setting `data.cache_gib` into bytes for the `PixelCache` of each process.
 
     Args:
-        cache_gib: GiB over all processes of this machine, or -1: a quarter of the memory that is free now.
+        cache_gib: GiB over all processes of this machine, or -1: a quarter of the memory that is free now; 0 where the
+            system does not tell that (other than Linux).
         processes: Training processes that share this machine's memory.
-
-    Returns:
-        Bytes for each process. -1 gives 0 where the system does not tell its free memory (other than Linux).
     """
     total = free_memory() // 4 if cache_gib < 0 else int(cache_gib * _GIB)
     return total // processes

@@ -44,7 +44,7 @@ def choose_sides(
 
     Args:
         data: Whether to make a split, and how.
-        paths: N paths of images.
+        paths: Of N images.
         names: N different names.
         tagged: (N, C), whether a class is tagged as present.
         stated: (N,) sides, `UNSTATED` where nothing is said.

@@ -23,29 +23,14 @@ class DatasetImages(TaggedImages):
     def __init__(
         self, dataset: Any, image_column: str, *, classes: tuple[str, ...], rows: NDArray[np.int64], tags: NDArray[Any]
     ) -> None:
-        """Keep the rows that have tags.
-
-        Args:
-            dataset: Has the images.
-            image_column: Column of the images.
-            classes: C class names.
-            rows: (N,) int64 row of each image.
-            tags: (N, C) bool.
-        """
+        """Take N rows, (N,) int64, of the data set, and their tags, (N, C)."""
         width = len(str(len(dataset)))
         names = tuple(f"{row:0{width}d}" for row in rows.tolist())
         super().__init__(classes=classes, names=names, paths=[Path(name) for name in names], tags=tags)
         self._dataset, self._column, self._rows = dataset, image_column, rows
 
     def image(self, index: int) -> NDArray[np.uint8]:
-        """Read an image.
-
-        Returns:
-            (H, W, 3) uint8 RGB.
-
-        Raises:
-            AfaError: The row holds no readable image.
-        """
+        """Read an image, as `TaggedImages.image`."""
         row = int(self._rows[index])
         try:
             image = self._dataset[row][self._column]

@@ -10,7 +10,7 @@ import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,16 +101,14 @@ class _StandInArray:
         self.value = list(data) if kind.code.startswith("O") else kind.numbers(data).reshape(shape)
 
 
-def _stand_in_reconstruct(kind: type, shape: tuple[int, ...], code: bytes) -> _StandInArray:
-    return _StandInArray()
-
-
-def _stand_in_scalar(kind: _StandInType, data: bytes) -> Any:
-    return kind.numbers(data)[0]
-
-
-def _stand_in_encode(text: str, encoding: str = "latin1") -> bytes:
-    return text.encode("latin1")
+_STAND_INS: Final[dict[tuple[str, str], Any]] = {
+    ("numpy.multiarray", "_reconstruct"): lambda kind, shape, code: _StandInArray(),
+    ("numpy.multiarray", "scalar"): lambda kind, data: kind.numbers(data)[0],
+    ("numpy", "ndarray"): _StandInArray,
+    ("numpy", "dtype"): _StandInType,
+    ("_codecs", "encode"): lambda text, encoding="latin1": text.encode("latin1"),
+}
+"""Module and name in a pickle -> what is built in its place."""
 
 
 class _TagUnpickler(pickle.Unpickler):
@@ -120,15 +118,8 @@ class _TagUnpickler(pickle.Unpickler):
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        known: dict[tuple[str, str], Any] = {
-            ("numpy.multiarray", "_reconstruct"): _stand_in_reconstruct,
-            ("numpy.multiarray", "scalar"): _stand_in_scalar,
-            ("numpy", "ndarray"): _StandInArray,
-            ("numpy", "dtype"): _StandInType,
-            ("_codecs", "encode"): _stand_in_encode,
-        }
         # numpy 1 has numpy.core, numpy 2 numpy._core.
-        found = known.get((re.sub(r"^numpy\._?core\.", "numpy.", module), name))
+        found = _STAND_INS.get((re.sub(r"^numpy\._?core\.", "numpy.", module), name))
         if found is None:
             raise AfaError(f"the pickle asks for {module}.{name}, which no tags need: refused; give the tags as CSV")
         return found

@@ -10,7 +10,7 @@ import csv
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -38,7 +38,7 @@ _FALSE: Final = frozenset(("", "0", "0.0", "false", "no", "-1"))
 
 
 class _Row(NamedTuple):
-    """A row of a table as it is written: where it stands, its image, tags and side; `single` if one row has one tag."""
+    """A row of a table as it is written; `single` if one row has one tag."""
 
     where: str
     image: str
@@ -65,13 +65,11 @@ def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:
     suffix = path.suffix.lower()
     if suffix == ".json":
         return (), _entries(path, _object_rows(_json_objects(path, content)), classes)
-    kind = "JSON Lines" if suffix in (".jsonl", ".ndjson") else "CSV"
+    is_csv = suffix not in (".jsonl", ".ndjson")
     try:
-        if kind == "CSV":
-            return _read_csv(path, classes)
-        return (), _entries(path, _object_rows(_line_objects(path)), classes)
+        return _read_csv(path, classes) if is_csv else ((), _entries(path, _object_rows(_line_objects(path)), classes))
     except UnicodeDecodeError as error:
-        advice = "as text" if kind != "CSV" else "as text with the header image,tags"
+        kind, advice = ("CSV", "as text with the header image,tags") if is_csv else ("JSON Lines", "as text")
         raise AfaError(f"{path}: not a {kind} in UTF-8 ({error}); save it {advice}") from None
     except OSError as error:
         raise AfaError(f"{path}: cannot be read ({error.strerror})") from None
@@ -80,9 +78,7 @@ def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:
 def _lines(path: Path) -> Iterator[str]:
     """The lines of a text file, with a limit on their length."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        number = 0
-        while line := file.readline(_MAX_LINE + 1):
-            number += 1
+        for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE + 1), ""), start=1):
             if len(line) > _MAX_LINE:
                 raise AfaError(f"{path}, line {number}: longer than {_MAX_LINE:,} characters; write one image a line")
             if "\0" in line:
@@ -90,7 +86,7 @@ def _lines(path: Path) -> Iterator[str]:
             yield line
 
 
-def _read_csv(path: Path, known_classes: Sequence[str]) -> tuple[tuple[str, ...], list[TagEntry]]:
+def _read_csv(path: Path, known_classes: Sequence[str]) -> Contents:
     lines = _lines(path)
     first = next(lines, "")
     delimiter = "\t" if path.suffix.lower() == ".tsv" else next((c for c in ",;\t" if c in first), ",")
@@ -137,37 +133,32 @@ def _csv_rows(
         yield _Row(where, cells[image].strip(), known[values], side, single=False)
 
 
-def _json_objects(path: Path, content: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_objects(path: Path, content: Any) -> Iterator[tuple[str, Any]]:
     """The objects of a list, or the equivalent of an object that maps images to tags."""
     for number, (key, value) in enumerate(elements(content), start=1):
-        where = f"{path}, entry {number}"
         if key:
             has_tags = isinstance(value, dict) and any(name in value for name in TAG_COLUMNS + SINGLE_TAG_COLUMNS)
-            yield where, {"file_name": key} | (value if has_tags else {"tags": value})
-        elif isinstance(value, dict):
-            yield where, value
-        else:
-            raise AfaError(f'{where}: is {shown(value)}; write objects such as {{"file": "a.jpg", "tags": ["cat"]}}')
+            value = {"file_name": key} | (value if has_tags else {"tags": value})
+        yield f"{path}, entry {number}", value
 
 
-def _line_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _line_objects(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise AfaError(f"{where}: not valid JSON ({error}); write one object a line") from None
-        if not isinstance(value, dict):
-            raise AfaError(f'{where}: is {shown(value)}; write objects such as {{"file": "a.jpg", "tags": ["cat"]}}')
-        yield where, value
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise AfaError(f"{where}: not valid JSON ({error}); write one object a line") from None
+            yield where, value
 
 
-def _object_rows(objects: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[_Row]:
+def _object_rows(objects: Iterable[tuple[str, Any]]) -> Iterator[_Row]:
     """Rows of JSON objects; one without a key of tags is an image without tags."""
     keys: tuple[str, ...] | None = None
     for where, values in objects:
+        if not isinstance(values, dict):
+            raise AfaError(f'{where}: is {shown(values)}; write objects such as {{"file": "a.jpg", "tags": ["cat"]}}')
         if tuple(values) != keys:
             keys = tuple(values)
             columns = _columns(keys)
