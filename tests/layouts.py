@@ -22,9 +22,12 @@ def touch(root: Path, *paths: str) -> None:
         Image.new("RGB", (6, 4), "red").save(root / path, format="PNG")
 
 
-def write(root: Path, path: str, content: Any) -> None:
+def write(root: Path, path: str, content: Any) -> Path:
+    """A text as it is, or anything else as JSON."""
     (root / path).parent.mkdir(parents=True, exist_ok=True)
-    (root / path).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    text = content if isinstance(content, str) else json.dumps(content)
+    (root / path).write_text(text, encoding="utf-8", newline="")
+    return root / path
 
 
 COCO: dict[str, Any] = {

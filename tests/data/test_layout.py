@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import unicodedata
@@ -11,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from afa.config import DataConfig
 from afa.data.dataset import MaskedImages, TaggedImages
@@ -463,98 +460,6 @@ def test_one_walk_and_no_look_at_single_images(tmp_path: Path, monkeypatch: pyte
     assert len(layout.train()) + len(layout.validation()) == folders * each
     assert calls.count("scandir") < folders + 20
     assert len(calls) < 5 * folders
-
-
-ODD_TEXT = st.text(
-    st.sampled_from(list("a0.,;|/\\\"'[]{}<>:=#\n\r\t\0\ufeffé\u0301🦄 ")) | st.characters(codec="utf-8"), max_size=30
-)
-WORD_LIST = (
-    'file tags image label , ; \n 00.png cat dog 1 0 -1 1e999 NaN null ../x / " [ ] { } : split val '
-    '"images" "annotations" "categories" "id" "file_name" "data" <annotations> </annotations> </image> '
-    '{"id":1,"name":"cat"} {"id":1,"file_name":"00.png"} {"image_id":1,"category_id":1}'
-)
-WORDS = WORD_LIST.split(" ")
-XML = ['<image name="00.png">', '<tag label="cat"/>']
-KEY_LIST = (
-    "file tags images annotations categories id name file_name image_id category_id data result value choices label "
-    "image annotator split 00.png"
-)
-KEYS = KEY_LIST.split()
-PIECES = st.lists(st.sampled_from(WORDS + XML) | ODD_TEXT, max_size=24).map("".join)
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | ODD_TEXT | st.sampled_from(["00.png", "cat", "../x"]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS) | ODD_TEXT, inner, max_size=5),
-    max_leaves=25,
-).map(lambda value: json.dumps(value, ensure_ascii=False))
-
-
-@pytest.fixture(scope="module")
-def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return table(tmp_path_factory.mktemp("fuzzed"), 2)
-
-
-@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.json", "t.jsonl", "t.xml", "t.npy", "classes.txt"])
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=PIECES | JSON | ODD_TEXT | st.binary(max_size=60))
-def test_no_file_of_tags_gives_a_traceback(fuzzed: Path, name: str, content: str | bytes) -> None:
-    raw = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
-    (fuzzed / name).write_bytes(raw)
-    assert_no_traceback(fuzzed, "tags.csv" if name == "classes.txt" else name)
-    (fuzzed / name).unlink()
-
-
-GOOD = {
-    "t.csv": 'file,tags,split\r\n"00.png",cat;dog,train\r\n01.png,cat,val\r\n',
-    "t.tsv": "file_name\tcat\tdog\n00\t1\t0\n01\t1\t1\n",
-    "t.json": json.dumps(
-        {
-            "images": [{"id": 1, "file_name": "00.png"}, {"id": 2, "file_name": "01.png"}],
-            "annotations": [{"image_id": 1, "category_id": 9, "segmentation": [[1, 2, 3, 4, 5, 6]]}],
-            "categories": [{"id": 9, "name": "cat"}, {"id": 3, "name": "dog"}],
-        }
-    ),
-    "l.json": '[{"data": {"image": "/data/local-files/?d=x/00.png"}, "annotations": [{"result": [{"value": {"choices":'
-    ' ["cat"]}}]}]}, {"data": {"image": "01.png"}, "annotations": []}]',
-    "d.json": '{"00.png": ["cat", "dog"], "01.png": {"cat": 1}}',
-    "t.jsonl": '{"file": "00.png", "tags": ["cat"]}\n{"file": "01.png", "label": "dog"}\n',
-    "t.xml": '<?xml version="1.0"?><annotations><meta><labels><label><name>cat</name></label></labels></meta>'
-    '<image name="00.png" subset="val"><tag label="cat"/></image><image name="01.png"/></annotations>',
-}
-
-
-@pytest.mark.parametrize("name", GOOD)
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    place=st.integers(0, 400),
-    length=st.integers(0, 12),
-    put=st.sampled_from(WORDS).map(str.encode) | st.binary(max_size=6),
-)
-def test_no_spoiled_file_gives_a_traceback(fuzzed: Path, name: str, place: int, length: int, put: bytes) -> None:
-    good = GOOD[name].encode()
-    (fuzzed / name).write_bytes(good[:place] + put + good[place + length :])
-    assert_no_traceback(fuzzed, name)
-    (fuzzed / name).unlink()
-
-
-def assert_no_traceback(root: Path, tags: str) -> None:
-    """Opening succeeds, or fails with one line that can be printed."""
-    said = ""
-    try:
-        layout = open_data(DataConfig(root=str(root), tags=tags))
-        layout.train()
-        said = layout.describe()
-    except AfaError as error:
-        said = str(error)
-    assert len(said.splitlines()) == 1, said
-    assert len(said) < 2000
-    said.encode("utf-8")
-
-
-@pytest.mark.parametrize("name", GOOD)
-def test_what_is_spoiled_was_good(fuzzed: Path, name: str) -> None:
-    write(fuzzed, name, GOOD[name])
-    assert "cat" in found(fuzzed, tags=name).classes
-    (fuzzed / name).unlink()
 
 
 def test_every_layout_of_the_configuration_is_known() -> None:

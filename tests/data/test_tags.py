@@ -1,5 +1,10 @@
+"""Each kind of file of tags: what is read of it, and what is said of mistakes in it."""
+
 from __future__ import annotations
 
+import csv
+import gc
+import json
 import os
 import pickle
 from pathlib import Path
@@ -8,36 +13,242 @@ from typing import Any
 import numpy as np
 import pytest
 
-from afa.data.readers.tag_files import read_tags
-from afa.errors import AfaError
+from afa.data.readers import table
+from afa.data.readers.base import TagEntry
+from afa.data.readers.tag_files import FoundTags, TagFile, read_tag_file, read_tags
+from layouts import write
+from mistakes import said
 
 CLASSES = ("bird", "cat", "dog")
 
 
-def message(path: Path, classes: tuple[str, ...] = CLASSES) -> str:
-    with pytest.raises(AfaError) as caught:
-        read_tags(path, classes)
-    text = str(caught.value)
-    assert "\n" not in text
-    assert str(path) in text
-    return text
+def found(root: Path, name: str, content: Any) -> FoundTags:
+    """A file of this name and content, read without known classes."""
+    return read_tag_file(TagFile(write(root, name, content)))
 
 
-def csv(folder: Path, text: str) -> Path:
-    path = folder / "tags.csv"
-    path.write_text(text, encoding="utf-8")
-    return path
+def tags_of(root: Path, name: str, content: Any) -> dict[str, tuple[str, ...]]:
+    """The tags of the images as the file writes their names."""
+    return {entry.image: entry.tags for entry in found(root, name, content).entries.values()}
 
 
-def npy(folder: Path, content: Any) -> Path:
+def rows(path: Path) -> list[TagEntry]:
+    return table.read(path, TagFile(path).content, ())[1]
+
+
+def reachable(value: object) -> list[object]:
+    """All objects that an object leads to, but for modules, classes and functions."""
+    found: dict[int, object] = {}
+    queue = [value]
+    while queue:
+        item = queue.pop()
+        if id(item) not in found and not isinstance(item, type) and not callable(item):
+            found[id(item)] = item
+            queue += gc.get_referents(item)
+    return list(found.values())
+
+
+TWO = {"a.jpg": ("cat", "dog"), "b/c.png": ("cat",)}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", "file,tags\na.jpg,cat dog\nb/c.png,cat\n"),
+        ("t.csv", '\ufefffile,tags\r\n"a.jpg","cat, dog"\r\n\r\nb/c.png,cat\r\n'),
+        ("t.csv", "Filename;Labels\na.jpg;cat|dog\nb/c.png;cat\n"),
+        ("t.csv", "tags,x,image\ncat;dog,1,a.jpg\ncat,2,b/c.png\n"),
+        ("t.csv", "image,labels\na.jpg,\"['cat', 'dog']\"\nb/c.png,['cat']\n"),
+        ("t.csv", "image,label\na.jpg,cat\nb/c.png,cat\na.jpg,dog\n"),
+        ("t.tsv", "file_name\tclasses\na.jpg\tcat dog\nb/c.png\tcat\n"),
+        ("t.csv", "file,cat,dog\na.jpg,1,1\nb/c.png,True,\n"),
+        ("t.csv", "file,cat,split,dog\na.jpg,1,train,1.0\nb/c.png,yes,val,false\n"),
+        ("t.json", '{"a.jpg": ["cat", "dog"], "b/c.png": ["cat"]}'),
+        ("t.json", '{"a.jpg": "cat dog", "b/c.png": {"cat": 1, "dog": 0}}'),
+        ("t.json", '{"a.jpg": {"labels": ["cat", "dog"]}, "b/c.png": {"label": "cat"}}'),
+        ("t.json", '[{"file": "a.jpg", "tags": ["cat", "dog"]}, {"image": "b/c.png", "label": "cat", "x": {}}]'),
+        (
+            "t.jsonl",
+            '\ufeff{"file_name": "a.jpg", "labels": ["cat", "dog"]}\n\n{"filename": "b/c.png", "class": "cat"}',
+        ),
+    ],
+)
+def test_forms_of_tables(tmp_path: Path, name: str, text: str) -> None:
+    path = write(tmp_path, name, text)
+    assert {entry.image: entry.tags for entry in rows(path)} == TWO
+
+
+def test_tags_come_in_the_order_of_the_classes(tmp_path: Path) -> None:
+    path = write(tmp_path, "t.csv", '\ufeffimage,tags\r\na,dog\r\nb.JPG,"dog  bird dog"\n\nc d, cat\ne,\n')
+    assert read_tags(path, CLASSES) == {"a": ("dog",), "b": ("bird", "dog"), "c d": ("cat",), "e": ()}
+
+
+@pytest.mark.parametrize("column", ["label", "tags"])
+def test_one_label_keeps_its_spaces(tmp_path: Path, column: str) -> None:
+    path = write(tmp_path, "t.csv", f"file,{column}\na.jpg,traffic light\nb.jpg,stop sign; cat\n")
+    assert {entry.image: entry.tags for entry in rows(path)} == {
+        "a.jpg": ("traffic light",),
+        "b.jpg": ("stop sign", "cat"),
+    }
+
+
+def test_class_with_a_space_needs_another_separator(tmp_path: Path) -> None:
+    classes = ("dog", "traffic light")
+    path = write(tmp_path, "t.csv", "image,tags\na,dog traffic light\n")
+    assert "'traffic light' has one; name it traffic_light" in said(read_tags, path, classes)
+    write(tmp_path, "t.csv", "image,tags\na,dog;traffic light\nb,traffic light\n")
+    assert read_tags(path, classes) == {"a": classes, "b": ("traffic light",)}
+    write(tmp_path, "t.csv", "image,tags\na,traffic light\n")
+    assert read_tags(path, classes) == {"a": ("traffic light",)}
+
+
+def test_splits_and_empty_tags(tmp_path: Path) -> None:
+    path = write(tmp_path, "t.csv", "file,tags,split\na,cat,train\nb,,val\n")
+    expected = [TagEntry(f"{path}, line 2", "a", ("cat",), "train"), TagEntry(f"{path}, line 3", "b", (), "val")]
+    assert rows(path) == expected
+    path = write(tmp_path, "t.jsonl", '{"file": "a"}\n{"file": "b", "tags": null}\n')
+    assert {entry.image: entry.tags for entry in rows(path)} == {"a": (), "b": ()}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "classes", "declared"),
+    [
+        ("t.csv", "image,zebra,cat\na,0,1\n", ("zebra", "cat"), True),
+        ("t.csv", "image,tags\na,zebra cat\n", ("cat", "zebra"), False),
+        ("t.xml", '<annotations><image name="a.jpg"><tag label="b"/></image></annotations>', ("b",), False),
+    ],
+)
+def test_order_of_the_classes(tmp_path: Path, name: str, text: str, classes: tuple[str, ...], declared: bool) -> None:
+    tags = found(tmp_path, name, text)
+    assert (tags.classes, tags.declared) == (classes, declared)
+
+
+def test_agrees_with_the_csv_module(tmp_path: Path) -> None:
+    """Names with every character that must be quoted come back as another writer wrote them."""
+    names = ["a b", "c,d", 'e"f', "ä;ö", "g|h", "日本"]
+    path = tmp_path / "t.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "tags"])
+        writer.writerows([name, "cat|dog"] for name in names)
+    assert {entry.image: entry.tags for entry in rows(path)} == dict.fromkeys(names, ("cat", "dog"))
+
+
+def test_equal_tags_are_kept_once(tmp_path: Path) -> None:
+    text = "\n".join(json.dumps({"file": f"{i}", "tags": "cat dog"}) for i in range(100))
+    assert len({id(entry.tags) for entry in found(tmp_path, "t.jsonl", text).entries.values()}) == 1
+
+
+def result(kind: str, names: list[Any]) -> dict[str, Any]:
+    return {"from_name": "x", "to_name": "image", "type": kind, "value": {kind: names}}
+
+
+COCO: dict[str, Any] = {
+    "info": {"year": 2014},
+    "images": [
+        {"id": 7, "file_name": "b.jpg", "height": 4, "width": 6},
+        {"id": 3, "file_name": "train/a.jpg", "height": 4, "width": 6},
+        {"id": 5, "file_name": "c.jpg", "height": 4, "width": 6},
+    ],
+    "annotations": [
+        {"id": 1, "image_id": 3, "category_id": 90, "segmentation": [[12345.5, 0, 5, 0, 5, 3]], "iscrowd": 0},
+        {"id": 2, "image_id": 3, "category_id": 2, "segmentation": {"counts": "SECRETRUNS", "size": [4, 6]}},
+        {"id": 3, "image_id": 3, "category_id": 2, "segmentation": [], "bbox": [1, 2, 3, 4]},
+        {"id": 4, "image_id": 7, "category_id": 17, "iscrowd": 1},
+    ],
+    "categories": [{"id": 90, "name": "toothbrush"}, {"id": 2, "name": "bicycle"}, {"id": 17, "name": "cat"}],
+}
+TASK = {"id": 1, "data": {"image": "a.jpg"}, "annotations": [{"result": [result("choices", ["cat"])]}]}
+MISTAKES: list[tuple[str, Any, str]] = [
+    ("t.csv", "", "the first line is ''; write the header image,tags"),
+    ("t.csv", "a,dog\n", "the first line is 'a,dog'; write the header image,tags"),
+    ("t.csv", "file\na\n", "the first line is 'file'; write the header image,tags"),
+    ("t.csv", "image,tags\na,dog\na.png,cat\n", "line 3: image 'a' is there a second time; keep"),
+    ("t.csv", "image,tags\na,dog,cat\n", "line 2: 3 columns; write image,tags"),
+    ("t.csv", "file,cat,dog\na,1\n", "line 2: 2 columns; the header has 3"),
+    ("t.csv", "image,tags\n,dog\n", "line 2: no image name"),
+    ("t.csv", 'image,tags\na,"dog\n', "not a CSV in UTF-8"),
+    ("t.csv", "file,tags\na,cat\0\n", "line 2: holds a NUL byte; save"),
+    ("t.csv", f"file,tags\na,{'x' * 200_000}\n", "field larger than field limit"),
+    ("t.csv", f"file,tags\na,{'x,' * 600_000}\n", "line 2: longer than 1,000,000 characters; write"),
+    ("t.csv", "file,tags\na," + "cat " * 12_500_000, "line 2: longer than 1,000,000 characters; write"),
+    ("t.csv", "file,cat\na,maybe\n", "line 2, column 'cat': the value is 'maybe'; write 0 or 1"),
+    ("t.csv", "file,cat,cat\na,1,1\n", "two columns have the same name"),
+    ("t.csv", 'file,tags\n"a\nb",cat\n', "line 3: the image name 'a\\nb' has control characters"),
+    ("t.csv", "file,tags\na,Cat\nb,cat\n", "classes 'Cat' and 'cat' differ in case"),
+    ("t.csv", "file,tags\na,background\n", "leave 'background' out"),
+    ("t.csv", "file,tags\na,\n", "0 classes; give 1 to 254"),
+    ("t.csv", f"file,label\na,{'x' * 300}\n", "more than 200; rename"),
+    ("t.json", "", "not valid JSON near character 0: Expecting value; save"),
+    ("t.json", '{"a": ["cat"]', "not valid JSON near character 13: Expecting ',' delimiter; save"),
+    ("t.json", '{"a": ["cat"]} x', "not valid JSON near character 15: Extra data; save"),
+    ("t.json", '[["a", "cat"]]', "entry 1: is ['a', 'cat']; write objects"),
+    ("t.json", '[{"file": 5, "tags": []}]', "entry 1: no text that names the image; add"),
+    ("t.json", '{"a": [1.5]}', "entry 1: the tag 1.5 is no text; write"),
+    ("t.json", '{"a": {"cat": "x"}}', "entry 1, column 'cat': the value is 'x'; write 0 or 1"),
+    ("t.json", '{"a\\u0000b": ["cat"]}', "the image name 'a\\x00b' has control characters"),
+    ("t.json", '{"a\\ud800b": ["cat"]}', "the image name 'a\\ud800b' has control characters"),
+    ("t.json", "[" * 100_000, "not valid JSON: cannot be decoded (maximum recursion"),
+    ("t.json", "5", "is neither a list nor an object; write"),
+    ("t.json", '{"a": ["cat"], "a": ["dog"]}', "'a' is there a second time; keep"),
+    ("t.json", f'{{"a": {"1" * 5000}}}', "cannot be decoded (Exceeds the limit"),
+    ("t.jsonl", "[1]\n", "line 1: is [1]; write objects"),
+    ("t.jsonl", '{"file": "a"\n', "line 1: not valid JSON"),
+    ("t.jsonl", "[" * 100_000, "line 1: not valid JSON"),
+    ("coco.json", COCO | {"images": []}, "no images; give"),
+    ("coco.json", COCO | {"categories": []}, "no categories"),
+    ("coco.json", COCO | {"images": [{"id": 1}]}, "image 1 has no file_name"),
+    ("coco.json", COCO | {"images": COCO["images"] * 2}, "image id 7 is there twice"),
+    ("coco.json", COCO | {"categories": COCO["categories"] * 2}, "category id 90 is there twice"),
+    ("coco.json", COCO | {"categories": [{"id": 90}]}, "category 90 has no name"),
+    ("coco.json", COCO | {"annotations": [{"image_id": 9, "category_id": 2}]}, "image id 9, which"),
+    ("coco.json", COCO | {"annotations": [{"image_id": 3, "category_id": 1}]}, "category id 1, which"),
+    ("coco.json", COCO | {"annotations": [{"image_id": 3}]}, "{'image_id': 3} has no whole number as category_id"),
+    ("coco.json", COCO | {"annotations": [5]}, "5 has no whole number as image_id"),
+    ("coco.json", COCO | {"categories": [{"id": i, "name": "a"} for i in (2, 17, 90)]}, "class 'a' is there twice"),
+    ("ls.json", [{"id": 1, "data": {"text": "hello"}, "annotations": []}], "task 1: names no image; export"),
+    ("ls.json", [TASK, 5], "task 2: is no task; export"),
+    ("t.xml", "<annotations>", "not an XML file (no element found"),
+    ("t.xml", "{}", "not an XML file (not well-formed"),
+    ("t.xml", "<annotation/>", "is <annotation>, not <annotations>; export"),
+    ("t.xml", '<annotations><image id="0"/></annotations>', "image 1 has no name"),
+    ("t.xml", '<!DOCTYPE a [<!ENTITY b "c">]><annotations/>', "(a); remove the DOCTYPE"),
+    ("t.xml", "<annotations/>", "0 classes; give 1 to 254"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "expected"), MISTAKES, ids=range(len(MISTAKES)))
+def test_mistakes(tmp_path: Path, name: str, content: Any, expected: str) -> None:
+    text = said(found, tmp_path, name, content)
+    assert text.startswith(str(tmp_path / name))
+    assert expected in text
+    assert len(text) < 600
+
+
+@pytest.mark.parametrize(("tag", "hint"), [("dgo", "did you mean dog?"), ("zebra", "allowed: bird, cat, dog")])
+def test_unknown_tags(tmp_path: Path, tag: str, hint: str) -> None:
+    path = write(tmp_path, "t.csv", f"image,tags\na,{tag}\n")
+    assert f"{path}, line 2, image 'a': unknown tag {tag!r}; {hint}" in said(read_tags, path, CLASSES)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.json", "t.jsonl"])
+def test_another_encoding(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes('{"file": "ä"}'.encode("utf-16"))
+    assert "in UTF-8" in said(read_tags, tmp_path / name, CLASSES)
+
+
+def test_missing(tmp_path: Path) -> None:
+    assert f"{tmp_path / 't.csv'}: no such tags file or folder; set data.tags" in said(
+        read_tags, tmp_path / "t.csv", ()
+    )
+
+
+def npy(folder: Path, content: Any, *, protocol: int | None = None) -> Path:
+    """What numpy.save writes, or an `.npy` whose pickle has another protocol."""
     path = folder / "cls_labels_onehot.npy"
-    np.save(path, content)
-    return path
-
-
-def pickled(folder: Path, content: Any, *, protocol: int) -> Path:
-    """An `.npy` whose pickle has another protocol than numpy.save's."""
-    path = folder / "cls_labels_onehot.npy"
+    if protocol is None:
+        np.save(path, content)
+        return path
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
         array = np.empty((), dtype=object)
@@ -46,86 +257,21 @@ def pickled(folder: Path, content: Any, *, protocol: int) -> Path:
     return path
 
 
-def xml(folder: Path, name: str, body: str) -> Path:
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{name}.xml"
-    path.write_text(body, encoding="utf-8")
-    return path
-
-
-def test_csv(tmp_path: Path) -> None:
-    text = '\ufeffimage,tags\r\na,dog\r\nb.JPG,"dog  bird dog"\n\nc d, cat\ne,\n'
-    assert read_tags(csv(tmp_path, text), CLASSES) == {
-        "a": ("dog",),
-        "b": ("bird", "dog"),
-        "c d": ("cat",),
-        "e": (),
-    }
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("", "the first line is ''; write the header image,tags"),
-        ("a,dog\n", "the first line is 'a,dog'; write the header image,tags"),
-        ("image,tags\na,dog\na.png,cat\n", "line 3: image 'a' is there a second time"),
-        ("image,tags\na,dog,cat\n", "line 2: 3 columns; write image,tags"),
-        ("image,tags\n,dog\n", "line 2: no image name"),
-        (
-            "image,tags\na,dgo\n",
-            "line 2, image 'a': unknown tag 'dgo'; did you mean dog?",
-        ),
-        ("image,tags\na,zebra\n", "unknown tag 'zebra'; allowed: bird, cat, dog"),
-        ('image,tags\na,"dog\n', "not a CSV in UTF-8"),
-    ],
-)
-def test_csv_mistakes(tmp_path: Path, text: str, expected: str) -> None:
-    assert expected in message(csv(tmp_path, text))
-
-
-def test_csv_in_another_encoding(tmp_path: Path) -> None:
-    (tmp_path / "tags.csv").write_bytes("image,tags\nä,dog\n".encode("utf-16"))
-    assert "not a CSV in UTF-8" in message(tmp_path / "tags.csv")
-
-
-def test_class_with_a_space_needs_another_separator(tmp_path: Path) -> None:
-    path = csv(tmp_path, "image,tags\na,dog traffic light\n")
-    text = message(path, ("dog", "traffic light"))
-    assert "'traffic light' has one; name it traffic_light" in text
-    csv(tmp_path, "image,tags\na,dog;traffic light\nb,traffic light\n")
-    assert read_tags(path, ("dog", "traffic light")) == {"a": ("dog", "traffic light"), "b": ("traffic light",)}
-    csv(tmp_path, "image,tags\na,traffic light\n")
-    assert read_tags(path, ("dog", "traffic light")) == {"a": ("traffic light",)}
-
-
-def test_missing(tmp_path: Path) -> None:
-    assert "folder; set data.tags" in message(tmp_path / "tags.csv")
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64", ">f4", "uint8", "int64", "bool"])
-def test_npy(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize("protocol", [None, 2, 3, 4])
+def test_npy(tmp_path: Path, dtype: str, protocol: int | None) -> None:
     content: dict[Any, Any] = {
         "2007_000032": np.array([1, 0, 1], dtype=dtype),
         2007000033: np.array([0, 1, 0], dtype=dtype),
         np.int64(2008000001): np.array([0, 0, 0], dtype=dtype),
         9: np.array([1, 0, 0], dtype=dtype),
     }
-    assert read_tags(npy(tmp_path, content), CLASSES) == {
-        "2007_000032": ("bird", "dog"),
-        "2007_000033": ("cat",),
-        "2008_000001": (),
-        "9": ("bird",),
-    }
-
-
-@pytest.mark.parametrize("protocol", [2, 3, 4])
-def test_npy_of_every_pickle_protocol(tmp_path: Path, protocol: int) -> None:
-    path = pickled(tmp_path, {"a": np.array([0, 1, 1], dtype=np.float32)}, protocol=protocol)
-    assert read_tags(path, CLASSES) == {"a": ("cat", "dog")}
+    tags = {"2007_000032": ("bird", "dog"), "2007_000033": ("cat",), "2008_000001": (), "9": ("bird",)}
+    assert read_tags(npy(tmp_path, content, protocol=protocol), CLASSES) == tags
 
 
 def test_npy_of_numpy_1(tmp_path: Path) -> None:
-    path = pickled(tmp_path, {"a": np.array([0, 1, 0], dtype=np.float32)}, protocol=3)
+    path = npy(tmp_path, {"a": np.array([0, 1, 0], dtype=np.float32)}, protocol=3)
     content = path.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     path.write_bytes(content)
     assert b"numpy.core" in content
@@ -148,13 +294,16 @@ def test_npy_of_numpy_1(tmp_path: Path) -> None:
     ],
 )
 def test_npy_mistakes(tmp_path: Path, content: Any, expected: str) -> None:
-    assert expected in message(npy(tmp_path, content))
+    path = npy(tmp_path, content)
+    text = said(read_tags, path, CLASSES)
+    assert text.startswith(f"{path}: ")
+    assert expected in text
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"image,tags\n", bytes(range(256))])
 def test_npy_that_is_not_one(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.npy").write_bytes(content)
-    assert "not a dictionary" in message(tmp_path / "a.npy")
+    assert f"{tmp_path / 'a.npy'}: not a dictionary" in said(read_tags, tmp_path / "a.npy", CLASSES)
 
 
 def test_npy_cut_short(tmp_path: Path) -> None:
@@ -162,7 +311,7 @@ def test_npy_cut_short(tmp_path: Path) -> None:
     content = path.read_bytes()
     for length in range(0, len(content) - 1, 7):
         path.write_bytes(content[:length])
-        message(path)
+        assert str(path) in said(read_tags, path, CLASSES)
 
 
 class Hostile:
@@ -182,8 +331,7 @@ class Hostile:
 def test_hostile_npy_is_refused_and_runs_nothing(tmp_path: Path, function: Any, name: str, protocol: int) -> None:
     target = tmp_path / "made"
     argument = f"import os; os.mkdir({str(target)!r})" if function is exec else str(target)
-    path = pickled(tmp_path, {"a": Hostile(function, argument)}, protocol=protocol)
-    text = message(path)
+    text = said(read_tags, npy(tmp_path, {"a": Hostile(function, argument)}, protocol=protocol), CLASSES)
     assert "refused; give the tags as CSV" in text
     assert name in text
     assert not target.exists()
@@ -192,47 +340,124 @@ def test_hostile_npy_is_refused_and_runs_nothing(tmp_path: Path, function: Any, 
 def test_hostile_npy_is_hostile(tmp_path: Path) -> None:
     """What the test above refuses does run in an ordinary load."""
     target = tmp_path / "made"
-    np.load(pickled(tmp_path, Hostile(os.mkdir, str(target)), protocol=4), allow_pickle=True)
+    np.load(npy(tmp_path, Hostile(os.mkdir, str(target)), protocol=4), allow_pickle=True)
     assert target.exists()
 
 
 def test_npy_with_a_forged_type_is_refused(tmp_path: Path) -> None:
     """An array of 8-byte numbers that says its bytes are objects must not become pointers."""
-    path = pickled(tmp_path, {"a": np.full(3, 2**40, dtype=np.int64)}, protocol=4)
+    path = npy(tmp_path, {"a": np.full(3, 2**40, dtype=np.int64)}, protocol=4)
     content = path.read_bytes()
     assert content.count(b"\x8c\x02i8") == 1
     path.write_bytes(content.replace(b"\x8c\x02i8", b"\x8c\x02O8"))
-    assert "has a vector of 0 values" in message(path)
+    assert "has a vector of 0 values" in said(read_tags, path, CLASSES)
 
 
-VOC_XML = """<annotation><filename>x.jpg</filename>
-<object><name>dog</name><part><name>head</name></part></object>
-<object><name>bird</name></object><object><name>dog</name></object></annotation>"""
+def test_voc_xml(tmp_path: Path) -> None:
+    text = (
+        "<annotation><filename>x.jpg</filename><object><name>dog</name><part><name>head</name></part></object>"
+        "<object><name>bird</name></object><object><name>dog</name></object></annotation>"
+    )
+    write(tmp_path, "2007_000032.xml", text)
+    write(tmp_path, "2007_000033.xml", "<annotation/>")
+    write(tmp_path, "notes.txt", "x")
+    assert read_tags(tmp_path, CLASSES) == {"2007_000032": ("bird", "dog"), "2007_000033": ()}
 
 
-def test_xml_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "Annotations"
-    xml(folder, "2007_000032", VOC_XML)
-    xml(folder, "2007_000033", "<annotation/>")
-    (folder / "notes.txt").write_text("x")
-    assert read_tags(folder, CLASSES) == {"2007_000032": ("bird", "dog"), "2007_000033": ()}
+LAUGHS = "".join(f'<!ENTITY l{n} "{f"&l{n - 1};" * 10}">' for n in range(1, 9))
 
 
-def test_xml_mistakes(tmp_path: Path) -> None:
-    folder = tmp_path / "Annotations"
-    path = xml(folder, "a", "<annotation><object><name>gnu</name></object></annotation>")
-    with pytest.raises(AfaError, match=r"a\.xml: .*'gnu'; .*bird, cat, dog"):
-        read_tags(folder, CLASSES)
-    path.write_text("<annotation><object>")
-    with pytest.raises(AfaError, match=r"a\.xml: .*VOC .*no element found"):
-        read_tags(folder, CLASSES)
-    path.unlink()
-    assert "no .xml file in this folder" in message(folder)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<annotation><object><name>gnu</name></object></annotation>", "unknown tag 'gnu'; allowed: bird, cat, dog"),
+        ("<annotation><object>", "not a VOC annotation (no element found"),
+        (
+            f'<?xml version="1.0"?><!DOCTYPE annotation [<!ENTITY l0 "ha">{LAUGHS}]>'
+            "<annotation><object><name>&l8;</name></object></annotation>",
+            "has a document type (annotation); remove the DOCTYPE",
+        ),
+        (None, "no .xml file in this folder"),
+    ],
+)
+def test_voc_xml_mistakes(tmp_path: Path, text: str | None, expected: str) -> None:
+    path = tmp_path if text is None else write(tmp_path, "a.xml", text)
+    assert f"{path}: {expected}" in said(read_tags, tmp_path, CLASSES)
 
 
-def test_xml_with_entities_is_refused(tmp_path: Path) -> None:
-    laughs = "".join(f'<!ENTITY l{n} "{f"&l{n - 1};" * 10}">' for n in range(1, 9))
-    body = f'<?xml version="1.0"?><!DOCTYPE annotation [<!ENTITY l0 "ha">{laughs}]>'
-    xml(tmp_path / "A", "a", body + "<annotation><object><name>&l8;</name></object></annotation>")
-    with pytest.raises(AfaError, match=r"a\.xml: .*\(annotation\); .*DOCTYPE"):
-        read_tags(tmp_path / "A", CLASSES)
+def test_coco(tmp_path: Path) -> None:
+    tags = found(tmp_path, "export.json", COCO)
+    assert TagFile(tmp_path / "export.json").kind == "coco"
+    assert tags.classes == ("bicycle", "cat", "toothbrush")
+    expected = {"b.jpg": ("cat",), "train/a.jpg": ("bicycle", "toothbrush"), "c.jpg": ()}
+    assert tags_of(tmp_path, "export.json", COCO) == expected
+    assert tags_of(tmp_path, "export.json", dict(reversed(COCO.items()))) == expected
+    held = reachable(tags)
+    assert "cat" in held
+    assert 12345.5 not in held
+    assert not [item for item in held if isinstance(item, str) and ("SECRET" in item or "segmentation" in item)]
+    assert 12345.5 in reachable(COCO)  # the search does find it
+
+
+def test_label_studio(tmp_path: Path) -> None:
+    tasks = [
+        {
+            "id": 1,
+            "data": {"image": "/data/upload/3/0a1b2c3d-my%20cat.jpg"},
+            "annotations": [
+                {"was_cancelled": True, "result": [result("choices", ["canceled"])]},
+                {"result": [result("choices", ["cat", "dog"]), result("taxonomy", [["animal", "bird"]])]},
+                {"result": [result("rectanglelabels", ["cow"]), {"type": "rating", "value": {"rating": 3}}]},
+            ],
+            "predictions": [{"result": [result("choices", ["predicted"])]}],
+        },
+        {"id": 2, "data": {"note": "x", "photo": "/data/local-files/?d=pets/b.jpg"}, "annotations": []},
+        {"id": 3, "data": {"image": "s3://bucket/pets/c.jpg"}, "annotations": [{"result": []}]},
+        {"id": 4, "data": {"image": "pets/d.PNG"}, "annotations": [{"result": [result("brushlabels", ["cat"])]}]},
+    ]
+    assert tags_of(tmp_path, "export.json", tasks) == {
+        "0a1b2c3d-my cat.jpg": ("bird", "cat", "cow", "dog"),
+        "pets/b.jpg": (),
+        "c.jpg": (),
+        "pets/d.PNG": ("cat",),
+    }
+    assert TagFile(tmp_path / "export.json").kind == "labelstudio"
+
+
+def test_label_studio_short_export(tmp_path: Path) -> None:
+    tasks = [
+        {"image": "http://localhost:8080/data/upload/1/a.jpg", "id": 1, "choice": "cat", "annotator": 1},
+        {"image": "b.jpg", "id": 2, "animals": {"choices": ["cat", "dog"]}, "lead_time": 2.5},
+        {"image": "c.jpg", "id": 3, "kind": [["animal", "bird"]], "annotator": 1},
+        {"image": "d.jpg", "id": 4, "boxes": [{"x": 1, "rectanglelabels": ["cow"]}], "annotator": 1},
+    ]
+    expected = {"a.jpg": ("cat",), "b.jpg": ("cat", "dog"), "c.jpg": ("bird",), "d.jpg": ("cow",)}
+    assert tags_of(tmp_path, "export.json", tasks) == expected
+    assert TagFile(tmp_path / "export.json").kind == "labelstudio"
+
+
+CVAT = """<?xml version="1.0" encoding="utf-8"?>
+<annotations><version>1.1</version>
+<meta><job><labels>
+  <label><name>dog</name><color>#ff0000</color><attributes><attribute><name>age</name></attribute></attributes></label>
+  <label><name>cat</name></label><label><name>unused</name></label>
+</labels></job></meta>
+<image id="0" name="x/a.jpg" subset="Train" width="6" height="4">
+  <tag label="cat" source="manual"><attribute name="age">3</attribute></tag><tag label="dog"></tag><tag label="cat"/>
+</image>
+<image id="1" name="b &amp; c.jpg" subset="Validation" width="6" height="4">
+  <polygon label="dog" points="12345.5,1;2,2;3,3"></polygon></image>
+<image id="2" name="d.jpg" width="6" height="4"/>
+</annotations>"""
+
+
+def test_cvat(tmp_path: Path) -> None:
+    file = found(tmp_path, "annotations.xml", CVAT)
+    assert file.classes == ("dog", "cat", "unused")
+    assert file.declared
+    assert [(entry.image, entry.tags, entry.split) for entry in file.entries.values()] == [
+        ("x/a.jpg", ("dog", "cat"), "Train"),
+        ("b & c.jpg", ("dog",), "Validation"),
+        ("d.jpg", (), ""),
+    ]
+    assert not [item for item in reachable(file) if isinstance(item, str) and "12345" in item]

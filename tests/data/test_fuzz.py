@@ -1,0 +1,155 @@
+"""No file of a data set gives a traceback: reading it succeeds, or fails with one line that can be printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from afa.config import DataConfig
+from afa.data.images import read_image, read_mask
+from afa.data.open import open_data
+from afa.errors import AfaError
+from layouts import table
+from mistakes import assert_one_line
+
+ODD_TEXT = st.text(
+    st.sampled_from(list("a0.,;|/\\\"'[]{}<>:=#\n\r\t\0\ufeffé\u0301🦄 ")) | st.characters(codec="utf-8"), max_size=30
+)
+WORD_LIST = (
+    'file tags image label , ; \n 00.png cat dog 1 0 -1 1e999 NaN null ../x / " [ ] { } : split val '
+    '"images" "annotations" "categories" "id" "file_name" "data" <annotations> </annotations> </image> '
+    '{"id":1,"name":"cat"} {"id":1,"file_name":"00.png"} {"image_id":1,"category_id":1} < > & <!DOCTYPE\tx> <name>'
+)
+WORDS = WORD_LIST.split(" ")
+XML = ['<image name="00.png">', '<tag label="cat"/>']
+KEY_LIST = (
+    "file tags images annotations categories id name file_name image_id category_id data result value choices label "
+    "image annotator split 00.png"
+)
+PIECES = st.lists(st.sampled_from(WORDS + XML) | ODD_TEXT, max_size=24).map("".join)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | ODD_TEXT | st.sampled_from(["00.png", "cat", "../x"]),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEY_LIST.split()) | ODD_TEXT, inner, max_size=5)
+    ),
+    max_leaves=25,
+).map(lambda value: json.dumps(value, ensure_ascii=False))
+GOOD = {
+    "t.csv": 'file,tags,split\r\n"00.png",cat;dog,train\r\n01.png,cat,val\r\n',
+    "t.tsv": "file_name\tcat\tdog\n00\t1\t0\n01\t1\t1\n",
+    "t.json": json.dumps(
+        {
+            "images": [{"id": 1, "file_name": "00.png"}, {"id": 2, "file_name": "01.png"}],
+            "annotations": [{"image_id": 1, "category_id": 9, "segmentation": [[1, 2, 3, 4, 5, 6]]}],
+            "categories": [{"id": 9, "name": "cat"}, {"id": 3, "name": "dog"}],
+        }
+    ),
+    "l.json": '[{"data": {"image": "/data/local-files/?d=x/00.png"}, "annotations": [{"result": [{"value": {"choices":'
+    ' ["cat"]}}]}]}, {"data": {"image": "01.png"}, "annotations": []}]',
+    "d.json": '{"00.png": ["cat", "dog"], "01.png": {"cat": 1}}',
+    "t.jsonl": '{"file": "00.png", "tags": ["cat"]}\n{"file": "01.png", "label": "dog"}\n',
+    "t.xml": '<?xml version="1.0"?><annotations><meta><labels><label><name>cat</name></label></labels></meta>'
+    '<image name="00.png" subset="train"><tag label="cat"/></image><image name="01.png"/></annotations>',
+    "Annotations/00.xml": '<?xml version="1.0" encoding="utf-8"?><annotation><filename>a.jpg</filename><object>'
+    "<name>cat</name><bndbox/></object><object><name>dog</name></object></annotation>",
+}
+FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two images with tags and masks, and lists of them for the layout of VOC."""
+    root = table(tmp_path_factory.mktemp("fuzzed"), 2)
+    for folder in ("Annotations", "lists", "SegmentationClassAug"):
+        (root / folder).mkdir()
+    for name in ("00", "01"):
+        Image.fromarray(np.ones((4, 6), dtype=np.uint8)).save(root / "SegmentationClassAug" / f"{name}.png")
+    for name in ("train.txt", "val.txt"):
+        (root / "lists" / name).write_text("00\n01\n")
+    return root
+
+
+@contextmanager
+def content_of(path: Path, content: bytes) -> Iterator[None]:
+    """Give a file this content for a while, and expect no error but an `AfaError` of one line."""
+    before = path.read_bytes() if path.exists() else None
+    path.write_bytes(content)
+    try:
+        yield
+    except AfaError as error:
+        assert_one_line(str(error))
+    finally:
+        if before is None:
+            path.unlink()
+        else:
+            path.write_bytes(before)
+
+
+def open_everything(root: Path, tags: str, layout: str = "table") -> tuple[str, ...]:
+    """Read the tags, and for VOC the lists and a mask, too; the classes."""
+    opened = open_data(DataConfig(root=str(root), tags=tags, image_dir="images", layout=layout))
+    opened.train()
+    assert_one_line(opened.describe())
+    if layout == "voc":
+        opened.masked().mask(0)
+    return opened.classes
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.json", "t.jsonl", "t.xml", "t.npy", "classes.txt"])
+@FUZZ
+@given(content=PIECES | JSON | ODD_TEXT | st.binary(max_size=60))
+def test_no_content_gives_a_traceback(root: Path, name: str, content: str | bytes) -> None:
+    raw = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+    with content_of(root / name, raw):
+        open_everything(root, "tags.csv" if name == "classes.txt" else name)
+
+
+@pytest.mark.parametrize("name", GOOD)
+@FUZZ
+@given(
+    place=st.integers(0, 400),
+    length=st.integers(0, 12),
+    put=st.sampled_from(WORDS).map(str.encode) | st.binary(max_size=6),
+)
+def test_no_spoiled_file_gives_a_traceback(root: Path, name: str, place: int, length: int, put: bytes) -> None:
+    good = GOOD[name].encode()
+    with content_of(root / name, good[:place] + put + good[place + length :]):
+        open_everything(root, name.removesuffix("/00.xml"))
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_what_is_spoiled_was_good(root: Path, name: str) -> None:
+    (root / name).write_text(GOOD[name], encoding="utf-8")
+    assert "cat" in open_everything(root, name.removesuffix("/00.xml"))
+    (root / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["train.txt", "val.txt"])
+@FUZZ
+@given(content=st.binary(max_size=30) | st.text(list("01/\\.\n\r\t\0 é#"), max_size=12).map(str.encode))
+def test_no_list_gives_a_traceback(root: Path, name: str, content: bytes) -> None:
+    with content_of(root / "lists" / name, content):
+        open_everything(root, "tags.csv", "voc")
+
+
+def test_lists_that_are_not_spoiled_are_good(root: Path) -> None:
+    assert "cat" in open_everything(root, "tags.csv", "voc")
+
+
+@pytest.mark.parametrize("name", ["images/00.png", "SegmentationClassAug/00.png"])
+@FUZZ
+@given(place=st.integers(0, 400), length=st.integers(0, 40), put=st.binary(max_size=8))
+def test_no_pixels_give_a_traceback(root: Path, name: str, place: int, length: int, put: bytes) -> None:
+    good = (root / name).read_bytes()
+    place %= len(good)
+    with content_of(root / name, good[:place] + put + good[place + length :]):
+        read_image(root / name)
+        read_mask(root / name)
