@@ -1,7 +1,8 @@
-"""Which files a piece of code opens: for tests that training has no way to a mask."""
+"""Which files a piece of code opens, and what an object holds: for tests that training has no way to a mask."""
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -32,3 +33,15 @@ class Opened:
             yield cls.paths
         finally:
             cls.paths = None
+
+
+def reachable(value: object) -> list[object]:
+    """All objects that an object leads to, but for modules, classes and functions."""
+    found: dict[int, object] = {}
+    queue = [value]
+    while queue:
+        item = queue.pop()
+        if id(item) not in found and not isinstance(item, type) and not callable(item):
+            found[id(item)] = item
+            queue += gc.get_referents(item)
+    return list(found.values())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import unicodedata
 from collections.abc import Callable
@@ -32,8 +33,8 @@ from layouts import (
     with_masks,
     write,
 )
-from mistakes import refused
-from opened import Opened
+from mistakes import refused, said
+from opened import Opened, reachable
 
 
 def found(root: Path, **keys: Any) -> DataSet:
@@ -53,11 +54,7 @@ def everything(layout: DataSet) -> dict[str, tuple[str, ...]]:
 
 
 def message(root: Path, **keys: Any) -> str:
-    with pytest.raises(AfaError) as caught:
-        found(root, **keys)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
+    return said(found, root, **keys)
 
 
 @pytest.mark.parametrize(("kind", "place", "content"), TAG_FILES)
@@ -257,12 +254,20 @@ def test_scoring_without_masks(tmp_path: Path) -> None:
         found(tmp_path / "more", class_subset=("yak", "dog")).masked()
 
 
-def test_training_has_no_way_to_the_masks(tmp_path: Path) -> None:
-    layout = found(with_masks(tmp_path))
+@pytest.mark.parametrize(("make", "folder"), [(voc, "SegmentationClassAug"), (with_masks, "masks")])
+def test_training_has_no_way_to_the_masks(tmp_path: Path, make: Callable[[Path], Any], folder: str) -> None:
+    def masks_of(images: TaggedImages) -> list[object]:
+        return [item for item in reachable(images) if isinstance(item, (str, Path)) and f"/{folder}" in f"/{item}"]
+
+    make(tmp_path / "set")
+    layout = found(tmp_path / "set")
     for images in (layout.train(), layout.validation()):
         assert type(images) is TaggedImages
-        assert not any("masks" in str(images.image_path(i)) for i in range(len(images)))
+        assert not [name for name in dir(images) if "mask" in name]
+        assert not masks_of(images)
+        assert folder.encode() not in pickle.dumps(images)
     assert isinstance(layout.masked(), MaskedImages)
+    assert masks_of(layout.masked())  # the search does find them
 
 
 @pytest.mark.parametrize("make", [with_masks, lambda root: (class_folders(root), with_masks(root))])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gc
 import json
 import os
 import pickle
@@ -18,6 +17,7 @@ from afa.data.readers.base import TagEntry
 from afa.data.readers.tag_files import FoundTags, TagFile, read_tag_file, read_tags
 from layouts import write
 from mistakes import said
+from opened import reachable
 
 CLASSES = ("bird", "cat", "dog")
 
@@ -34,18 +34,6 @@ def tags_of(root: Path, name: str, content: Any) -> dict[str, tuple[str, ...]]:
 
 def rows(path: Path) -> list[TagEntry]:
     return table.read(path, TagFile(path).content, ())[1]
-
-
-def reachable(value: object) -> list[object]:
-    """All objects that an object leads to, but for modules, classes and functions."""
-    found: dict[int, object] = {}
-    queue = [value]
-    while queue:
-        item = queue.pop()
-        if id(item) not in found and not isinstance(item, type) and not callable(item):
-            found[id(item)] = item
-            queue += gc.get_referents(item)
-    return list(found.values())
 
 
 TWO = {"a.jpg": ("cat", "dog"), "b/c.png": ("cat",)}

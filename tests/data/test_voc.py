@@ -1,6 +1,7 @@
+"""The layout of PASCAL VOC: lists, their tags and masks."""
+
 from __future__ import annotations
 
-import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,54 +10,50 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from afa.config import DataConfig, load_config
+from afa.config import DataConfig
 from afa.data.classes import VOC_CLASSES
 from afa.data.dataset import MaskedImages, TaggedImages
-from afa.data.loader import train_batches
 from afa.data.open import open_data
 from afa.data.palette import write_index_png
-from afa.errors import AfaError
+from layouts import touch, write
+from mistakes import refused, said
 
-TAGS = {"a": "bird dog", "b": "cat", "c": "dog"}
-
-
-def write_root(root: Path) -> DataConfig:
-    """Three images of 6x4 pixels; the mask of each has every stored value from 0 to 3, and 255."""
-    for folder in ("JPEGImages", "SegmentationClassAug", "lists"):
-        (root / folder).mkdir(parents=True)
-    for seed, name in enumerate(TAGS):
-        pixels = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / "JPEGImages" / f"{name}.png")
-        label = np.array([[0, 1, 2, 3, 255, 0]] * 4, dtype=np.uint8)
-        write_index_png(root / "SegmentationClassAug" / f"{name}.png", label)
-    (root / "lists" / "train.txt").write_text("a\nb\nc\n")
-    (root / "lists" / "val.txt").write_text("c\na\n")
-    rows = [f"{name},{tags}" for name, tags in TAGS.items()]
-    (root / "lists" / "tags.csv").write_text("\n".join(["image,tags", *rows]))
-    (root / "classes.txt").write_text("bird\ncat\ndog\n")
-    return DataConfig(root=str(root))
+NAMES = ("a", "b", "c")
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    return tmp_path / "set"
+    """Three images of 6x4 pixels; the mask of each has every stored value from 0 to 3, and 255."""
+    root = tmp_path / "set"
+    for name in NAMES:
+        touch(root, f"JPEGImages/{name}.png")
+        write_mask(root, name, np.array([[0, 1, 2, 3, 255, 0]] * 4))
+    write(root, "lists/train.txt", "a\nb\nc\n")
+    write(root, "lists/val.txt", "c\na\n")
+    write(root, "lists/tags.csv", "image,tags\na,bird dog\nb,cat\nc,dog\n")
+    write(root, "classes.txt", "bird\ncat\ndog\n")
+    return root
 
 
 @pytest.fixture
 def data(root: Path) -> DataConfig:
-    return write_root(root)
+    return DataConfig(root=str(root))
 
 
-def message(data: DataConfig, *, scored: bool = False) -> str:
-    with pytest.raises(AfaError) as caught:
-        open_data(data).masked() if scored else open_data(data).train()
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
+def write_mask(root: Path, name: str, label: np.ndarray) -> None:
+    write_index_png(root / "SegmentationClassAug" / f"{name}.png", label.astype(np.uint8))
+
+
+def train(data: DataConfig) -> TaggedImages:
+    return open_data(data).train()
+
+
+def masked(data: DataConfig) -> MaskedImages:
+    return open_data(data).masked()
 
 
 def test_training_images(data: DataConfig, root: Path) -> None:
-    images = open_data(data).train()
+    images = train(data)
     assert images.classes == ("bird", "cat", "dog")
     assert images.names == ("a", "b", "c")
     assert len(images) == 3
@@ -69,7 +66,7 @@ def test_training_images(data: DataConfig, root: Path) -> None:
 
 
 def test_scored_images(data: DataConfig) -> None:
-    images = open_data(data).masked()
+    images = masked(data)
     assert images.names == ("c", "a")
     assert images.has_tags(1)
     assert images.tags(1).tolist() == [1, 0, 1]
@@ -87,45 +84,45 @@ def test_other_lists(data: DataConfig, root: Path, tmp_path: Path) -> None:
 
 def test_voc_classes_are_the_default(data: DataConfig, root: Path) -> None:
     (root / "classes.txt").unlink()
-    images = open_data(data).train()
+    images = train(data)
     assert images.classes == VOC_CLASSES
     assert len(VOC_CLASSES) == 20
     assert list(VOC_CLASSES) == sorted(VOC_CLASSES)
-    assert open_data(replace(data, classes=("dog", "cat", "bird"))).train().tags(0).tolist() == [1, 0, 1]
+    assert train(replace(data, classes=("dog", "cat", "bird"))).tags(0).tolist() == [1, 0, 1]
 
 
 def test_suffix_in_any_case_and_images_in_folders(data: DataConfig, root: Path) -> None:
     (root / "JPEGImages" / "a.png").rename(root / "JPEGImages" / "a.PNG")
     (root / "JPEGImages" / "more").mkdir()
     shutil.copy(root / "JPEGImages" / "b.png", root / "JPEGImages" / "more" / "d.png")
-    (root / "lists" / "train.txt").write_text("a\nmore/d\n")
-    (root / "lists" / "tags.csv").write_text("image,tags\na,dog\nmore/d.png,cat\n")
-    images = open_data(data).train()
+    write(root, "lists/train.txt", "a\nmore/d\n")
+    write(root, "lists/tags.csv", "image,tags\na,dog\nmore/d.png,cat\n")
+    images = train(data)
     assert images.image_path(0).name == "a.PNG"
     assert images.image_path(1) == root / "JPEGImages" / "more" / "d.png"
 
 
 def test_two_files_of_one_name(data: DataConfig, root: Path) -> None:
     shutil.copy(root / "JPEGImages" / "b.png", root / "JPEGImages" / "b.jpg")
-    assert "b.jpg and b.png have the same name; keep" in message(data)
+    assert "b.jpg and b.png have the same name; keep" in said(train, data)
 
 
 def test_class_subset(data: DataConfig, root: Path) -> None:
     subset = replace(data, class_subset=("dog", "bird"))
-    (root / "lists" / "train.txt").write_text("a\nc\n")
-    images = open_data(subset).train()
+    write(root, "lists/train.txt", "a\nc\n")
+    images = train(subset)
     assert images.classes == ("dog", "bird")
     assert [images.tags(index).tolist() for index in range(2)] == [[1, 1], [1, 0]]
-    scored = open_data(subset).masked()
+    scored = masked(subset)
     assert scored.classes == ("dog", "bird")
     assert scored.mask(0).tolist() == [[0, 2, 255, 1, 255, 0]] * 4
     assert scored.tags(0).tolist() == [1, 0]
 
 
 def test_class_subset_leaves_an_image_without_tag(data: DataConfig) -> None:
-    text = message(replace(data, class_subset=("dog", "bird")))
+    text = said(train, replace(data, class_subset=("dog", "bird")))
     assert "train.txt: image 'b' has no tag of data.class_subset (1 of 3 images); use" in text
-    scored = open_data(replace(data, class_subset=("cat",))).masked()
+    scored = masked(replace(data, class_subset=("cat",)))
     assert scored.has_tags(0)
     assert scored.tags(0).tolist() == [0]
 
@@ -147,152 +144,83 @@ def test_class_subset_leaves_an_image_without_tag(data: DataConfig) -> None:
     ],
 )
 def test_wrong_settings(data: DataConfig, change: dict[str, object], expected: str) -> None:
-    assert expected in message(replace(data, **change))  # type: ignore[arg-type]
+    assert expected in said(train, replace(data, **change))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("", "train.txt: the list is empty; write"),
-        (" \n\n", "train.txt: the list is empty"),
-        ("a\nb\na.jpg\nb\n", "train.txt: image 'a' is there twice (2"),
-        ("a\nx\nb\ny\n", "'x' (2 of 4 names missing); correct the list, add"),
-        ("a\n../JPEGImages/b\n", "'../JPEGImages/b' (1 of 2"),
+        (b"", "train.txt: the list is empty; write"),
+        (b" \n\n", "train.txt: the list is empty"),
+        (b"a\nb\na.jpg\nb\n", "train.txt: image 'a' is there twice (2"),
+        (b"a\nx\nb\ny\n", "'x' (2 of 4 names missing); correct the list, add"),
+        (b"a\n../JPEGImages/b\n", "'../JPEGImages/b' (1 of 2"),
+        (b"\xff\xfe\x00", "train.txt: not a text file in UTF-8"),
     ],
 )
-def test_wrong_lists(data: DataConfig, root: Path, content: str, expected: str) -> None:
-    (root / "lists" / "train.txt").write_text(content)
-    assert expected in message(data)
-
-
-def test_binary_list(data: DataConfig, root: Path) -> None:
-    (root / "lists" / "train.txt").write_bytes(b"\xff\xfe\x00")
-    assert "train.txt: not a text file in UTF-8" in message(data)
+def test_wrong_lists(data: DataConfig, root: Path, content: bytes, expected: str) -> None:
+    (root / "lists" / "train.txt").write_bytes(content)
+    assert expected in said(train, data)
 
 
 @pytest.mark.parametrize("row", ["", "c,"])
 def test_training_image_without_tags(data: DataConfig, root: Path, row: str) -> None:
-    (root / "lists" / "tags.csv").write_text(f"image,tags\na,dog\n{row}\n")
-    text = message(data)
-    assert "tags.csv: image 'b' has no tags (2 of 3" in text
-    assert "train.txt); tag it" in text
+    write(root, "lists/tags.csv", f"image,tags\na,dog\n{row}\n")
+    with refused("tags.csv: image 'b' has no tags (2 of 3", "train.txt); tag it"):
+        train(data)
 
 
 def test_tags_are_searched_in_order(data: DataConfig, root: Path) -> None:
-    annotations = root / "Annotations"
-    annotations.mkdir()
-    for name in TAGS:
-        (annotations / f"{name}.xml").write_text("<annotation><object><name>bird</name></object></annotation>")
-    one_hot = {name: np.array([0, 1, 0]) for name in TAGS}
-    np.save(root / "cls_labels_onehot.npy", one_hot)  # type: ignore[arg-type]
-    assert open_data(data).train().tags(2).tolist() == [0, 0, 1]
-    assert open_data(replace(data, tags="Annotations")).train().tags(2).tolist() == [1, 0, 0]
+    for name in NAMES:
+        write(root, f"Annotations/{name}.xml", "<annotation><object><name>bird</name></object></annotation>")
+    np.save(root / "cls_labels_onehot.npy", dict.fromkeys(NAMES, np.array([0, 1, 0])))  # type: ignore[arg-type]
+    assert train(data).tags(2).tolist() == [0, 0, 1]
+    assert train(replace(data, tags="Annotations")).tags(2).tolist() == [1, 0, 0]
     (root / "lists" / "tags.csv").unlink()
-    assert open_data(data).train().tags(2).tolist() == [0, 1, 0]
+    assert train(data).tags(2).tolist() == [0, 1, 0]
     (root / "cls_labels_onehot.npy").unlink()
-    assert open_data(data).train().tags(2).tolist() == [1, 0, 0]
-    shutil.rmtree(annotations)
-    assert "no tags; set data.tags" in message(data)
+    assert train(data).tags(2).tolist() == [1, 0, 0]
+    shutil.rmtree(root / "Annotations")
+    assert "no tags; set data.tags" in said(train, data)
 
 
 def test_evaluation_needs_no_tags(data: DataConfig, root: Path) -> None:
-    (root / "lists" / "tags.csv").write_text("image,tags\na,dog\n")
-    images = open_data(data).masked()
+    write(root, "lists/tags.csv", "image,tags\na,dog\n")
+    images = masked(data)
     assert [images.has_tags(index) for index in range(2)] == [False, True]
-    with pytest.raises(AfaError, match=r"tags\.csv: .*image 'c'; add"):
-        images.tags(0)
+    assert "tags.csv: no entry for image 'c'; add" in said(images.tags, 0)
     (root / "lists" / "tags.csv").unlink()
-    images = open_data(data).masked()
+    images = masked(data)
     assert not images.has_tags(1)
     assert images.mask(1).shape == (4, 6)
-    with pytest.raises(AfaError, match=r"\(no tags file\): no entry for image 'a'"):
-        images.tags(1)
+    assert "(no tags file): no entry for image 'a'" in said(images.tags, 1)
 
 
 def test_evaluation_needs_masks(data: DataConfig, root: Path) -> None:
     (root / "SegmentationClassAug" / "a.png").unlink()
-    assert "no a.png (1 of 2" in message(data, scored=True)
+    assert "no a.png (1 of 2" in said(masked, data)
     shutil.rmtree(root / "SegmentationClassAug")
-    text = message(data, scored=True)
-    assert "SegmentationClassAug: no folder of masks; put" in text
-    assert "set data.mask_dir" in text
-    assert "data.val_list is empty" in message(replace(data, val_list=""), scored=True)
+    with refused("SegmentationClassAug: no folder of masks; put", "set data.mask_dir"):
+        masked(data)
+    assert "data.val_list is empty" in said(masked, replace(data, val_list=""))
 
 
-def test_mask_of_another_size(data: DataConfig, root: Path) -> None:
-    write_index_png(root / "SegmentationClassAug" / "c.png", np.zeros((6, 4), dtype=np.uint8))
-    with pytest.raises(AfaError, match=r"mask is 4x6 .*c\.png 6x4; give"):
-        open_data(data).masked().mask(0)
-
-
-def test_mask_follows_the_upright_image(data: DataConfig, root: Path) -> None:
+def test_mask_has_the_size_of_the_upright_image(data: DataConfig, root: Path) -> None:
+    write_mask(root, "c", np.zeros((6, 4)))
+    with refused("mask is 4x6 ", "c.png 6x4; give"):
+        masked(data).mask(0)
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (6, 4)).save(root / "JPEGImages" / "c.png", exif=exif)
-    images = open_data(data).masked()
-    with pytest.raises(AfaError, match=r"mask is 6x4 .*c\.png 4x6"):
-        images.mask(0)
-    write_index_png(root / "SegmentationClassAug" / "c.png", np.zeros((6, 4), dtype=np.uint8))
+    images = masked(data)
     assert images.mask(0).shape == images.image(0).shape[:2]
+    write_mask(root, "c", np.zeros((4, 6)))
+    with refused("mask is 6x4 ", "c.png 4x6"):
+        images.mask(0)
 
 
 def test_mask_beyond_the_classes(data: DataConfig, root: Path) -> None:
-    write_index_png(root / "SegmentationClassAug" / "c.png", np.full((4, 6), 4, dtype=np.uint8))
+    write_mask(root, "c", np.full((4, 6), 4))
     for chosen in (data, replace(data, class_subset=("dog",))):
-        with pytest.raises(AfaError, match=r"c\.png: .*value 4; use .*1 to 3"):
-            open_data(chosen).masked().mask(0)
-
-
-def reachable(value: object) -> set[str]:
-    """Every text and path that an object leads to, over attributes, containers and elements."""
-    found: set[str] = set()
-    seen: set[int] = set()
-    queue = [value]
-    while queue:
-        item = queue.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, (str, Path)):
-            found.add(str(item))
-        elif isinstance(item, dict):
-            queue += [*item.keys(), *item.values()]
-        elif isinstance(item, (list, tuple, set, frozenset)):
-            queue += list(item)
-        elif hasattr(item, "__dict__"):
-            queue += list(vars(item).values())
-    return found
-
-
-def test_training_has_no_way_to_the_masks(data: DataConfig) -> None:
-    images, scored = open_data(data).train(), open_data(data).masked()
-    assert type(images) is TaggedImages
-    assert not isinstance(images, MaskedImages)
-    assert not [name for name in dir(images) if "mask" in name]
-    assert not any(data.mask_dir in text for text in reachable(images))
-    assert any(data.mask_dir in text for text in reachable(scored))  # the search does find them
-    assert data.mask_dir.encode() not in pickle.dumps(images)
-
-
-def test_training_never_reads_the_masks(tmp_path: Path) -> None:
-    """The same batches with masks, with garbage for masks, and without the folder."""
-    config = load_config(
-        None, {"data.workers": 0, "augment.crop_size": 32, "schedule.batch_size": 2, "schedule.max_steps": 3}
-    )
-    outcomes = []
-    for case in ("whole", "garbage", "deleted"):
-        data = write_root(tmp_path / case)
-        masks = tmp_path / case / data.mask_dir
-        if case == "garbage":
-            for file in masks.iterdir():
-                file.write_bytes(b"garbage")
-        if case == "deleted":
-            shutil.rmtree(masks)
-        images = open_data(data).train()
-        outcomes.append(list(train_batches(images, config)))
-    for other in outcomes[1:]:
-        for ours, theirs in zip(outcomes[0], other, strict=True):
-            assert ours.names == theirs.names
-            assert ours.image.equal(theirs.image)
-            assert ours.tags.equal(theirs.tags)
-            assert ours.valid_box.equal(theirs.valid_box)
+        with refused("c.png: ", "value 4; use ", "1 to 3"):
+            masked(chosen).mask(0)
