@@ -17,6 +17,7 @@ from afa.data.coco import Instance, convert_coco, decode_runs, fill_polygons, ma
 from afa.data.open import open_data
 from afa.data.palette import write_index_png
 from afa.errors import AfaError
+from mistakes import refused, said
 
 HEIGHT, WIDTH = 60, 90
 
@@ -49,13 +50,13 @@ def test_polygons_agree_with_pycocotools(radius: float, least: float) -> None:
 
 
 def test_polygons_fill_the_pixels_whose_middle_they_hold() -> None:
-    box = np.array([[2, 1], [5, 1], [5, 3], [2, 3]], dtype=np.float32)
+    square = box(2, 1, 5, 3)
     expected = np.zeros((4, 7), dtype=bool)
     expected[1:3, 2:5] = True
-    assert (fill_polygons([box], 4, 7) == expected).all()
-    assert (fill_polygons([box + np.float32(0.3)], 4, 7) == expected).all()
-    assert fill_polygons([(box - 2.5) * 1000], 4, 7).all()
-    assert not fill_polygons([box + 100, box - 100], 4, 7).any()
+    assert (fill_polygons([square], 4, 7) == expected).all()
+    assert (fill_polygons([square + np.float32(0.3)], 4, 7) == expected).all()
+    assert fill_polygons([(square - 2.5) * 1000], 4, 7).all()
+    assert not fill_polygons([square + 100, square - 100], 4, 7).any()
     assert not fill_polygons([], 4, 7).any()
 
 
@@ -85,7 +86,7 @@ def test_runs_agree_with_pycocotools(seed: int) -> None:
     ],
 )
 def test_broken_runs(counts: Any, expected: str) -> None:
-    with pytest.raises(AfaError, match=expected):
+    with refused(expected):
         decode_runs(counts, 2, 2)
 
 
@@ -150,10 +151,10 @@ def test_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layout = open_data(DataConfig(root=str(out)))
     assert layout.kind == "voc"
     assert layout.classes == ("cat", "dog", "traffic light")
-    tagged = open_data(DataConfig(root=str(out))).train()
+    tagged = layout.train()
     assert tagged.names[0] == "images1/COCO_000000000001"
     assert tagged.image(0).shape == (HEIGHT, WIDTH, 3)
-    scored = open_data(DataConfig(root=str(out))).masked()
+    scored = layout.masked()
     assert len(scored) == 5
     oracle = COCO(str(val))
     for i, name in enumerate(scored.names):
@@ -232,17 +233,15 @@ def test_other_mistakes(tmp_path: Path) -> None:
     path, images = write_coco(tmp_path)
     out = tmp_path / "out"
 
-    def said(*arguments: Path, split: str = "train") -> str:
-        with pytest.raises(AfaError) as caught:
-            convert_coco(*arguments, split=split, progress=False)
-        return str(caught.value)
+    def message(*arguments: Path, split: str = "train") -> str:
+        return said(convert_coco, *arguments, split=split, progress=False)
 
-    assert "none.json: no such file" in said(tmp_path / "none.json", images, out)
-    assert "none: no such folder" in said(path, tmp_path / "none", out)
-    assert "--split is '../train'; use a word" in said(path, images, out, split="../train")
+    assert "none.json: no such file" in message(tmp_path / "none.json", images, out)
+    assert "none: no such folder" in message(path, tmp_path / "none", out)
+    assert "--split is '../train'; use a word" in message(path, images, out, split="../train")
     out.write_text("x")
-    assert "out: cannot be written (" in said(path, images, out)
+    assert "out: cannot be written (" in message(path, images, out)
     out.unlink()
     convert_coco(path, images, out, split="train", progress=False)
     spoil(path, "categories", {"name": "lamp"})
-    assert "classes.txt: lists other classes; choose" in said(path, images, out)
+    assert "classes.txt: lists other classes; choose" in message(path, images, out)

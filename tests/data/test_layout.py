@@ -17,12 +17,12 @@ from afa.data.dataset import MaskedImages, TaggedImages
 from afa.data.open import DataSet, open_data
 from afa.data.palette import write_index_png
 from afa.data.readers.tag_files import READERS
-from afa.errors import AfaError
 from layouts import (
     CLASSES,
     EXPECTED,
     TAG_FILES,
     class_folders,
+    class_folders_of_sides,
     coco_sides,
     metadata_sides,
     table,
@@ -72,7 +72,7 @@ def test_files_of_tags_are_found(tmp_path: Path, kind: str, place: str, content:
     assert "2 classes (cat, dog)" in line
     assert "1 without tags left out, no masks" in line
     assert "\n" not in line
-    assert open_data(DataConfig(root=str(tmp_path))).train().image(0).shape == (4, 6, 3)
+    assert layout.train().image(0).shape == (4, 6, 3)
 
 
 def test_voc_xml_without_lists(tmp_path: Path) -> None:
@@ -113,8 +113,7 @@ def test_folders_of_classes_below_images_or_the_stated_folder(tmp_path: Path) ->
 
 
 def test_folders_of_splits(tmp_path: Path) -> None:
-    for side in ("train", "Valid", "test"):
-        class_folders(tmp_path, f"{side}/")
+    class_folders_of_sides(tmp_path)
     layout = found(tmp_path)
     assert layout.classes == CLASSES
     assert set(tags_of(layout.train())) == {f"train/{c}/{i}" for c in CLASSES for i in range(10)}
@@ -175,18 +174,17 @@ def test_split_made_here(tmp_path: Path) -> None:
     for keys in ({"split_fraction": 0.0}, {"val_list": ""}):
         assert not found(tmp_path, **keys).has_validation
         assert len(found(tmp_path, **keys).train()) == 30
-    with pytest.raises(AfaError, match=r"validation.*data\.split_fraction is 0"):
+    with refused("validation", "data.split_fraction is 0"):
         found(tmp_path, split_fraction=0.0).validation()
 
 
 def test_other_lists(tmp_path: Path) -> None:
     table(tmp_path)
     write(tmp_path, "some.txt", "03\n01.png\n")
-    data = DataConfig(root=str(tmp_path))
-    assert open_data(data).train(list_file="some.txt").names == ("03", "01")
+    assert found(tmp_path).train(list_file="some.txt").names == ("03", "01")
     write(tmp_path, "some.txt", "03\nx\n")
-    with pytest.raises(AfaError, match=r"some\.txt: .*'x' \(1 of 2 .*; correct"):
-        open_data(data).train(list_file="some.txt")
+    with refused("some.txt: ", "'x' (1 of 2 ", "; correct"):
+        found(tmp_path).train(list_file="some.txt")
 
 
 def test_class_list_with_colors(tmp_path: Path) -> None:
@@ -218,7 +216,7 @@ def test_masks_beside(tmp_path: Path, folder: str) -> None:
     layout = found(tmp_path)
     assert layout.has_masks
     assert f"masks in {folder}" in layout.describe()
-    images = open_data(DataConfig(root=str(tmp_path))).masked()
+    images = layout.masked()
     assert images.names == layout.validation().names
     assert images.mask(0).tolist() == [[0, 1, 2, 3, 255, 0]] * 4
     assert images.has_tags(0)
@@ -236,7 +234,7 @@ def test_masks_follow_the_folders_of_the_images(tmp_path: Path) -> None:
     assert layout.masked(list_file="l.txt").mask(1).shape == (4, 6)
     shutil.rmtree(tmp_path / "masks")
     write_index_png(tmp_path / "masks" / "1.png", np.zeros((4, 6), dtype=np.uint8))
-    with pytest.raises(AfaError, match=r"1\.png: .*'cat/1' and 'dog/1'.*share"):
+    with refused("1.png: ", "'cat/1' and 'dog/1'", "share"):
         found(tmp_path).masked(list_file="l.txt")
 
 
@@ -244,13 +242,12 @@ def test_scoring_without_masks(tmp_path: Path) -> None:
     layout = found(table(tmp_path))
     assert not layout.has_masks
     assert layout.has_validation
-    with pytest.raises(AfaError, match=r"masks: no folder of masks; put"):
-        layout.masked()
+    assert "masks: no folder of masks; put" in said(layout.masked)
     (tmp_path / "masks").mkdir()
-    with pytest.raises(AfaError, match=r"masks: no \d\d\.png \(6 of 6 .*; add"):
+    with refused("masks: no ", ".png (6 of 6 ", "; add"):
         found(tmp_path).masked()
     with_masks(tmp_path / "more")
-    with pytest.raises(AfaError, match=r"class 'yak'.*mask values"):
+    with refused("class 'yak'", "mask values"):
         found(tmp_path / "more", class_subset=("yak", "dog")).masked()
 
 
@@ -320,9 +317,7 @@ def test_voc_lists_win(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_settings(tmp_path: Path, keys: dict[str, Any], expected: str) -> None:
-    data = replace(DataConfig(root=str(table(tmp_path))), **keys)
-    with refused(expected):
-        open_data(data)
+    assert expected in said(open_data, replace(DataConfig(root=str(table(tmp_path))), **keys))
 
 
 def test_nothing_is_found(tmp_path: Path) -> None:
@@ -332,7 +327,7 @@ def test_nothing_is_found(tmp_path: Path) -> None:
     assert "no images found" in message(tmp_path, layout="imagefolder")
     touch(tmp_path, "JPEGImages/a.jpg")
     shutil.rmtree(tmp_path / "images")
-    with pytest.raises(AfaError, match=r"lists/train\.txt: .*data\.train_list"):
+    with refused("lists/train.txt: ", "data.train_list"):
         found(tmp_path).train()
 
 
@@ -348,24 +343,13 @@ def entry_message(root: Path, image: str) -> str:
     return message(root, tags="tags.json")
 
 
-@pytest.mark.parametrize(
-    "image",
-    [
-        "../../x.jpg",
-        "/etc/passwd.jpg",
-        "a/../../00.png",
-        "..\\..\\x.jpg",
-        "C:\\x.jpg",
-        "..",
-        "/../tags.csv",
-        "//x/00.png",
-    ],
-)
+OUTSIDE = ("../../x.jpg", "/etc/passwd.jpg", "a/../../00.png", "..\\..\\x.jpg", "C:\\x.jpg", "..", "/../tags.csv")
+
+
+@pytest.mark.parametrize("image", [*OUTSIDE, "//x/00.png"])
 def test_paths_that_lead_out_are_refused(tmp_path: Path, image: str) -> None:
     table(tmp_path)
-    text = entry_message(tmp_path, image)
-    assert repr(image) in text
-    assert f"leads out of {tmp_path / 'images'}; refused" in text
+    assert f"image {image!r} leads out of {tmp_path / 'images'}; refused" in entry_message(tmp_path, image)
 
 
 @pytest.mark.parametrize(
@@ -422,15 +406,13 @@ def test_names_that_would_meet_on_another_system(tmp_path: Path) -> None:
 def test_two_ways_to_write_one_image(tmp_path: Path) -> None:
     table(tmp_path)
     write(tmp_path, "tags.csv", "file,tags\n00.png,cat\nimages/00.png,dog\n")
-    text = message(tmp_path)
-    assert "'images/00.png' is '00.png', which" in text
-    assert text.endswith("line 2 has too; keep one entry of it")
+    with refused("'images/00.png' is '00.png', which", "line 2 has too; keep one entry of it"):
+        found(tmp_path)
 
 
 def test_names_with_line_breaks(tmp_path: Path) -> None:
     touch(tmp_path, "cat/a\nb.png", "dog/c.png")
-    text = message(tmp_path)
-    assert "'cat/a\\nb.png' has control characters; rename" in text
+    assert "'cat/a\\nb.png' has control characters; rename" in message(tmp_path)
 
 
 def test_links_in_a_circle_end_and_links_to_folders_are_followed(tmp_path: Path) -> None:
