@@ -107,13 +107,13 @@ def convert_coco(instances: Path, images: Path, out: Path, *, split: str, progre
         stems = {number: f"{prefix}/{name}" for number, name in _find_all(images, found, instances).items()}
         masks = {number: out / "SegmentationClassAug" / f"{stem}.png" for number, stem in stems.items()}
         missing = [number for number, path in masks.items() if not path.is_file()]
+        index = {category: value for value, category in enumerate(found.names, start=1)}
         for number in track(missing, f"Masks of {split}", console=Console(stderr=True), disable=not progress):
-            write_index_png(masks[number], _image_mask(found, number, instances))
-        tags = {}
-        for number, stem in stems.items():
-            present = {part["category_id"] for part in found.annotations[number]}
-            tags[stem] = tuple(name for category, name in found.names.items() if category in present)
-        _write_tags(out / "lists" / "tags.csv", tags, classes)
+            image = found.images[number]
+            parts = [part["instance"] for part in found.annotations[number]]
+            where = f"{instances}, image {image['file_name']!r}"
+            write_index_png(masks[number], semantic_mask(parts, index, image["height"], image["width"], where=where))
+        _write_tags(out / "lists" / "tags.csv", {stem: found.tags(number) for number, stem in stems.items()}, classes)
         write_whole(out / "lists" / f"{split}.txt", "".join(f"{stem}\n" for stem in stems.values()))
     except OSError as error:
         raise AfaError(f"{out}: cannot be written ({error.strerror}); free space or choose another folder") from None
@@ -253,14 +253,6 @@ def _instance(part: dict[str, Any], path: Path) -> Instance:
         if points.size >= 6:  # fewer points have no area
             polygons.append(points.reshape(-1, 2))
     return Instance(category, is_crowd, polygons=tuple(polygons))
-
-
-def _image_mask(found: CocoFile, number: int, path: Path) -> NDArray[np.uint8]:
-    image = found.images[number]
-    index = {category: value for value, category in enumerate(found.names, start=1)}
-    instances = [part["instance"] for part in found.annotations[number]]
-    where = f"{path}, image {image['file_name']!r}"
-    return semantic_mask(instances, index, image["height"], image["width"], where=where)
 
 
 def _find_all(folder: Path, found: CocoFile, path: Path) -> dict[int, str]:

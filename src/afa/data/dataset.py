@@ -93,7 +93,7 @@ class MaskedImages(TaggedImages):
         origin: str,
         **images: Any,
     ) -> None:
-        """Take, in addition to what `TaggedImages` takes:
+        """Take what evaluation needs.
 
         Args:
             has_tags: (N,), whether the tags have an entry for each image.

@@ -75,8 +75,7 @@ def split_by_tags(tags: NDArray[np.bool_], names: Sequence[str], *, fraction: fl
     """Choose images to set aside, the rarest class first.
 
     The class with the fewest images left is dealt out, each image to the side that lacks most of that class, and so on
-    until none is left. The choice depends on the set of images, their tags and the seed, not on their order. Every
-    class that has an image keeps at least one on the training side.
+    until none is left. The choice depends on the set of images, their tags and the seed, not on their order.
 
     Args:
         tags: (N, C), each image with at least one class.

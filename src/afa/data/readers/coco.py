@@ -27,21 +27,17 @@ class CocoFile(NamedTuple):
     images: dict[int, dict[str, Any]]
     annotations: dict[int, list[dict[str, Any]]]
 
+    def tags(self, image: int) -> tuple[str, ...]:
+        """Names of the categories of an image, by ascending id; crowds count, since the class is there."""
+        present = {part["category_id"] for part in self.annotations.get(image, ())}
+        return tuple([self.names[category] for category in sorted(present)])
+
 
 def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:
-    """Read the names of the categories by ascending id, whatever gaps the ids have, and the categories of each image.
-
-    An image without annotation has no tags. Crowds count, since the class is there.
-    """
-    names, images, annotations = parse(path, content)
-    known: dict[frozenset[int], tuple[str, ...]] = {}
-    entries = []
-    for number, image in images.items():
-        ids = frozenset([part["category_id"] for part in annotations.get(number, ())])
-        if ids not in known:
-            known[ids] = tuple(names[category] for category in sorted(ids))
-        entries.append(TagEntry(str(path), image["file_name"], known[ids]))
-    return tuple(names.values()), entries
+    """Read the names of the categories by ascending id, whatever gaps the ids have, and those of each image."""
+    found = parse(path, content)
+    entries = [TagEntry(str(path), image["file_name"], found.tags(number)) for number, image in found.images.items()]
+    return tuple(found.names.values()), entries
 
 
 def parse(path: Path, content: Any) -> CocoFile:

@@ -7,10 +7,11 @@ A table names an image per row, in a column such as `file` or `image`. Its tags 
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -181,11 +182,11 @@ def _columns(keys: Iterable[str]) -> _Columns:
 def _entries(path: Path, rows: Iterable[_Row], classes: Sequence[str]) -> list[TagEntry]:
     """Entries of rows, with the cells of all of them split in the same way."""
     found = list(rows)
-    cells = _Cells([row.tags for row in found if isinstance(row.tags, str)], classes, path)
+    split_cell = _cell_splitter([row.tags for row in found if isinstance(row.tags, str)], classes, path)
     places: dict[str, int] = {}
     entries: list[TagEntry] = []
     for where, image, value, split, single in found:
-        tags = cells.tags(value, single=single) if isinstance(value, str) else _listed_tags(value, where)
+        tags = split_cell(value, single) if isinstance(value, str) else _listed_tags(value, where)
         if single and image in places:
             earlier = entries[places[image]]
             entries[places[image]] = earlier._replace(tags=(*earlier.tags, *tags))
@@ -195,38 +196,33 @@ def _entries(path: Path, rows: Iterable[_Row], classes: Sequence[str]) -> list[T
     return entries
 
 
-class _Cells:
-    """Splits texts into tags, all texts of a file in the same way."""
+def _cell_splitter(texts: Iterable[str], classes: Sequence[str], path: Path) -> Callable[[str, bool], tuple[str, ...]]:
+    """What splits texts into tags, all texts of a file in the same way; the flag says that a text is a single tag."""
+    plain = {text for text in texts if not text.lstrip().startswith("[")}
+    separator = next((mark for mark in "|;," if any(mark in text for text in plain)), None)
+    whole_tags = frozenset(classes)
+    spaced = next((name for name in classes if len(name.split()) != 1), "")
 
-    def __init__(self, texts: Iterable[str], classes: Sequence[str], path: Path) -> None:
-        plain = {text for text in texts if not text.lstrip().startswith("[")}
-        self.separator = next((mark for mark in "|;," if any(mark in text for text in plain)), None)
-        self.classes = frozenset(classes)
-        self.spaced = next((name for name in classes if len(name.split()) != 1), "")
-        self.path = path
-        self.known: dict[tuple[str, bool], tuple[str, ...]] = {}  # one tuple for all equal texts
-
-    def tags(self, text: str, *, single: bool) -> tuple[str, ...]:
-        if (text, single) not in self.known:
-            tags = [sys.intern(tag) for part in self._split(text, single) if (tag := part.strip())]
-            self.known[text, single] = tuple(tags)
-        return self.known[text, single]
-
-    def _split(self, text: str, single: bool) -> list[str]:
-        whole = text.strip()
-        if whole in self.classes:
-            return [whole]
-        if whole.startswith("[") and whole.endswith("]"):  # a list that was written as text
-            return [part.strip().strip("'\"") for part in whole[1:-1].split(",")]
+    def parts_of(text: str, single: bool) -> list[str]:
+        if text in whole_tags:
+            return [text]
+        if text.startswith("[") and text.endswith("]"):  # a list that was written as text
+            return [part.strip().strip("'\"") for part in text[1:-1].split(",")]
         if single:
-            return whole.split(self.separator) if self.separator in ("|", ";") else [whole]
-        parts = whole.split(self.separator)
-        if self.spaced and self.separator is None and len(parts) > 1:
+            return text.split(separator) if separator in ("|", ";") else [text]
+        parts = text.split(separator)
+        if spaced and separator is None and len(parts) > 1:
             raise AfaError(
-                f"{self.path}: tags are separated by spaces, and class {self.spaced!r} has one; "
-                f"name it {'_'.join(self.spaced.split())} in the class list and here, or separate the tags by ;"
+                f"{path}: tags are separated by spaces, and class {spaced!r} has one; "
+                f"name it {'_'.join(spaced.split())} in the class list and here, or separate the tags by ;"
             )
         return parts
+
+    @functools.cache  # one tuple for all equal texts
+    def split(text: str, single: bool) -> tuple[str, ...]:
+        return tuple([sys.intern(tag) for part in parts_of(text.strip(), single) if (tag := part.strip())])
+
+    return split
 
 
 def _listed_tags(value: Any, where: str) -> tuple[str, ...]:
