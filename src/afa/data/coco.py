@@ -126,14 +126,7 @@ def semantic_mask(
     """Paint the instances of an image of height x width pixels into one mask.
 
     Crowds lie lowest, then the instances from the largest to the smallest, so that what is in front of or within a
-    larger object stays.
-
-    Args:
-        instances: The objects of the image.
-        index: Category id -> mask value.
-        height: Of the image.
-        width: Of the image.
-        where: File and image, for messages.
+    larger object stays. `index` maps category ids to mask values; messages begin with `where`.
 
     Returns:
         (height, width) uint8: 0 background, the value of each category, 255 where only crowds are.

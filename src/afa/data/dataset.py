@@ -40,12 +40,12 @@ class TaggedImages:
         tags: NDArray[np.bool_] | NDArray[np.int8],
         folder: Path = Path(),
     ) -> None:
-        """Take names, files (relative to `folder` unless absolute) and tags of N images.
+        """Take N images.
 
         Args:
             classes: C class names.
             names: N image names.
-            paths: N image files.
+            paths: N image files, below `folder` unless absolute.
             tags: (N, C) `PRESENT`, `ABSENT` or `UNKNOWN`, or whether a class is present.
             folder: Where relative paths begin.
         """

@@ -23,7 +23,7 @@ def walk_files(folder: Path, suffixes: Collection[str], *, skip: Callable[[str],
 
     Args:
         folder: Where to begin.
-        suffixes: Lower-case suffixes, with the dot, of the files to yield.
+        suffixes: Of the files to yield: lower case, with the dot.
         skip: Whether to pass over a folder, by its path below `folder`.
 
     Returns:

@@ -99,7 +99,7 @@ def step_indices(
         repeats: Visits of each image; None = one.
 
     Returns:
-        (batch_size,) int64 indices in 0..num_images-1: the global batch of that step.
+        (batch_size,) int64 indices in 0..num_images-1.
 
     >>> two_steps = [step_indices(6, step=step, batch_size=3, seed=0) for step in (0, 1)]
     >>> sorted(np.concatenate(two_steps).tolist())
@@ -132,10 +132,7 @@ def resolve_workers(workers: int, *, processes: int = 1) -> int:
 
     Args:
         workers: The number itself, or -1: one for each core that training leaves free, at least 1 and at most 8.
-        processes: Training processes that share this machine's cores.
-
-    Returns:
-        Worker threads for each training process; 0 = decode in the training thread.
+        processes: Training processes that share this machine's cores: each gets that number. 0 = it decodes itself.
     """
     if workers >= 0:
         return workers

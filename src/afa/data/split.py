@@ -44,8 +44,8 @@ def choose_sides(
 
     Args:
         data: Whether to make a split, and how.
-        paths: Of N images.
-        names: N different names.
+        paths: Of N images, whose `names` all differ.
+        names: Of the images.
         tagged: (N, C), whether a class is tagged as present.
         stated: (N,) sides, `UNSTATED` where nothing is said.
 

@@ -45,9 +45,7 @@ Contents = tuple[tuple[str, ...], list[TagEntry]]
 def load_json(path: Path, shrink: Callable[[dict[str, Any]], object]) -> Any:
     """Read a JSON file in UTF-8, with or without a byte order mark, into a list or a dictionary.
 
-    Args:
-        path: The file.
-        shrink: Removes from each object, while it is read, what is not needed: outlines, which are most of the file.
+    `shrink` removes from each object, while it is read, what is not needed: outlines, which are most of the file.
 
     Raises:
         AfaError: The file cannot be read, is not JSON in UTF-8, has another outermost value, or a key twice.
@@ -117,15 +115,10 @@ class _TagTree(ET.TreeBuilder):
 
 
 def load_xml(path: Path, kind: str, remedy: str) -> ET.Element:
-    """Read an XML file; of its attributes only `name`, `label` and `subset` are kept.
-
-    Args:
-        path: The file.
-        kind: What it should be, and
-        remedy: What to do if it is not, for messages.
+    """Read an XML file, of whose attributes only `name`, `label` and `subset` are kept.
 
     Raises:
-        AfaError: The file cannot be read, is not XML, or has a document type.
+        AfaError: It cannot be read, is not XML (but should be of `kind`: `remedy` says how), or has a document type.
     """
     try:
         return ET.parse(path, parser=ET.XMLParser(target=_TagTree())).getroot()

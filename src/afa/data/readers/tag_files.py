@@ -24,14 +24,7 @@ from afa.errors import AfaError, shown
 
 
 class Reader(NamedTuple):
-    """How one kind of file is read.
-
-    Attributes:
-        words: What it is, with its article.
-        read: As `afa.data.readers.base` says.
-        unit: What an entry is called.
-        layout: Value of `data.layout`.
-    """
+    """How one kind of file is called, read (as `afa.data.readers.base` says) and chosen by `data.layout`."""
 
     words: str
     read: Callable[[Path, Any, Sequence[str]], Contents]
@@ -115,10 +108,7 @@ def words(kind: str) -> str:
 
 
 def read_tags(path: Path, classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Read the tags of all images that a file or folder names.
-
-    Returns:
-        Image name, without suffix, to its tags in the order of `classes`, each once; possibly none.
+    """Image name, without suffix, to its tags in the order of `classes`, each once; possibly none.
 
     Raises:
         AfaError: As `read_tag_file`.
