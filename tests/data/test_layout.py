@@ -25,6 +25,7 @@ from layouts import (
     class_folders_of_sides,
     coco_sides,
     metadata_sides,
+    one_hot,
     table,
     tag_file,
     touch,
@@ -83,10 +84,11 @@ def test_voc_xml_without_lists(tmp_path: Path) -> None:
 
 
 def test_one_hot_npy(tmp_path: Path) -> None:
-    touch(tmp_path, "images/a.jpg", "images/b.jpg")
-    np.save(tmp_path / "cls_labels_onehot.npy", {"a": np.array([1, 0]), "b": np.array([1, 1])})  # type: ignore[arg-type]
+    one_hot(tmp_path)
+    assert everything(found(tmp_path)) == {"a": ("dog",), "b": ("dog", "cat")}
+    (tmp_path / "classes.txt").unlink()
     assert "write the names to classes.txt" in message(tmp_path)
-    assert everything(found(tmp_path, classes=("dog", "cat"))) == {"a": ("dog",), "b": ("dog", "cat")}
+    assert everything(found(tmp_path, classes=("cat", "dog"))) == {"a": ("cat",), "b": ("cat", "dog")}
 
 
 def test_folders_of_classes(tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_folders_of_splits(tmp_path: Path) -> None:
     assert "30 in a test split left out" in layout.describe()
     shutil.rmtree(tmp_path / "Valid")
     layout = found(tmp_path)
-    assert len(layout.train()), len(layout.validation()) == (24, 6)
+    assert (len(layout.train()), len(layout.validation())) == (24, 6)
 
 
 def test_a_class_may_be_named_train(tmp_path: Path) -> None:

@@ -211,18 +211,19 @@ def check_paths(paths: Iterable[str], folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def image_folder(root: Path, data: DataConfig) -> Path:
-    """Where images of a file of tags lie: the folder that is set, `images`, or the root.
+def image_folder(root: Path, data: DataConfig, *, at_root: bool) -> Path:
+    """Where the images lie: in the folder that is set; else in the root, or if not `at_root`, where it is usual.
 
     Raises:
         AfaError: The folder that is set is not there.
     """
     stated = root / data.image_dir
-    if stated.is_dir():
-        return stated
-    if data.image_dir != DataConfig().image_dir:
+    if data.image_dir == DataConfig().image_dir:
+        places = [] if at_root else [stated, root / "images"]
+        return next((place for place in places if place.is_dir()), root)
+    if not stated.is_dir():
         raise AfaError(f"{stated}: no such folder; set data.image_dir")
-    return root / "images" if (root / "images").is_dir() else root
+    return stated
 
 
 def images_below(folder: Path, root: Path, data: DataConfig) -> ImageFiles:

@@ -24,7 +24,7 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
     Raises:
         AfaError: A folder is none of the classes that are stated; the names of classes or images are no good.
     """
-    folder = root if data.image_dir == DataConfig().image_dir else image_folder(root, data)
+    folder = image_folder(root, data, at_root=True)
     every_path = images_below(folder, root, data).paths
     first = {path.partition("/")[0] for path in every_path if "/" in path}
     if folder == root and first and first <= {"images", data.image_dir}:

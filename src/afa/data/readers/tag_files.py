@@ -150,10 +150,8 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
     contents = [read_tag_file(file, listed.names) for file in files]
     is_metadata = all(file.path.stem.lower() == "metadata" for file in files)
     layout = READERS[files[0].kind].layout
-    folder = root
     in_splits = any(file.path.parent != root and file.path.parent.name.lower() in SIDES for file in files)
-    if not in_splits or data.image_dir != DataConfig().image_dir:
-        folder = image_folder(root, data)
+    folder = image_folder(root, data, at_root=in_splits)
     images = images_below(folder, root, data)
     entries: dict[str, TagEntry] = {}
     sides: list[int] = []
