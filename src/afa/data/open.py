@@ -112,7 +112,7 @@ class DataSet:
         self._usable = present.any(axis=1)
         self._sides, self._split_words = table.sides, ""
         if not table.listed:
-            self._sides, self._split_words = choose_sides(data, table.paths, table.names, present, table.sides)
+            self._sides, self._split_words = choose_sides(data, table, present)
         tagged = {path for path, usable in zip(table.paths, self._usable.tolist(), strict=True) if usable}
         self.untagged = tuple(image_name(path) for path in table.every_path if path not in tagged)
 

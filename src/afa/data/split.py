@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afa.config import DataConfig
+from afa.data.dataset import TagTable
 
 TRAIN: Final = 0
 VALIDATION: Final = 1
@@ -37,23 +38,20 @@ def side_of(text: str) -> int:
     return next((SIDES[word] for word in re.findall(r"[a-z]+", text.lower()) if word in SIDES), UNSTATED)
 
 
-def choose_sides(
-    data: DataConfig, paths: Sequence[str], names: Sequence[str], tagged: NDArray[np.bool_], stated: NDArray[np.int8]
-) -> tuple[NDArray[np.int8], str]:
+def choose_sides(data: DataConfig, table: TagTable, tagged: NDArray[np.bool_]) -> tuple[NDArray[np.int8], str]:
     """Put each image on a side: as stated, else as the outermost folders say, else by a split made here.
 
     Args:
         data: Whether to make a split, and how.
-        paths: Of N images, whose `names` all differ.
-        names: Of the images.
+        table: N images.
         tagged: (N, C), whether a class is tagged as present.
-        stated: (N,) sides, `UNSTATED` where nothing is said.
 
     Returns:
         (N,) `TRAIN`, `VALIDATION` or `TEST`; and in words how they came about.
     """
+    stated = table.sides
     if (stated == UNSTATED).all():
-        tops = [path.partition("/")[0] if "/" in path else "" for path in paths]
+        tops = [path.partition("/")[0] if "/" in path else "" for path in table.paths]
         sides_of = {top: SIDES.get(top.lower(), UNSTATED) for top in set(tops)}
         if {TRAIN, VALIDATION} <= set(sides_of.values()):
             stated = np.array([sides_of[top] for top in tops], dtype=np.int8)
@@ -65,7 +63,7 @@ def choose_sides(
     if data.split_fraction == 0:
         return sides, "data.split_fraction is 0"
     splittable = np.flatnonzero((sides == TRAIN) & tagged.any(axis=1))
-    chosen = [names[i] for i in splittable.tolist()]
+    chosen = [table.names[i] for i in splittable.tolist()]
     aside = split_by_tags(tagged[splittable], chosen, fraction=data.split_fraction, seed=data.split_seed)
     sides[splittable[aside]] = VALIDATION
     return sides, f"set aside here by tags, seed {data.split_seed}"
