@@ -184,6 +184,9 @@ def test_find_images(tmp_path: Path) -> None:
     assert find_images([tmp_path]) == inside
     notes = tmp_path / "notes.txt"
     assert find_images([notes, tmp_path / "b.JPG", tmp_path]) == [notes, inside[1], inside[0], inside[2]]
+    (tmp_path / "sub" / "link").symlink_to(tmp_path / ".git", target_is_directory=True)
+    (tmp_path / "sub" / "circle").symlink_to(tmp_path, target_is_directory=True)
+    assert find_images([tmp_path]) == [*inside, tmp_path / "sub" / "link" / "d.png"]
 
 
 def test_find_images_mistakes(tmp_path: Path) -> None:

@@ -92,8 +92,8 @@ def step_indices(
     end one epoch and begin the next.
 
     Args:
-        num_images: Number of images, at least 1.
-        step: Step, from 0.
+        num_images: At least 1.
+        step: From 0.
         batch_size: Images per step, over all processes.
         seed: Seed of the order.
         repeats: Visits of each image; None = one.
@@ -114,16 +114,7 @@ def step_indices(
 def step_plan(
     size: tuple[int, int], augment: AugmentConfig, *, step: int, row: int, seed: int, multiple: int = 1
 ) -> CropPlan:
-    """Crop of one image of a step.
-
-    Args:
-        size: Height and width of the image, pixels.
-        augment: Augmentation settings.
-        step: Step, from 0.
-        row: Place of the image in the global batch.
-        seed: Seed of the augmentation.
-        multiple: As `draw_crop`.
-    """
+    """Crop of the image, of height and width `size` in pixels, at place `row` of a step's global batch."""
     return draw_crop(size, augment, _generator(seed, _AUGMENT, step, row), multiple=multiple)
 
 
@@ -194,22 +185,16 @@ def whole_views(
     processes: Processes = ALONE,
     cache: PixelCache | None = None,
 ) -> Iterator[list[Tensor]]:
-    """Yield every image as the feature cache sees it, unflipped, in the order of the list.
+    """Yield lists of every image as the feature cache sees it, (3, H, W) uint8, unflipped, in the order of the list.
 
     Args:
-        images: Images.
+        images: Images; an `AfaError` comes during iteration if one cannot be read.
         config: Crop size and `data.workers`.
         multiple: Sides are multiples of this, pixels.
         batch_size: Images that come together; the last ones may be fewer.
         start: First image.
         processes: Processes that share this machine's cores.
         cache: As for `train_batches`.
-
-    Returns:
-        Iterator of lists of (3, H, W) uint8.
-
-    Raises:
-        AfaError: During iteration, an image cannot be read.
     """
     size = config.augment.crop_size
 

@@ -25,12 +25,8 @@ from afa.config import AugmentConfig
 class Span:
     """One axis of a crop: pixels `first` to `last` of the image fill places `start` to `end` of the canvas.
 
-    Attributes:
-        length: Image's pixels along the axis.
-        first: Where the shown part begins, pixels from the image's edge; may fall inside a pixel.
-        last: Where it ends.
-        start: First place on the canvas.
-        end: Place after the last one.
+    `first` and `last` are distances from the image's edge, which may fall inside a pixel; `end` is the place after the
+    last one; the image has `length` pixels along the axis.
     """
 
     length: int
@@ -48,13 +44,7 @@ class Span:
 
 @dataclass(frozen=True)
 class CropPlan:
-    """A drawn crop.
-
-    Attributes:
-        rows: Vertical axis.
-        columns: Horizontal axis.
-        flip: Whether the part is mirrored left to right.
-    """
+    """A drawn crop: its vertical and horizontal axis, and whether it is mirrored left to right."""
 
     rows: Span
     columns: Span
@@ -67,7 +57,7 @@ class CropPlan:
 
 
 def draw_crop(size: tuple[int, int], config: AugmentConfig, rng: np.random.Generator, *, multiple: int = 1) -> CropPlan:
-    """Draw scale, flip and place of one crop.
+    """Draw scale, flip and place of one crop (paper section 4.1).
 
     The scaled image, where it is smaller than the crop, lies at a random place on the canvas; where it is larger,
     a random window of it is taken.
@@ -77,9 +67,6 @@ def draw_crop(size: tuple[int, int], config: AugmentConfig, rng: np.random.Gener
         config: Crop size, scale range, flip probability, short side; `whole_images` draws nothing but the flip.
         rng: Source of all randomness; the same state gives the same plan.
         multiple: As `fit_whole`, for `whole_images`.
-
-    Source:
-        Paper section 4.1.
     """
     if config.whole_images:
         flip = bool(rng.random() < config.flip_probability)
