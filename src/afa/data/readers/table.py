@@ -102,18 +102,15 @@ def _read_csv(path: Path, known_classes: Sequence[str]) -> Contents:
         classes: tuple[str, ...] = ()
         if columns.tags is None:
             classes = tuple(name for name in header if name and name not in (columns.image, columns.split))
-        return classes, _entries(path, _csv_rows(path, rows, header, columns, classes), known_classes)
+        return classes, _entries(path, _object_rows(_csv_objects(path, rows, header, classes)), known_classes)
     except csv.Error as error:
         raise AfaError(f"{path}: not a CSV in UTF-8 ({error}); save it as text with the header image,tags") from None
 
 
-def _csv_rows(
-    path: Path, rows: Any, header: Sequence[str], columns: _Columns, classes: Sequence[str]
-) -> Iterator[_Row]:
-    """Rows of a CSV; with a column for each class, their tags are what its values say."""
-    image, tags, split = (None if name is None else header.index(name) for name in columns[:3])
-    assert image is not None
-    places = [header.index(name) for name in classes]
+def _csv_objects(
+    path: Path, rows: Any, header: Sequence[str], classes: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a CSV as objects; columns of classes become one of tags: the classes whose value is true."""
     known: dict[tuple[str, ...], tuple[str, ...]] = {}  # equal rows are read once
     for cells in rows:
         if not cells or (len(cells) == 1 and not cells[0].strip()):
@@ -124,14 +121,13 @@ def _csv_rows(
             if header == ["image", "tags"]:
                 advice = "write image,tags with spaces between the tags"
             raise AfaError(f"{where}: {len(cells)} columns; {advice}")
-        side = "" if split is None else cells[split].strip()
-        if tags is not None:
-            yield _Row(where, cells[image].strip(), cells[tags], side, columns.single)
-            continue
-        values = tuple([cells[place] for place in places])
-        if values not in known:
-            known[values] = _one_hot(zip(classes, values, strict=True), where)
-        yield _Row(where, cells[image].strip(), known[values], side, single=False)
+        values: dict[str, Any] = dict(zip(header, cells, strict=True))
+        if classes:
+            flags = tuple([values.pop(name) for name in classes])
+            if flags not in known:
+                known[flags] = _one_hot(zip(classes, flags, strict=True), where)
+            values["tags"] = known[flags]
+        yield where, values
 
 
 def _json_objects(path: Path, content: Any) -> Iterator[tuple[str, Any]]:
@@ -155,7 +151,7 @@ def _line_objects(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _object_rows(objects: Iterable[tuple[str, Any]]) -> Iterator[_Row]:
-    """Rows of JSON objects; one without a key of tags is an image without tags."""
+    """Rows of objects; one without a key of tags is an image without tags."""
     keys: tuple[str, ...] | None = None
     for where, values in objects:
         if not isinstance(values, dict):
