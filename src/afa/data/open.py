@@ -282,23 +282,21 @@ class DataSet:
     def _find_masks(self, rows: NDArray[np.int64], folder: Path) -> dict[int, str]:
         """The mask of each row that has one: its path without suffix is the name, perhaps without leading folders."""
         masks = {image_name(path): path for path in walk_files(folder, {".png"})}
-        found: dict[int, str] = {}
-        taken: dict[str, str] = {}
+        row_of: dict[str, int] = {}
         for row in rows.tolist():
             name = self._table.names[row]
             parts = name.split("/")
             cuts = range(1 if self._table.listed else len(parts))
             stem = next((stem for cut in cuts if (stem := "/".join(parts[cut:])) in masks), None)
-            if stem is None:
-                continue
-            if stem in taken:
+            if stem in row_of:
+                other = self._table.names[row_of[stem]]
                 raise AfaError(
-                    f"{folder / masks[stem]}: images {shown(taken[stem])} and {shown(name)} would share this mask; put "
+                    f"{folder / masks[stem]}: images {shown(other)} and {shown(name)} would share this mask; put "
                     "masks into the same folders as the images"
                 )
-            taken[stem] = name
-            found[row] = masks[stem]
-        return found
+            if stem is not None:
+                row_of[stem] = row
+        return {row: masks[stem] for stem, row in row_of.items()}
 
     def _describe_lists(self) -> list[str]:
         parts = []
