@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 import afa
-from afa.api import check_data, export, pseudo_labels
+from afa.api import SCORED_LABELS, check_data, export, pseudo_labels
 from afa.config import load_config
+from afa.data.open import open_data
+from afa.evaluation.evaluate import evaluate_each
 from afa.runs.network import load_run
 from encoders import write_embeddings
 from mistakes import refused
@@ -73,6 +75,15 @@ def test_every_command_takes_it(run: Path, keys: dict[str, Any], tiny_data: Path
     cost = check_data(load_config(None, keys, preset="frozen"), progress=False)["training"]
     assert cost["cache_seconds"] > 0
     assert cost["seconds"] > cost["cache_seconds"]
+
+
+def test_scoring_runs_the_encoder_once_an_image(run: Path) -> None:
+    network, config = load_run(run, torch.device("cpu")).network, load_config(run / "config.toml")
+    images = open_data(config.data).masked()
+    seen = []
+    network.backbone.register_forward_hook(lambda *_: seen.append(1))
+    evaluate_each(network, images, config, SCORED_LABELS, progress=False)
+    assert len(seen) == len(images)
 
 
 def test_a_resumed_run_ends_the_same(run: Path, keys: dict[str, Any], tmp_path: Path) -> None:

@@ -134,13 +134,13 @@ def train_and_report(
             tagged = all(scored.has_tags(index) for index in range(len(scored)))
             if not tagged and processes.is_main:
                 say("some validation images have no tags: CAM and propagated CAM, which need them, are not scored")
-            for labels in SCORED_LABELS if tagged else SCORED_LABELS[:1]:
-                figures = evaluation.evaluate(
-                    result.network, scored, config, labels=labels, processes=processes, progress=progress
-                )
-                if processes.is_main:
-                    Run(run).write_scores(labels, figures.to_json())
-                    say(f"{labels}: mIoU {figures.miou:.2f} on {figures.num_images} images")
+            labels = SCORED_LABELS if tagged else SCORED_LABELS[:1]
+            scores = evaluation.evaluate_each(
+                result.network, scored, config, labels, processes=processes, progress=progress
+            )
+            for figures in scores if processes.is_main else ():
+                Run(run).write_scores(figures.labels, figures.to_json())
+                say(f"{figures.labels}: mIoU {figures.miou:.2f} on {figures.num_images} images")
             if processes.is_main and config.train.example_images:
                 count = config.train.example_images
                 write_examples(result.network, scored, run, config=config, device=device, count=count)

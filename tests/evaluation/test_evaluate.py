@@ -48,6 +48,7 @@ class ColorNetwork(nn.Module):
     """Predicts for every pixel the class c of the image's red value, 60 * c, and tags it so."""
 
     num_classes = 3
+    text = None
 
     def __init__(self) -> None:
         super().__init__()

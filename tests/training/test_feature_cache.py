@@ -373,6 +373,11 @@ def test_settings_that_contradict_it(pictures: Path, key: str, value: Any) -> No
         make_config(pictures, **{key: value})
 
 
+def test_an_encoder_with_blocks_that_learn(pictures: Path, tmp_path: Path) -> None:
+    with refused("model.freeze_blocks is 3", "all 4 blocks", "set it to 4"):
+        prepare(make_config(pictures, **{"model.freeze_blocks": 3}), tmp_path)
+
+
 def test_a_stopped_run_ends_like_one_that_was_not(pictures: Path, tmp_path: Path) -> None:
     """Dropout on; the stopped run keeps its cache, and makes no other."""
     config = make_config(pictures, **{"model.decoder_dropout": 0.2})

@@ -27,6 +27,7 @@ from afa.evaluation.protocols import (
     PROTOCOLS,
     PSEUDO_LABELS,
     LogitMaps,
+    OncePerView,
     check_choice,
     group_sizes,
     host_tensor,
@@ -143,29 +144,60 @@ def evaluate(
     Source:
         Paper Tables 2 and 3; docs/method.md, "Evaluation".
     """
-    check_choice(labels, LABELS, what="labels")
-    counts = _Counts(images.classes, labels, next(network.parameters()).device, boundary=boundary)
+    options: dict[str, Any] = {"refine": refine, "boundary": boundary, "processes": processes, "progress": progress}
+    return evaluate_each(network, images, config, (labels,), **options)[0]
+
+
+def evaluate_each(
+    network: AfaNetwork,
+    images: MaskedImages,
+    config: Config,
+    labels: Sequence[str],
+    *,
+    refine: bool = False,
+    boundary: bool = False,
+    processes: Processes = ALONE,
+    progress: bool = True,
+) -> list[EvaluationResult]:
+    """Score several kinds of labels as `evaluate`, with each image read once, and encoded once if it can be kept.
+
+    Args:
+        network, images, config, refine, boundary, processes, progress: As of `evaluate`.
+        labels: Some of `LABELS`.
+
+    Returns:
+        Scores for each of `labels`, all with the time of the whole pass.
+    """
+    for each in labels:
+        check_choice(each, LABELS, what="labels")
+    device = next(network.parameters()).device
+    counts = [_Counts(images.classes, each, device, boundary=boundary) for each in labels]
+    passes = network if network.text is None else OncePerView(network)
     with closing(image_batches(network, images, config, labels, processes=processes, progress=progress)) as batches:
-        for batch in batches:
+        for batch, count in ((batch, count) for batch in batches for count in counts):
             pixels = [sample.image for sample in batch]
-            if labels == "seg":
-                maps = logit_maps(network, pixels, config)
+            if count.labels == "seg":
+                maps = logit_maps(passes, pixels, config)
                 predictions = [each.label(sample.size) for each, sample in zip(maps, batch, strict=True)]
-                counts.add_tags(images, batch, maps)
+                count.add_tags(images, batch, maps)
             else:
                 tags = [images.tags(sample.index) for sample in batch]
-                predictions = pseudo_labels(network, pixels, tags, config, kind=labels, refine=refine)
+                predictions = pseudo_labels(passes, pixels, tags, config, kind=count.labels, refine=refine)
             for sample, prediction in zip(batch, predictions, strict=True):
-                counts.add(sample, prediction)
-    counts.sum_up(processes)
-    return EvaluationResult(
-        **counts.scores(),
-        protocol=config.evaluation.protocol,
-        labels=labels,
-        num_images=len(images),
-        refinement=_refinement(config.pseudo, labels, refine=refine),
-        supervision=SUPERVISION_NAMES[config.train.supervision],
-    )
+                count.add(sample, prediction)
+    for count in counts:
+        count.sum_up(processes)
+    return [
+        EvaluationResult(
+            **count.scores(),
+            protocol=config.evaluation.protocol,
+            labels=count.labels,
+            num_images=len(images),
+            refinement=_refinement(config.pseudo, count.labels, refine=refine),
+            supervision=SUPERVISION_NAMES[config.train.supervision],
+        )
+        for count in counts
+    ]
 
 
 class _Counts:
@@ -254,7 +286,13 @@ class Sample:
 
 
 def image_batches(
-    network: AfaNetwork, images: TaggedImages, config: Config, labels: str, *, processes: Processes, progress: bool
+    network: AfaNetwork,
+    images: TaggedImages,
+    config: Config,
+    labels: Sequence[str],
+    *,
+    processes: Processes,
+    progress: bool,
 ) -> Generator[list[Sample], None, None]:
     """Read this process's share of a list ahead, and collect images that the network sees at the same sizes.
 
@@ -262,7 +300,7 @@ def image_batches(
         network: Put in eval mode meanwhile.
         images: Images; with masks unless only their tags are scored.
         config: Its `evaluation` and `pseudo` sections.
-        labels: What is scored: one of `LABELS`, or `tags`.
+        labels: What is scored: some of `LABELS`, or `tags` alone.
         processes: Processes that share the work.
         progress: Show a progress bar on standard error (of the first process).
 
@@ -281,19 +319,20 @@ def image_batches(
         )
     if total < 1:
         raise AfaError("there is no image to evaluate; give a list with at least one name")
-    sizes = {"seg": group_sizes, "tags": view_sizes}.get(labels, pseudo_sizes)
+    sizes = [{"seg": group_sizes, "tags": view_sizes}.get(each, pseudo_sizes) for each in labels]
     device = next(network.parameters()).device
 
     def read(index: int) -> Sample:
         image = host_tensor(images.image(index), device=device)
         mask = None
-        if labels != "tags":
+        if "tags" not in labels:
             assert isinstance(images, MaskedImages)
             mask = host_tensor(images.mask(index), device=device)
-        return Sample(index, image, mask, sizes((image.shape[0], image.shape[1]), config))
+        size = (image.shape[0], image.shape[1])
+        return Sample(index, image, mask, tuple(view for each in sizes for view in each(size, config)))
 
     batch_size = resolve_batch_size(config.evaluation.batch_size, device)
-    shown = image_progress(f"evaluate {labels}", total=total, enabled=progress and processes.is_main)
+    shown = image_progress(f"evaluate {', '.join(labels)}", total=total, enabled=progress and processes.is_main)
     readings = read_ahead(read, range(processes.rank, total, processes.count))
     training = network.training
     network.eval()

@@ -8,17 +8,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from afa.config import Config, EvaluationConfig, Protocol
 from afa.errors import AfaError
 from afa.filtering.crf import CrfSettings, dense_crf
+from afa.model.backbone import Encoded
 from afa.model.network import AfaNetwork
 from afa.pseudo.pipeline import infer_pseudo
 from afa.runtime import autocast
@@ -89,6 +90,38 @@ class LogitMaps:
         return logits.div_(logits.sum(0))
 
 
+class OncePerView:
+    """A network with a frozen encoder, which runs once where successive passes see the same view.
+
+    Args:
+        network: With class scores from words.
+    """
+
+    def __init__(self, network: AfaNetwork) -> None:
+        self._network = network
+        self._view = torch.empty(0)
+        self._kept: Encoded | None = None
+
+    def __call__(self, view: Tensor, **what: bool) -> NetworkOutput:
+        """`AfaNetwork.forward` of a (B, 3, H, W) normalized image."""
+        output: NetworkOutput = self._network(self._encode(view), **what)
+        return output
+
+    def score(self, view: Tensor, affinity: bool = False) -> NetworkOutput:
+        """`AfaNetwork.score` of a (B, 3, H, W) normalized image."""
+        return self._network.score(self._encode(view), affinity)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the network."""
+        return self._network.parameters()
+
+    def _encode(self, view: Tensor) -> Encoded:
+        # Images that are normalized before or after they are scaled differ by rounding.
+        if self._kept is None or self._view.shape != view.shape or not torch.allclose(self._view, view, atol=1e-4):
+            self._view, self._kept = view, self._network.encode(view)
+        return self._kept
+
+
 def host_tensor(array: np.ndarray, *, device: torch.device) -> Tensor:
     """Turn an array of any shape into a tensor that is ready to go to `device`, page-locked if that is a GPU."""
     # torch accepts neither negative strides nor read-only arrays, such as Pillow's.
@@ -133,7 +166,7 @@ def group_sizes(size: tuple[int, int], config: Config) -> tuple[tuple[int, int],
 
 @torch.inference_mode()
 def logit_maps(
-    network: AfaNetwork,
+    network: AfaNetwork | OncePerView,
     images: Sequence[np.ndarray | Tensor],
     config: Config,
     *,
@@ -180,7 +213,7 @@ def logit_maps(
 
 
 def _view_logits(
-    network: AfaNetwork, pixels: Sequence[Tensor], size: tuple[int, int], config: Config
+    network: AfaNetwork | OncePerView, pixels: Sequence[Tensor], size: tuple[int, int], config: Config
 ) -> tuple[Tensor, Tensor]:
     """(B, K, h, w) segmentation and (B, C) image logits of normalized images seen at one size."""
     multiscale = config.evaluation.multiscale
@@ -188,12 +221,13 @@ def _view_logits(
     if multiscale:
         view = torch.cat([view, view.flip(-1)])  # (2 B, 3, H', W')
     with autocast(view.device, config.train.precision):
-        output = network(view, segmentation=True, affinity=False)
+        output: NetworkOutput = network(view, segmentation=True, affinity=False)
+    assert output.seg_logits is not None
     segmentation, image_logits = output.seg_logits.float(), output.image_logits.float()
     if multiscale:
         plain, flipped = segmentation.chunk(2)  # (B, K, h, w) each
         segmentation = (plain + flipped.flip(-1)) / 2
-        image_logits = image_logits.unflatten(0, (2, -1)).mean(0)  # (2 B, C) -> (2, B, C) -> (B, C)
+        image_logits = torch.stack(image_logits.chunk(2)).mean(0)  # (2 B, C) -> (2, B, C) -> (B, C)
     return segmentation, image_logits
 
 
@@ -233,7 +267,7 @@ def crf(probabilities: Tensor, pixels: Tensor, *, config: EvaluationConfig) -> T
 
 @torch.inference_mode()
 def pseudo_labels(
-    network: AfaNetwork,
+    network: AfaNetwork | OncePerView,
     images: Sequence[np.ndarray | Tensor],
     tags: Sequence[np.ndarray | Tensor],
     config: Config,

@@ -81,7 +81,7 @@ def evaluate_tags(
     started = time.monotonic()
     device = next(network.parameters()).device
     counts = torch.zeros(3, network.num_classes, dtype=torch.int64, device=device)  # hits, found, true
-    with closing(image_batches(network, images, config, "tags", processes=processes, progress=progress)) as batches:
+    with closing(image_batches(network, images, config, ("tags",), processes=processes, progress=progress)) as batches:
         for batch in batches:
             maps = logit_maps(network, [sample.image for sample in batch], config)
             found = torch.stack([each.image for each in maps]) > 0  # (B, C)

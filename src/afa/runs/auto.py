@@ -190,7 +190,7 @@ def _choose_frozen(
     most = min(_FROZEN_MAX_STEPS, max(MIN_STEPS, round(FROZEN_EPOCHS * num_images / batch_size)))
     num_scored = 0
     if base.data.val_list and layout.has_validation:
-        num_scored = len(layout.validation()) * (3 if layout.has_masks else 1)  # segmentation, CAM, propagated CAM
+        num_scored = len(layout.validation())
     limit = minutes if minutes is not None else DEFAULT_MINUTES if device.type == "cpu" else None
     words = ""
     sides: tuple[int, ...] = _FROZEN_SIDES

@@ -27,6 +27,7 @@ from afa.data.pixel_cache import PixelCache
 from afa.data.transforms import whole_size
 from afa.errors import AfaError
 from afa.model.backbone import Encoded
+from afa.model.families import TOKEN_SIZES
 from afa.model.network import AfaNetwork
 from afa.pseudo.cam import ViewScore, normalize_cam
 from afa.runs.run import Run
@@ -141,9 +142,15 @@ def prepare_features(
         Reader of the complete cache.
 
     Raises:
-        AfaError: The cache does not fit into `train.feature_cache_gib` or on the disk; features are too large for fp16;
-            an image cannot be read; stopped by Ctrl-C.
+        AfaError: Blocks of the encoder learn; the cache does not fit into `train.feature_cache_gib` or on the disk;
+            features are too large for fp16; an image cannot be read; stopped by Ctrl-C.
     """
+    frozen, depth = config.model.freeze_blocks, TOKEN_SIZES[config.model.backbone].depth
+    if frozen < depth:
+        raise AfaError(
+            f"model.freeze_blocks is {frozen}, but the feature cache needs all {depth} blocks of "
+            f"{config.model.backbone} frozen; set it to {depth}, or train.feature_cache to false"
+        )
     patch, crop_size = network.backbone.strides[-1], config.augment.crop_size
     grids = [
         (height // patch, width // patch)
