@@ -24,6 +24,7 @@ from afa.config import Config, DataConfig, config_to_dict, load_config
 from afa.data.classes import read_lines
 from afa.data.open import DataSet, open_data
 from afa.data.readers.tag_files import read_tags
+from afa.demo.shapes import DEFAULT_STYLE, NEGATIVES_STYLE, SHAPE_CLASSES
 from afa.demo.write import MARKER_NAME, write_shapes
 from afa.errors import AfaError
 from afa.evaluation import evaluate as evaluation
@@ -180,7 +181,12 @@ def _score_tags(
 
 
 def run_demo(
-    run: str | Path, *, smoke: bool = False, resume: bool = False, overrides: dict[str, Any] | None = None
+    run: str | Path,
+    *,
+    smoke: bool = False,
+    one_class: bool = False,
+    resume: bool = False,
+    overrides: dict[str, Any] | None = None,
 ) -> None:
     """Generate `shapes`, train on its tags, and report.
 
@@ -189,6 +195,7 @@ def run_demo(
     Args:
         run: Run folder; the data set is written to its `data` folder.
         smoke: A few steps on a few images, to see that everything runs.
+        one_class: Images of one class, half of them without it.
         resume: Continue the run in the folder.
         overrides: Dotted configuration keys that win over the demo's.
 
@@ -204,7 +211,9 @@ def run_demo(
             raise AfaError(f"{run}: holds something that is not a demo run; pass another --out")
         shutil.rmtree(run)
     say(f"writing {num_train} training and {num_val} validation images to {data}")
-    write_shapes(data, num_train=num_train, num_val=num_val, image_size=_DEMO_IMAGE_SIZE)
+    classes, style = (SHAPE_CLASSES[:1], NEGATIVES_STYLE) if one_class else (SHAPE_CLASSES, DEFAULT_STYLE)
+    size = _DEMO_IMAGE_SIZE
+    write_shapes(data, num_train=num_train, num_val=num_val, image_size=size, classes=classes, style=style)
     train_and_report(config, run, resume=resume)
     figures = Run(run).report()
     say(

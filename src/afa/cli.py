@@ -116,6 +116,7 @@ _NETWORK = (
 _DEMO = (
     _argument("--out", type=_folder, default="runs/demo", metavar="RUN", help="run folder (default: %(default)s)"),
     _argument("--smoke", action="store_true", help="a few steps only, to see that everything runs"),
+    _argument("--one-class", action="store_true", help="images of one class, half of them without it"),
     _argument("--resume", action="store_true", help="go on with the run in RUN"),
 )
 _CHECK = (
@@ -259,7 +260,13 @@ def _take_keys(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 def _demo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from afa.api import run_demo
 
-    run_demo(arguments.out, smoke=arguments.smoke, resume=arguments.resume, overrides=overrides)
+    run_demo(
+        arguments.out,
+        smoke=arguments.smoke,
+        one_class=arguments.one_class,
+        resume=arguments.resume,
+        overrides=overrides,
+    )
     return 0
 
 

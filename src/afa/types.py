@@ -32,11 +32,12 @@ class Batch:
 
     Attributes:
         image: (B, 3, H, W) uint8 RGB, 0 outside the valid box.
-        tags: (B, C) float32, 1 where the class is tagged as present.
+        tags: (B, C) float32, 1 where the class is tagged as present, -1 where it is unknown.
         valid_box: (B, 4) int64, (top, bottom, left, right) of the part of each image that holds the photograph,
             half open: rows top..bottom-1.
         names: B image names, for messages.
         frozen: Arrays of B rows that the feature cache has of these images; none where training starts from pixels.
+        num_negatives: How many of the images, the last ones, are known to hold none of the classes.
     """
 
     image: Tensor
@@ -44,6 +45,7 @@ class Batch:
     valid_box: Tensor
     names: tuple[str, ...]
     frozen: tuple[Tensor, ...] = ()
+    num_negatives: int = 0
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same batch with every tensor, of any shape, changed, as by `torch.clone`."""

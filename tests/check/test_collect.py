@@ -67,7 +67,8 @@ def test_every_layout_is_checked_and_a_fast_check_opens_nothing(
     monkeypatch.setattr("PIL.Image.open", lambda *_: pytest.fail("opened an image"))
     report = check_data(settings(tmp_path), fast=True, progress=False)
     assert report["kind"]
-    assert sum(entry["train"] for entry in report["classes"]) >= report["num_train"] > 0
+    tagged = sum(entry["train"] for entry in report["classes"])
+    assert tagged + report["num_negatives"] >= report["num_train"] > 0
     assert (report["images"], report["training"], report["cache"]) == (None, None, None)
 
 

@@ -43,10 +43,11 @@ def test_one_label() -> None:
 
 def test_several_labels() -> None:
     feature = datasets.List(datasets.ClassLabel(names=["dog", "cat", "cow"]))
-    images = tagged_dataset(dataset(feature, [[1, 0], [], [2]]))
-    assert images.names == ("0", "2")
-    assert [images.tags(i).tolist() for i in range(2)] == [[1, 1, 0], [0, 0, 1]]
-    assert (images.image(1) == 20).all()
+    images = tagged_dataset(dataset(feature, [[1, 0], [], None, [2]]))
+    assert images.names == ("0", "1", "3")
+    assert [images.tags(i).tolist() for i in range(3)] == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
+    assert images.negative.tolist() == [False, True, False]
+    assert (images.image(2) == 30).all()
 
 
 def test_texts() -> None:

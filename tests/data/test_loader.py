@@ -15,7 +15,7 @@ from PIL import Image
 import naive
 from afa.config import AugmentConfig, Config, DataConfig, ScheduleConfig, TrainConfig
 from afa.data.dataset import TaggedImages
-from afa.data.loader import class_repeats, resolve_workers, step_indices, train_batches, whole_views
+from afa.data.loader import class_repeats, resolve_workers, train_batches, visits, whole_views
 from afa.data.pixel_cache import PixelCache
 from afa.runtime import Processes
 from afa.types import Batch
@@ -30,6 +30,10 @@ CPU = torch.device("cpu")
 def no_threads_left() -> Iterator[None]:
     yield
     assert not workers_alive()
+
+
+def step_indices(num_images: int, *, step: int, batch_size: int, **settings: Any) -> np.ndarray:
+    return visits(num_images, range(step * batch_size, (step + 1) * batch_size), **settings)
 
 
 def workers_alive() -> list[threading.Thread]:

@@ -161,9 +161,8 @@ def test_wrong_lists(data: DataConfig, root: Path, content: bytes, expected: str
     assert expected in said(train, data)
 
 
-@pytest.mark.parametrize("row", ["", "c,"])
-def test_training_image_without_tags(data: DataConfig, root: Path, row: str) -> None:
-    write(root, "lists/tags.csv", f"image,tags\na,dog\n{row}\n")
+def test_training_image_without_tags(data: DataConfig, root: Path) -> None:
+    write(root, "lists/tags.csv", "image,tags\na,dog\n")
     with refused("tags.csv: image 'b' has no tags (2 of 3", "train.txt); tag it"):
         train(data)
 

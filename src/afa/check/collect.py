@@ -38,7 +38,8 @@ def check_data(
         - `problems`: `severity` (error, warning, note) and `message` of each, errors first; `errors`, `warnings`: how
           many there are.
         - `root`; `layout`: what was found, in words, `kind`: of `DataSet`; both None where nothing was.
-        - `num_train`, `num_validation`, `num_untagged`: images; `scored`: whether those for validation have masks.
+        - `num_train`, `num_validation`, `num_untagged`: images; `num_negatives`: how many of the images to train on and
+          for validation are known to hold none of the classes; `scored`: whether those for validation have masks.
         - `classes`: `name`, `train`, `validation`: images with that class; `together`: (C, C) training images with
           both classes; `tags_per_image`: mean and most over the training images.
         - `images`: None if fast, else `total`, `read`, `seconds`; `broken`, `broken_masks`; `width`, `height`, `aspect`
@@ -52,7 +53,7 @@ def check_data(
     """
     report: dict[str, Any] = {"root": str(data_root(config.data)), "layout": None, "kind": None, "images": None}
     report |= {"training": None, "cache": None, "classes": [], "together": [], "tags_per_image": None}
-    report |= {"num_train": 0, "num_validation": 0, "num_untagged": 0, "scored": False}
+    report |= {"num_train": 0, "num_validation": 0, "num_untagged": 0, "num_negatives": 0, "scored": False}
     device = pick_device(config.train.device)
     try:
         opened = open_sides(data or open_data(config.data), config)
@@ -82,6 +83,9 @@ def _describe_tags(opened: OpenedData) -> dict[str, Any]:
         "num_train": len(opened.train_tags),
         "num_validation": len(opened.validation_tags),
         "num_untagged": len(data.untagged),
+        "num_negatives": sum(
+            int(each.negative.sum()) for each in (opened.train, opened.validation) if each is not None
+        ),
         "scored": isinstance(opened.validation, MaskedImages),
         "classes": [
             {"name": name, "train": train, "validation": validation}

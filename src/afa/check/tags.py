@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from afa.config import Config, DataConfig
+from afa.data.classes import folded
 from afa.data.dataset import TaggedImages
 from afa.data.open import DataSet
 from afa.errors import AfaError
@@ -23,11 +24,16 @@ FEW_IMAGES: Final = 20
 NEAR_EMPTY: Final = 5
 """A class with fewer training images is as good as absent."""
 
+LIKE_NOTHING: Final = frozenset(("normal", "good", "ok", "okay", "healthy", "clean", "empty", "nothing", "no defect"))
+"""Names of classes that may mean that an image holds none of them."""
+
 FEW_APART: Final = 3
 """Two classes cannot be told apart if one appears without the other in fewer training images than this."""
 
 _SHARE_APART: Final = 0.1  # and at most this share of the class, so that 2 of 4 images are enough
 _SHOWN: Final = 8
+_MANY_NEGATIVES: Final = 0.9
+_ADD: Final = "add such images, with an empty cell as their tags or in a folder named background"
 
 
 class Problem(NamedTuple):
@@ -50,7 +56,7 @@ class OpenedData:
         data: Where they are from.
         train: Images to train on; None where there are none.
         validation: Images that the run is scored on, else those set aside by their tags; None where there are none.
-        train_tags: (N, C), none of them without a tag.
+        train_tags: (N, C); an image without a tag is known to hold none of the classes.
         validation_tags: (M, C), all False where an image has no entry.
         problems: What was wrong while opening.
     """
@@ -148,6 +154,10 @@ def check_tags(opened: OpenedData, config: Config) -> Iterator[Problem]:
         What was found.
     """
     data, train, batch_size = opened.data, opened.train, config.schedule.batch_size
+    for name in data.classes:
+        if folded(name) in LIKE_NOTHING and len(data.classes) > 1:
+            message = f"class {name!r}: does it mean that an image holds none of the classes? Then add it to "
+            yield Problem("warning", message + "data.negatives; else its masks will cover whole images")
     if train is not None:
         yield from _check_counts(data.classes, opened.train_tags)
         yield from _check_pairs(data.classes, opened.train_tags)
@@ -174,8 +184,8 @@ def _check_counts(classes: Sequence[str], tags: NDArray[np.bool_]) -> Iterator[P
     counts = tags.sum(axis=0)
     if (tags == tags[0]).all():
         names = ", ".join(_chosen(classes, tags[0]))
-        message = f"all {len(tags)} training images have the same tags ({names}): "
-        yield Problem("warning", message + "nothing can be learned without images that lack a class; add such images")
+        message = f"all {len(tags)} training images have the same tags ({names}): nothing can be learned without "
+        yield Problem("warning", message + f"images that lack a class; {_ADD}")
         return
     leave_out = "tag more images, or leave out classes by data.class_subset"
     empty = _chosen(classes, counts == 0)
@@ -187,7 +197,10 @@ def _check_counts(classes: Sequence[str], tags: NDArray[np.bool_]) -> Iterator[P
             yield Problem("warning", f"fewer than {most} training images: {_some(named)}: {result}; {leave_out}")
     for name in _chosen(classes, counts == len(tags)):
         message = f"all {len(tags)} training images have class {name!r}: nothing shows what an image without it looks "
-        yield Problem("warning", message + "like; add such images, or leave the class out by data.class_subset")
+        yield Problem("warning", message + f"like; {_ADD}, or leave the class out by data.class_subset")
+    if (share := 1 - tags.any(axis=1).mean()) > _MANY_NEGATIVES:
+        message = f"{share:.0%} of the training images hold none of the classes; of a batch they are at most "
+        yield Problem("note", message + "train.negative_share")
     full = int(tags.all(axis=1).sum())
     if full and len(classes) > 2:
         message = f"training images with all {len(classes)} classes: {full:,}; these tell little, check their tags"

@@ -57,6 +57,9 @@ class DataConfig:
     class_subset: tuple[str, ...] = ()
     """Train and evaluate on these classes only: other tags are dropped, other classes' pixels are ignored (255),
     and images left without a tag are an error. Empty: all classes."""
+    negatives: tuple[str, ...] = ("background", "none", "negative")
+    """Tags, and folders of classes, that say that an image holds none of the classes; a name that the class list has
+    stays a class. Such images train as background everywhere, and are scored."""
     layout: LayoutName = "auto"
     """How images and tags lie in `root` (docs/data.md): auto finds out and says it."""
     split_fraction: Annotated[float, Meta(ge=0.0, le=0.9)] = 0.2
@@ -309,6 +312,9 @@ class TrainConfig:
     """How far images with rare classes are repeated: an image comes max(1, (mean / n)^class_balance) times an epoch, n
     being the number of images of its rarest class and mean that of all classes. 0 = once each; 1 = no class comes less
     often than the mean. Source: repeat factor sampling (LVIS, Gupta et al. 2019)."""
+    negative_share: Share = 0.5
+    """Largest share of a batch's images that hold none of the classes; they come as often as others unless that would
+    be more. 0 = such images are scored, and never train."""
     supervision: Supervision = "tags"
     """tags = weak supervision, the method. masks = full supervision, for comparison (Table 5): the segmentation learns
     from the true masks of the training list, without pseudo labels; everything that shows results says so."""

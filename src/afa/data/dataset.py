@@ -74,11 +74,22 @@ class TaggedImages:
         row: NDArray[np.float32] = (self._tags[index] == PRESENT).astype(np.float32)
         return row
 
+    def targets(self, index: int) -> NDArray[np.float32]:
+        """What a classifier is asked for: (C,) float32, as `tags`, and -1 where it is unknown."""
+        row: NDArray[np.float32] = self._tags[index].astype(np.float32)
+        return row
+
     @property
     def tagged(self) -> NDArray[np.bool_]:
         """(N, C), whether each class is tagged as present."""
         tagged: NDArray[np.bool_] = self._tags == PRESENT
         return tagged
+
+    @property
+    def negative(self) -> NDArray[np.bool_]:
+        """(N,), whether an image is known to hold none of the classes."""
+        negative: NDArray[np.bool_] = (self._tags == ABSENT).all(axis=1)
+        return negative
 
 
 class MaskedImages(TaggedImages):

@@ -83,32 +83,69 @@ def class_repeats(tagged: NDArray[np.bool_], balance: float) -> Repeats:
     return Repeats(factors, math.ceil(factors.sum() - len(factors)))
 
 
-def step_indices(
-    num_images: int, *, step: int, batch_size: int, seed: int, repeats: Repeats | None = None
+def visits(
+    num_images: int, numbers: range, *, seed: int, repeats: Repeats | None = None, stream: tuple[int, ...] = ()
 ) -> NDArray[np.int64]:
-    """Images of one step: consecutive pieces of one seeded permutation after another.
+    """The images of some visits: consecutive pieces of one seeded permutation after another.
 
-    Each epoch visits every image once, or as often as `repeats` says, rounded up or down at random; a batch may
-    end one epoch and begin the next.
+    Each epoch visits every image once, or as often as `repeats` says, rounded up or down at random.
 
     Args:
         num_images: At least 1.
-        step: From 0.
-        batch_size: Images per step, over all processes.
+        numbers: Numbers of the visits, from 0.
         seed: Seed of the order.
         repeats: Visits of each image; None = one.
+        stream: Tells orders of one seed apart.
 
     Returns:
-        (batch_size,) int64 indices in 0..num_images-1.
+        (len(numbers),) int64 indices in 0..num_images-1.
 
-    >>> two_steps = [step_indices(6, step=step, batch_size=3, seed=0) for step in (0, 1)]
-    >>> sorted(np.concatenate(two_steps).tolist())
+    >>> sorted(visits(6, range(6), seed=0).tolist())
     [0, 1, 2, 3, 4, 5]
     """
-    length = num_images + (repeats.extra if repeats else 0)
-    epoch, place = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), length)
+    epoch, place = np.divmod(np.array(numbers, dtype=np.int64), num_images + (repeats.extra if repeats else 0))
     pairs = zip(epoch.tolist(), place.tolist(), strict=True)
-    return np.array([_permutation(num_images, seed, e, repeats)[p] for e, p in pairs], dtype=np.int64)
+    return np.array([_permutation(num_images, (seed, *stream), e, repeats)[p] for e, p in pairs], dtype=np.int64)
+
+
+class Order:
+    """Which images come at which step, and in which order of a batch.
+
+    Images without any class have epochs of their own. They are as large a share of the batches as of all images, or
+    `train.negative_share` where that is less.
+
+    Args:
+        images: N images.
+        config: Its `train` section, and `schedule.batch_size`: images per step, over all processes.
+
+    Raises:
+        AfaError: No image has a class.
+    """
+
+    def __init__(self, images: TaggedImages, config: Config) -> None:
+        self.negative = images.negative
+        self._seed, self._batch_size = config.train.seed, config.schedule.batch_size
+        self._groups = [np.flatnonzero(~self.negative), np.flatnonzero(self.negative)]
+        if not self._groups[0].size:
+            raise AfaError("no image to train on has any of the classes; add images that have them")
+        self._repeats = class_repeats(images.tagged[self._groups[0]], config.train.class_balance)
+        self._share = min(config.train.negative_share, self._groups[1].size / len(images))
+
+    def indices(self, step: int) -> NDArray[np.int64]:
+        """(batch_size,) indices of the images of a step, from 0; those without any class are spread evenly."""
+        size, (some, none) = self._batch_size, self._groups
+        start, stop = (math.floor(count * size * self._share + 1e-9) for count in (step, step + 1))
+        numbers = range(step * size - start, (step + 1) * size - stop)
+        drawn = [some[visits(len(some), numbers, seed=self._seed, repeats=self._repeats)]]
+        if stop > start:
+            drawn.append(none[visits(len(none), range(start, stop), seed=self._seed, stream=(1,))])
+        places = np.concatenate([(np.arange(len(part)) + 0.5) / len(part) for part in drawn if len(part)])
+        return np.concatenate(drawn)[np.argsort(places, kind="stable")]
+
+    def pairs(self, step: int, share: slice) -> list[tuple[int, int]]:
+        """Place in the batch and index of each image of a share of it, those without any class last."""
+        pairs = list(enumerate(self.indices(step).tolist()))[share]
+        return sorted(pairs, key=lambda pair: bool(self.negative[pair[1]]))
 
 
 def step_plan(
@@ -166,8 +203,7 @@ def train_batches(
         raise AfaError(f"schedule.batch_size is {batch_size}; use a multiple of the number of processes ({count})")
     share = slice(processes.rank * batch_size // count, (processes.rank + 1) * batch_size // count)
     pinned = device is not None and device.type == "cuda"
-    repeats = class_repeats(images.tagged, config.train.class_balance)
-    source = _Source(images, config, share, repeats, cache, features, pinned)
+    source = _Source(images, config, share, Order(images, config), cache, features, pinned)
     steps = range(start, config.schedule.max_steps)
     workers = resolve_workers(config.data.workers, processes=count)
     if device is None:
@@ -216,9 +252,9 @@ def _read(images: TaggedImages, index: int, cache: PixelCache | None) -> NDArray
     return images.image(index) if cache is None else cache.image(index, images.image)
 
 
-@lru_cache(maxsize=4)  # Two epochs each for images and masks
-def _permutation(num_images: int, seed: int, epoch: int, repeats: Repeats | None) -> NDArray[np.int64]:
-    generator = _generator(seed, _ORDER, epoch)
+@lru_cache(maxsize=8)  # Two epochs each for images with and without classes, and for masks
+def _permutation(num_images: int, seed: tuple[int, ...], epoch: int, repeats: Repeats | None) -> NDArray[np.int64]:
+    generator = _generator(seed[0], _ORDER, epoch, *seed[1:])
     order = generator.permutation(num_images)
     if repeats is not None and repeats.extra:
         # Systematic sampling: evenly spaced points, each on the stretch of an image as long as its extra visits. An
@@ -241,57 +277,54 @@ class _Source:
     images: TaggedImages
     config: Config
     share: slice
-    repeats: Repeats
+    order: Order
     cache: PixelCache | None
     features: Features | None
     pinned: bool
 
     def batch(self, step: int) -> Batch:
         """The augmented batch. NumPy does what PyTorch could: each thread would get its own pool of PyTorch's."""
-        indices, size = self._indices(step), self.config.augment.crop_size
-        canvas = np.zeros((len(indices), 3, size, size), dtype=np.uint8)
+        pairs, size = self.order.pairs(step, self.share), self.config.augment.crop_size
+        canvas = np.zeros((len(pairs), 3, size, size), dtype=np.uint8)
         plans = []
-        for row, index in enumerate(indices):
-            pixels, plan = self._planned(step, row, index)
+        for row, (place, index) in enumerate(pairs):
+            pixels, plan = self._planned(step, place, index)
             resample_image(pixels, plan, canvas[row])
             plans.append(plan)
-        return self._batch(step, indices, plans, torch.from_numpy(canvas))
+        return self._batch(pairs, plans, torch.from_numpy(canvas))
 
     def decoded(self, step: int) -> tuple[Batch, Tensor]:
         """The batch with (B, H, W, 3) pixels, no more of each image than its crop reads, and `pack_plans`."""
-        indices = self._indices(step)
+        pairs = self.order.pairs(step, self.share)
         windows, plans = [], []
-        for row, index in enumerate(indices):
-            pixels, plan = self._planned(step, row, index)
+        for place, index in pairs:
+            pixels, plan = self._planned(step, place, index)
             (top, bottom), (left, right) = plan.rows.window, plan.columns.window
             windows.append(pixels[top:bottom, left:right])
             plans.append(plan)
         height, width = (-(-max(w.shape[axis] for w in windows) // _PADDING) * _PADDING for axis in (0, 1))
-        padded = torch.empty((len(indices), height, width, 3), dtype=torch.uint8, pin_memory=self.pinned)
-        for place, window in zip(padded.numpy(), windows, strict=True):
-            place[: window.shape[0], : window.shape[1]] = window
-        batch, packed = self._batch(step, indices, plans, padded), pack_plans(plans)
+        padded = torch.empty((len(pairs), height, width, 3), dtype=torch.uint8, pin_memory=self.pinned)
+        for row, window in zip(padded.numpy(), windows, strict=True):
+            row[: window.shape[0], : window.shape[1]] = window
+        batch, packed = self._batch(pairs, plans, padded), pack_plans(plans)
         return (batch.map(_pinned), packed.pin_memory()) if self.pinned else (batch, packed)
 
-    def _indices(self, step: int) -> list[int]:
-        batch_size, seed = self.config.schedule.batch_size, self.config.train.seed
-        indices = step_indices(len(self.images), step=step, batch_size=batch_size, seed=seed, repeats=self.repeats)
-        return [int(index) for index in indices[self.share]]
-
-    def _planned(self, step: int, row: int, index: int) -> tuple[NDArray[np.uint8], CropPlan]:
+    def _planned(self, step: int, place: int, index: int) -> tuple[NDArray[np.uint8], CropPlan]:
         pixels = _read(self.images, index, self.cache)
-        config, place = self.config, self.share.start + row
+        config = self.config
         multiple = self.features.patch if self.features else 1
         seed = config.train.seed
         return pixels, step_plan(pixels.shape[:2], config.augment, step=step, row=place, seed=seed, multiple=multiple)
 
-    def _batch(self, step: int, indices: list[int], plans: list[CropPlan], image: Tensor) -> Batch:
+    def _batch(self, pairs: list[tuple[int, int]], plans: list[CropPlan], image: Tensor) -> Batch:
+        indices = [index for _, index in pairs]
         return Batch(
             image=image,
-            tags=torch.from_numpy(np.stack([self.images.tags(index) for index in indices])),
+            tags=torch.from_numpy(np.stack([self.images.targets(index) for index in indices])),
             valid_box=torch.tensor([plan.valid_box for plan in plans]),
             names=tuple(self.images.names[index] for index in indices),
             frozen=self.features.read(indices, [plan.flip for plan in plans]) if self.features else (),
+            num_negatives=int(self.order.negative[indices].sum()),
         )
 
 

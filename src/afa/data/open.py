@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from afa.config import DataConfig
 from afa.data.classes import kept_classes, read_list
-from afa.data.dataset import PRESENT, UNKNOWN, MaskedImages, TaggedImages, TagTable
+from afa.data.dataset import ABSENT, PRESENT, UNKNOWN, MaskedImages, TaggedImages, TagTable
 from afa.data.files import path_below, walk_files
 from afa.data.images import image_name
 from afa.data.readers import folders, tag_files, voc
@@ -85,7 +85,7 @@ class DataSet:
         classes: The class names of the images that it hands out, in index order.
         colors: Class name -> (red, green, blue), where the class list has colors.
         words: For each class the words that a text encoder is asked: those that the class list states, or its name.
-        untagged: Names of images without tags that are left out of training; listed images are refused instead.
+        untagged: Names of images of which nothing is known, left out of training; listed images are refused instead.
     """
 
     def __init__(self, data: DataConfig, root: Path, table: TagTable) -> None:
@@ -109,10 +109,12 @@ class DataSet:
         self.words = tuple(table.words.get(name, (name,)) for name in self.classes)
         self._tags = tags[:, kept]
         present = self._tags == PRESENT
-        self._usable = present.any(axis=1)
+        negative = (table.tags == ABSENT).all(axis=1)
+        self._usable = present.any(axis=1) | negative
+        self._num_negatives = 0 if table.listed else int(negative.sum())
         self._sides, self._split_words = table.sides, ""
         if not table.listed:
-            self._sides, self._split_words = choose_sides(data, table, present)
+            self._sides, self._split_words = choose_sides(data, table, present, negative)
         tagged = {path for path, usable in zip(table.paths, self._usable.tolist(), strict=True) if usable}
         self.untagged = tuple(image_name(path) for path in table.every_path if path not in tagged)
 
@@ -138,7 +140,7 @@ class DataSet:
         return f"{self.root}: {self._table.origin}, {classes}; {', '.join(parts)}"
 
     def train(self, *, list_file: str | None = None) -> TaggedImages:
-        """Images to train on, each with at least one tag.
+        """Images to train on: each has a tag, or is known to hold none of the classes.
 
         Args:
             list_file: List of names to take instead; relative to the root unless absolute.
@@ -153,7 +155,7 @@ class DataSet:
         return self._tagged_images(VALIDATION, list_file)
 
     def tagged(self) -> TaggedImages:
-        """All images with a tag, on whatever side; of listed images those to train on."""
+        """All images whose tags are known, on whatever side; of listed images those to train on."""
         if self._table.listed:
             return self.train()
         rows = np.flatnonzero(self._usable)
@@ -262,7 +264,7 @@ class DataSet:
         table = self._table
         if table.tags_path is None:
             raise AfaError(f"{self.root}: no tags; set data.tags, or put a tags.csv with the header image,tags there")
-        tagged = (table.tags == PRESENT).any(axis=1)
+        tagged = (table.tags == PRESENT).any(axis=1) | self._usable
         if without := rows[~tagged[rows]].tolist():
             raise AfaError(
                 f"{table.tags_path}: image {table.names[without[0]]!r} has no tags ({len(without)} of {len(rows)} "
@@ -313,6 +315,8 @@ class DataSet:
         parts = [f"{_images(train)} to train on", f"{validation} for validation ({self._split_words})"]
         if neither := int((self._sides == TEST).sum()):
             parts.append(f"{neither} in a test split left out")
+        if self._num_negatives:
+            parts.append(f"{self._num_negatives:,} of them without any class")
         if self.untagged:
             parts.append(f"{len(self.untagged)} without tags left out")
         return parts

@@ -38,13 +38,16 @@ def side_of(text: str) -> int:
     return next((SIDES[word] for word in re.findall(r"[a-z]+", text.lower()) if word in SIDES), UNSTATED)
 
 
-def choose_sides(data: DataConfig, table: TagTable, tagged: NDArray[np.bool_]) -> tuple[NDArray[np.int8], str]:
+def choose_sides(
+    data: DataConfig, table: TagTable, tagged: NDArray[np.bool_], negative: NDArray[np.bool_]
+) -> tuple[NDArray[np.int8], str]:
     """Put each image on a side: as stated, else as the outermost folders say, else by a split made here.
 
     Args:
         data: Whether to make a split, and how.
         table: N images.
         tagged: (N, C), whether a class is tagged as present.
+        negative: (N,), whether an image is known to hold none of them; for the split made here that is one more class.
 
     Returns:
         (N,) `TRAIN`, `VALIDATION` or `TEST`; and in words how they came about.
@@ -62,6 +65,8 @@ def choose_sides(data: DataConfig, table: TagTable, tagged: NDArray[np.bool_]) -
         return sides, "data.val_list is empty"
     if data.split_fraction == 0:
         return sides, "data.split_fraction is 0"
+    if negative.any():
+        tagged = np.column_stack([tagged, negative])
     splittable = np.flatnonzero((sides == TRAIN) & tagged.any(axis=1))
     chosen = [table.names[i] for i in splittable.tolist()]
     aside = split_by_tags(tagged[splittable], chosen, fraction=data.split_fraction, seed=data.split_seed)

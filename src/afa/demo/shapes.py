@@ -28,7 +28,7 @@ class ShapesStyle:
     """How hard the images are. Sizes are shares of the image side unless in pixels; colors lie in [0, 1]."""
 
     num_objects: tuple[int, int] = (1, 3)
-    """Fewest and most objects in an image, each of another class."""
+    """Fewest and most objects in an image, each of another class; with 0, some images hold distractors alone."""
     object_size: tuple[float, float] = (0.28, 0.5)
     """Diameter of an object."""
     object_rotation: float = 180.0
@@ -67,6 +67,9 @@ class ShapesStyle:
 
 
 DEFAULT_STYLE: Final = ShapesStyle()
+
+NEGATIVES_STYLE: Final = ShapesStyle(num_objects=(0, 1), num_distractors=(1, 3))
+"""For one class: about half of the images are without it, and all have what looks like it in shape or texture."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,7 +351,8 @@ def draw_shapes(
         style: How hard the image is.
 
     Returns:
-        The scene, with at least one object and at least `style.min_visible_pixels` pixels of each.
+        The scene, with at least one object, unless the style allows none, and at least `style.min_visible_pixels`
+        pixels of each.
 
     Raises:
         AfaError: The style leaves no object visible.
@@ -357,8 +361,9 @@ def draw_shapes(
         colors: list[FloatArray] = []
         image = _draw_background(rng, image_size, _pick_color(rng, colors, style), style)
         layers = _draw_layers(rng, image_size, classes, colors, style)
+        empty = not any(layer.name for layer in layers)  # then nothing is hidden
         layers = _drop_hidden(layers, image_size, style)
-        if any(layer.name for layer in layers):
+        if empty or any(layer.name for layer in layers):
             break
     else:
         raise AfaError(f"{style} leaves no object visible at {image_size} pixels: make the objects larger")

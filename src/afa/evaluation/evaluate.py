@@ -229,8 +229,9 @@ class _Counts:
         tagged = [i for i, sample in enumerate(batch) if images.has_tags(sample.index)]
         if tagged:
             found = torch.stack([maps[i].image for i in tagged]).to(self.device) > 0  # (B, C)
-            tags = torch.from_numpy(np.stack([images.tags(batch[i].index) for i in tagged]))
-            present = (tags > 0).to(self.device, non_blocking=True)
+            tags = torch.from_numpy(np.stack([images.targets(batch[i].index) for i in tagged]))
+            tags = tags.to(self.device, non_blocking=True)  # (B, C)
+            found, present = found & (tags >= 0), tags > 0
             self.tags += torch.stack([(found & present).sum(), found.sum(), present.sum()])
 
     def sum_up(self, processes: Processes) -> None:

@@ -289,7 +289,7 @@ def pseudo_labels(
         refine: Refine cam or propagated labels with `pseudo.refinement`.
 
     Returns:
-        For each image (H, W) int64, 0..C, and 255 where initial and refined are uncertain.
+        For each image (H, W) int64, 0..C, and 255 where initial and refined are uncertain; without tags all 0.
 
     Raises:
         AfaError: Unknown kind.
@@ -304,19 +304,22 @@ def pseudo_labels(
         with autocast(device, config.train.precision):
             return network.score(view, affinity)
 
-    pixels = [image_tensor(image, device=device) for image in images]  # (1, 3, H, W) each
+    labels = [torch.zeros(image.shape[:2], dtype=torch.int64, device=device) for image in images]
+    chosen = [i for i, each in enumerate(tags) if (each > 0).any()]
+    if not chosen:
+        return labels
+    pixels = [image_tensor(images[i], device=device) for i in chosen]  # (1, 3, H, W) each
     view = torch.cat([pseudo_view(image, config) for image in pixels])  # (B, 3, H', W')
-    batch_tags = torch.stack([torch.as_tensor(each, dtype=torch.float32) for each in tags])  # (B, C)
+    batch_tags = torch.stack([torch.as_tensor(tags[i], dtype=torch.float32) for i in chosen])  # (B, C)
     batch_tags = batch_tags.to(device, non_blocking=device.type == "cuda")
     want = f"{kind}_label"
     finish = functools.partial(crf, config=config.evaluation) if config.pseudo.crf else None
     made = infer_pseudo(score, view, batch_tags, config=config.pseudo, want=(want,), refined=refine, crf=finish)
-    return [
-        interpolate(label[None, None].float(), size=image.shape[2:], mode="nearest-exact")[0, 0].long()
-        if label.shape != image.shape[2:]
-        else label
-        for label, image in zip(made[want], pixels, strict=True)
-    ]
+    for i, label, image in zip(chosen, made[want], pixels, strict=True):
+        if label.shape != image.shape[2:]:
+            label = interpolate(label[None, None].float(), size=image.shape[2:], mode="nearest-exact")[0, 0].long()
+        labels[i] = label
+    return labels
 
 
 def pseudo_view(pixels: Tensor, config: Config) -> Tensor:

@@ -85,8 +85,10 @@ def evaluate_tags(
         for batch in batches:
             maps = logit_maps(network, [sample.image for sample in batch], config)
             found = torch.stack([each.image for each in maps]) > 0  # (B, C)
-            tags = torch.stack([torch.from_numpy(images.tags(sample.index)) for sample in batch])  # (B, C)
-            true = tags.to(device) > 0
+            tags = torch.stack([torch.from_numpy(images.targets(sample.index)) for sample in batch]).to(
+                device
+            )  # (B, C)
+            found, true = found & (tags >= 0), tags > 0
             counts += torch.stack([(found & true).sum(0), found.sum(0), true.sum(0)])  # (3, C)
     counts = processes.total(counts)
     hits, either = counts[0], counts[1] + counts[2]

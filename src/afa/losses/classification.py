@@ -11,7 +11,7 @@ def classification_loss(image_logits: Tensor, tags: Tensor) -> Tensor:
 
     Args:
         image_logits: (B, C).
-        tags: (B, C) in {0, 1}.
+        tags: (B, C) in {0, 1}, or -1 where it is not known whether the image has the class: without loss.
 
     Returns:
         Scalar, mean over images and classes.
@@ -19,4 +19,4 @@ def classification_loss(image_logits: Tensor, tags: Tensor) -> Tensor:
     Source:
         Paper Eq. 11 with the minus sign that it lacks.
     """
-    return F.multilabel_soft_margin_loss(image_logits, tags)
+    return F.multilabel_soft_margin_loss(image_logits, tags.clamp(min=0), weight=(tags >= 0).float())

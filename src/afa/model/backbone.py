@@ -52,6 +52,10 @@ class Encoded:
     features: tuple[Tensor, ...]
     class_scores: Tensor
 
+    def first(self, count: int) -> Encoded:
+        """That of the first `count` images."""
+        return Encoded(tuple(feature[:count] for feature in self.features), self.class_scores[:count])
+
 
 def join_attention(blocks: Sequence[RawAttention]) -> RawAttention:
     """Put the heads of several blocks side by side."""

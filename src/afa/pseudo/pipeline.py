@@ -70,15 +70,21 @@ def training_labels(
         score: Encoder pass.
         image: (B, 3, H, W) RGB in [0, 1].
         tags: (B, C), above 0 where present.
-        valid_box: (B, 4) int64 (top, bottom, left, right), half open.
+        valid_box: (B + N, 4) int64 (top, bottom, left, right), half open; the last N are those of images that hold none
+            of the classes, whose label is background everywhere.
         config: Settings.
         want: Of `initial_label` and `refined_label` those to make.
         plain_scores: (B, C, h, w) class scores of the training forward, reused for scale 1.
         num_slots: 1 + the largest number of tags of an image, if known.
 
     Returns:
-        The labels that were wanted.
+        The labels that were wanted, of B + N images.
     """
+    count = len(image)
+    background = torch.zeros(len(valid_box) - count, *image.shape[2:], dtype=torch.int64, device=image.device)
+    background = ignore_outside(background, valid_box[count:])  # (N, H, W)
+    if not count:
+        return TrainingLabels(**dict.fromkeys(want, background))
     walks = "refined_label" in want and config.propagation != "none"
     present = present_classes(tags, num_slots=num_slots)
     pick = present.foreground.gather
@@ -91,7 +97,10 @@ def training_labels(
         plain_scores=plain_scores,
         pick=pick,
     )
-    return TrainingLabels(**_merged_labels(want, cam, present, Refiner(image, config), valid_box))
+    labels = _merged_labels(want, cam, present, Refiner(image, config), valid_box[:count])  # (B, H, W) each
+    if len(background):
+        labels = {kind: torch.cat([label, background]) for kind, label in labels.items()}  # (B + N, H, W) each
+    return TrainingLabels(**labels)
 
 
 @torch.no_grad()

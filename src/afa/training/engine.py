@@ -87,8 +87,8 @@ class TrainingEngine:
         self.records = config.train.cuda_graphs and device.type == "cuda" and recordable
         self._stream: Any = torch.cuda.Stream(device) if self.records else None  # type: ignore[no-untyped-call]
         self._pool: Any = None
-        self._eager_steps: dict[tuple[Phase, int], int] = {}
-        self._recordings: dict[tuple[Phase, int], _Recording] = {}
+        self._eager_steps: dict[tuple[Phase, int, int], int] = {}
+        self._recordings: dict[tuple[Phase, int, int], _Recording] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the network."""
@@ -145,13 +145,13 @@ class TrainingEngine:
 
     def _num_slots(self, tags: Tensor) -> int:
         """1 + the largest number of tags of an image; recorded steps share a few round numbers."""
-        num_slots = 1 + max(1, int(tags.sum(1).max()))
+        num_slots = 1 + max(1, int((tags > 0).sum(1).max()))
         if not self.records:
             return num_slots
         return min(1 << (num_slots - 1).bit_length(), 1 + tags.shape[1])
 
     def _recorded_step(self, batch: Batch, kind: Phase, num_slots: int) -> StepLosses:
-        key = (kind, num_slots)
+        key = (kind, num_slots, batch.num_negatives)
         if key not in self._recordings:
             if self._eager_steps.get(key, 0) < _EAGER_STEPS:
                 self._eager_steps[key] = self._eager_steps.get(key, 0) + 1
@@ -220,7 +220,7 @@ class TrainingEngine:
         def forward(_: Tensor, segmentation: bool, affinity: bool) -> NetworkOutput:
             return self._forward(kept, segmentation, affinity)
 
-        return forward, CachedScore(self._score, kept)
+        return forward, CachedScore(self._score, kept.first(len(batch.tags) - batch.num_negatives))
 
     def _forward(self, image: Tensor | Encoded, segmentation: bool, affinity: bool) -> NetworkOutput:
         with autocast(self.device, self.config.train.precision):

@@ -80,14 +80,16 @@ def compute_losses(
         # The training pass comes first: autocast's copies of the weights then carry gradients, and all passes use them.
         output = forward(normalize_image(image), phase.segmentation, phase.affinity)
         if phase.labels:
+            some = slice(len(image) - batch.num_negatives)
+            reused = output.class_scores[some] if config.pseudo.reuse_training_pass else None
             labels = training_labels(
                 score,
-                image,
-                batch.tags,
+                image[some],
+                batch.tags[some],
                 batch.valid_box,
                 config=config.pseudo,
                 want=phase.labels,
-                plain_scores=output.class_scores if config.pseudo.reuse_training_pass else None,
+                plain_scores=reused,
                 num_slots=num_slots,
             )
     loss = cls = classification_loss(output.image_logits, batch.tags)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from afa.config import Config
 from afa.data.dataset import MaskedImages
-from afa.data.loader import class_repeats, step_indices, step_plan
+from afa.data.loader import Order, step_plan
 from afa.data.open import DataSet
 from afa.data.transforms import resample_image
 from afa.errors import AfaError
@@ -89,17 +89,15 @@ def with_masks(
         AfaError: During iteration, a mask cannot be read or does not fit its image.
     """
     augment, schedule, seed = config.augment, config.schedule, config.train.seed
-    repeats = class_repeats(images.tagged, config.train.class_balance)
-    share = schedule.batch_size // processes.count
-    first = processes.rank * share
+    order = Order(images, config)
+    size = schedule.batch_size // processes.count
+    share = slice(processes.rank * size, (processes.rank + 1) * size)
 
     def masks(step: int) -> Tensor:
-        indices = step_indices(len(images), step=step, batch_size=schedule.batch_size, seed=seed, repeats=repeats)
-        canvas = np.full((share, augment.crop_size, augment.crop_size), IGNORE_INDEX, dtype=np.uint8)
-        for row, index in enumerate(indices[first : first + share].tolist()):
+        canvas = np.full((size, augment.crop_size, augment.crop_size), IGNORE_INDEX, dtype=np.uint8)
+        for row, (place, index) in enumerate(order.pairs(step, share)):
             mask = images.mask(index)
-            size = (mask.shape[0], mask.shape[1])
-            plan = step_plan(size, augment, step=step, row=first + row, seed=seed)
+            plan = step_plan((mask.shape[0], mask.shape[1]), augment, step=step, row=place, seed=seed)
             resample_image(mask, plan, canvas[row], Image.Resampling.NEAREST)
         return torch.from_numpy(canvas)
 

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from afa.data.dataset import ABSENT, PRESENT
+from afa.data.dataset import ABSENT, PRESENT, UNKNOWN
 from afa.errors import AfaError, shown
 
 _OUTLINES: Final = ("segmentation", "bbox", "rle", "points")
@@ -30,12 +30,15 @@ class TagEntry(NamedTuple):
         image: The image as the file writes it.
         tags: Its tags as the file writes them.
         split: Where it belongs, as the file writes it; empty where it does not say.
+        unknown: Classes of which the file says that it does not know them; None where it says nothing of the image.
+            An image without tags and unknown classes holds none of the classes.
     """
 
     where: str
     image: str
     tags: tuple[str, ...]
     split: str = ""
+    unknown: tuple[str, ...] | None = ()
 
 
 Contents = tuple[tuple[str, ...], list[TagEntry]]
@@ -128,6 +131,17 @@ def load_xml(path: Path, kind: str, remedy: str) -> ET.Element:
         raise AfaError(f"{path}: cannot be read ({error.strerror})") from None
     except (ET.ParseError, ValueError, LookupError) as error:
         raise AfaError(f"{path}: not {kind} ({error}); {remedy}") from None
+
+
+def entry_rows(entries: Sequence[TagEntry], classes: Sequence[str]) -> NDArray[np.int8]:
+    """(N, C) `PRESENT`, `ABSENT` or `UNKNOWN`: what N entries say of the classes."""
+    rows = tag_rows([entry.tags for entry in entries], classes)
+    for row, entry in enumerate(entries):
+        if entry.unknown is None:
+            rows[row] = UNKNOWN
+        elif entry.unknown:
+            rows[row, [place for place, name in enumerate(classes) if name in entry.unknown]] = UNKNOWN
+    return rows
 
 
 def tag_rows(tags: Sequence[tuple[str, ...]], classes: Sequence[str]) -> NDArray[np.int8]:

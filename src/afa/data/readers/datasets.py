@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from afa.data.classes import check_classes, unknown_class
-from afa.data.dataset import PRESENT, TaggedImages
+from afa.data.dataset import PRESENT, UNKNOWN, TaggedImages
 from afa.data.images import _to_rgb
-from afa.data.readers.base import tag_rows
+from afa.data.readers.base import TagEntry, entry_rows
 from afa.data.readers.table import SINGLE_TAG_COLUMNS, TAG_COLUMNS
 from afa.errors import AfaError, shown
 
@@ -53,7 +53,8 @@ def tagged_dataset(
         classes: Class names in index order; none: those of the `ClassLabel`, else the tags, sorted.
 
     Returns:
-        The rows with at least one tag. Their names are their row numbers.
+        The rows whose tags are known, named by their numbers; an empty list says that the image has none of the
+        classes.
 
     Raises:
         AfaError: A column is missing or of another type; a class is unknown; no row has a tag.
@@ -71,28 +72,30 @@ def tagged_dataset(
         raise AfaError(f"the data set has no tag column {tag_column!r}; its columns: {', '.join(features)}")
     feature = features[tag_column]
     labels = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
-    rows = [tuple(_tags(value, labels, tag_column)) for value in dataset.select_columns([tag_column])[:][tag_column]]
-    classes = classes or tuple(labels or sorted({tag for tags in rows for tag in tags}))
+    rows = [_tags(value, labels, tag_column) for value in dataset.select_columns([tag_column])[:][tag_column]]
+    classes = classes or tuple(labels or sorted({tag for entry in rows for tag in entry.tags}))
     check_classes(classes, f"column {tag_column!r}")
-    for row, tags in enumerate(rows):
-        for tag in tags:
+    for row, entry in enumerate(rows):
+        for tag in entry.tags:
             if tag not in classes:
                 raise AfaError(f"row {row}: unknown tag {shown(tag)}; {unknown_class(tag[:100], classes)}")
-    matrix = tag_rows(rows, classes)
-    kept = np.flatnonzero((matrix == PRESENT).any(axis=1))
-    if not kept.size:
+    matrix = entry_rows(rows, classes)
+    kept = np.flatnonzero((matrix != UNKNOWN).all(axis=1))
+    if not (matrix == PRESENT).any():
         raise AfaError(f"no row of the data set has a tag in column {tag_column!r}; name another column")
     return DatasetImages(dataset, image_column, classes=classes, rows=kept, tags=matrix[kept])
 
 
-def _tags(value: Any, labels: list[str] | None, column: str) -> list[str]:
+def _tags(value: Any, labels: list[str] | None, column: str) -> TagEntry:
     tags = []
-    for item in value if isinstance(value, list) else [] if value is None else [value]:
+    items = value if isinstance(value, list) else [value]
+    is_known = items not in ([None], [-1])  # -1: no label
+    for item in items if is_known else ():
         if labels is not None and isinstance(item, int):
-            if 0 <= item < len(labels):  # -1: no label
+            if 0 <= item < len(labels):
                 tags.append(labels[item])
         elif isinstance(item, str):
             tags.append(item)
         else:
             raise AfaError(f"column {column!r} holds {shown(item)}; cast it to ClassLabel, or give the names")
-    return tags
+    return TagEntry("", "", tuple(tags), unknown=() if is_known else None)

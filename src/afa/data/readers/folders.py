@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from afa.config import DataConfig
-from afa.data.classes import check_classes, stated_classes
+from afa.data.classes import check_classes, folded, stated_classes
 from afa.data.dataset import TagTable
 from afa.data.files import check_paths, image_folder, images_below
 from afa.data.readers.base import tag_rows
+from afa.data.readers.tag_files import nothing_names
 from afa.data.split import SIDES, UNSTATED
 from afa.errors import AfaError, shown
 
@@ -37,9 +38,10 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
     split = [(path, parts) for path in every_path if len(parts := path.split("/")) > place + 1]
     if not split:
         return None
-    tags = [(parts[place],) for _, parts in split]
-    met = tuple(sorted({name for (name,) in tags}))
     listed = stated_classes(data, root)
+    nothing = nothing_names(data.negatives, listed.names)
+    tags = [() if folded(parts[place]) in nothing else (parts[place],) for _, parts in split]
+    met = tuple(sorted({name for names in tags for name in names}))
     if listed.names and (unknown := [name for name in met if name not in listed.names]):
         raise AfaError(
             f"{folder}: the folder {shown(unknown[0])} is none of the classes; name it as one of "

@@ -41,8 +41,8 @@ def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:
         image = _task_image(data if isinstance(data, dict) else {})
         if image is None:
             raise AfaError(f"{where}: names no image; export a project of images from Label Studio as JSON")
-        tags = _task_tags(task) if "data" in task else _short_task_tags(task)
-        entries.append(TagEntry(where, image, tuple(dict.fromkeys(tags))))
+        tags = tuple(dict.fromkeys(_task_tags(task) if "data" in task else _short_task_tags(task)))
+        entries.append(TagEntry(where, image, tags, unknown=() if tags or _is_submitted(task) else None))
     return (), entries
 
 
@@ -62,6 +62,14 @@ def _task_image(data: dict[str, Any]) -> str | None:
     if address.scheme in ("http", "https", "s3", "gs", "azure-blob") or address.path.startswith("/data/"):
         return unquote(address.path).rsplit("/", 1)[-1]
     return found
+
+
+def _is_submitted(task: dict[str, Any]) -> bool:
+    """Whether somebody finished the task: without a choice in it, the image holds none of the classes."""
+    if "data" not in task:
+        return "annotation_id" in task  # of JSON-MIN
+    done = _dicts(task.get("annotations")) or _dicts(task.get("completions"))
+    return any(not annotation.get("was_cancelled") for annotation in done)
 
 
 def _task_tags(task: dict[str, Any]) -> Iterator[str]:

@@ -35,7 +35,15 @@ SPLIT_COLUMNS: Final = ("split", "subset", "set")
 
 _MAX_LINE: Final = 1_000_000  # characters; the longest row of 254 classes is far below
 _TRUE: Final = frozenset(("1", "1.0", "true", "yes"))
-_FALSE: Final = frozenset(("", "0", "0.0", "false", "no", "-1"))
+_FALSE: Final = frozenset(("", "0", "0.0", "false", "no"))
+_UNKNOWN: Final = frozenset(("-1", "-1.0", "?", "null", "none", "nan", "unknown"))
+
+
+class _Tags(NamedTuple):
+    """What a row says of an image, as in `TagEntry`."""
+
+    present: tuple[str, ...]
+    unknown: tuple[str, ...] | None = ()
 
 
 class _Row(NamedTuple):
@@ -111,7 +119,7 @@ def _csv_objects(
     path: Path, rows: Any, header: Sequence[str], classes: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a CSV as objects; columns of classes become one of tags: the classes whose value is true."""
-    known: dict[tuple[str, ...], tuple[str, ...]] = {}  # equal rows are read once
+    known: dict[tuple[str, ...], _Tags] = {}  # equal rows are read once
     for cells in rows:
         if not cells or (len(cells) == 1 and not cells[0].strip()):
             continue
@@ -182,13 +190,14 @@ def _entries(path: Path, rows: Iterable[_Row], classes: Sequence[str]) -> list[T
     places: dict[str, int] = {}
     entries: list[TagEntry] = []
     for where, image, value, split, single in found:
-        tags = split_cell(value, single) if isinstance(value, str) else _listed_tags(value, where)
+        tags = _Tags(split_cell(value, single)) if isinstance(value, str) else _listed_tags(value, where)
         if single and image in places:
             earlier = entries[places[image]]
-            entries[places[image]] = earlier._replace(tags=(*earlier.tags, *tags))
+            unknown = tags.unknown if earlier.unknown is None else earlier.unknown
+            entries[places[image]] = earlier._replace(tags=(*earlier.tags, *tags.present), unknown=unknown)
         else:
             places[image] = len(entries)
-            entries.append(TagEntry(where, image, tags, split))
+            entries.append(TagEntry(where, image, tags.present, split, tags.unknown))
     return entries
 
 
@@ -221,10 +230,12 @@ def _cell_splitter(texts: Iterable[str], classes: Sequence[str], path: Path) -> 
     return split
 
 
-def _listed_tags(value: Any, where: str) -> tuple[str, ...]:
+def _listed_tags(value: Any, where: str) -> _Tags:
     """Tags of a value that is no text."""
-    if value is None or isinstance(value, tuple):
-        return value or ()
+    if value is None:
+        return _Tags((), None)
+    if isinstance(value, _Tags):
+        return value
     if isinstance(value, dict):
         return _one_hot(value.items(), where)
     tags = []
@@ -236,19 +247,21 @@ def _listed_tags(value: Any, where: str) -> tuple[str, ...]:
         if not isinstance(item, str):
             raise AfaError(f"{where}: the tag {shown(item)} is no text; write the names of the classes")
         tags.append(sys.intern(item.strip()))
-    return tuple(tag for tag in tags if tag)
+    return _Tags(tuple(tag for tag in tags if tag))
 
 
-def _one_hot(values: Iterable[tuple[str, Any]], where: str) -> tuple[str, ...]:
-    """The classes whose value is true."""
-    tags = []
+def _one_hot(values: Iterable[tuple[str, Any]], where: str) -> _Tags:
+    """The classes whose value is true, and those whose value is unknown."""
+    tags, unknown = [], []
     for name, value in values:
         text = str(value).strip().lower()
         if text in _TRUE:
             tags.append(sys.intern(name))
+        elif text in _UNKNOWN:
+            unknown.append(sys.intern(name))
         elif text not in _FALSE:
             raise AfaError(
-                f"{where}, column {shown(name)}: the value is {shown(value)}; write 0 or 1, "
-                "or put the tags into one column named tags"
+                f"{where}, column {shown(name)}: the value is {shown(value)}; write 0 or 1, ? "
+                "for unknown, or put the tags into one column named tags"
             )
-    return tuple(tags)
+    return _Tags(tuple(tags), tuple(unknown))

@@ -13,12 +13,12 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from afa.config import DataConfig
-from afa.data.classes import check_classes, is_plain, stated_classes, unknown_class
+from afa.data.classes import check_classes, folded, is_plain, stated_classes, unknown_class
 from afa.data.dataset import TagTable
 from afa.data.files import ImageFiles, check_paths, image_folder, images_below, path_below
 from afa.data.images import image_name
 from afa.data.readers import coco, cvat, labelstudio, npy, table, voc_xml
-from afa.data.readers.base import Contents, TagEntry, drop_outlines, elements, load_json, tag_rows
+from afa.data.readers.base import Contents, TagEntry, drop_outlines, elements, entry_rows, load_json
 from afa.data.split import SIDES, UNSTATED, side_of
 from afa.errors import AfaError, shown
 
@@ -116,18 +116,20 @@ def read_tags(path: Path, classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return {name: entry.tags for name, entry in read_tag_file(TagFile(path), classes).entries.items()}
 
 
-def read_tag_file(file: TagFile, classes: Sequence[str] = ()) -> FoundTags:
+def read_tag_file(file: TagFile, classes: Sequence[str] = (), negatives: Sequence[str] = ()) -> FoundTags:
     """Read a file of tags of any kind.
 
     Args:
         file: A table, an export of a tool, a folder of VOC XML, or an `.npy` of one-hot vectors.
         classes: The C class names in index order, or none: the file's own.
+        negatives: Tags that say that an image holds none of the classes, as far as they are no classes themselves.
 
     Raises:
         AfaError: It is missing or malformed; it names an unknown class or an image twice; the classes that it declares
             or uses are no good as such (`check_classes`).
     """
     declared, found = READERS[file.kind].read(file.path, file.content, classes)
+    declared, found = _without(nothing_names(negatives, classes), declared, found)
     chosen = tuple(classes) or declared or tuple(sorted({tag for entry in found for tag in entry.tags}))
     if not classes:
         check_classes(chosen, str(file.path))
@@ -147,7 +149,7 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
     if not files:
         return None
     listed = stated_classes(data, root)
-    contents = [read_tag_file(file, listed.names) for file in files]
+    contents = [read_tag_file(file, listed.names, data.negatives) for file in files]
     is_metadata = all(file.path.stem.lower() == "metadata" for file in files)
     layout = READERS[files[0].kind].layout
     in_splits = any(file.path.parent != root and file.path.parent.name.lower() in SIDES for file in files)
@@ -172,7 +174,7 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
         kind="hf" if is_hf else layout,
         origin=f"{kind} in {' and '.join(path_below(file.path, root) for file in files)}",
         classes=classes,
-        tags=tag_rows([entry.tags for entry in entries.values()], classes),
+        tags=entry_rows(list(entries.values()), classes),
         sides=np.array(sides, dtype=np.int8),
         folder=folder,
         paths=tuple(entries),
@@ -295,8 +297,27 @@ def _by_name(found: Iterable[TagEntry], classes: Sequence[str], kind: str) -> di
             # The file of a VOC annotation names the image already.
             origin = entry.where if kind == "voc_xml" else f"{entry.where}, image {shown(name)}"
             ordered[entry.tags] = _in_class_order(entry.tags, places, origin)
-        entries[name] = TagEntry(entry.where, entry.image, ordered[entry.tags], entry.split)
+        entries[name] = entry._replace(tags=ordered[entry.tags])
     return entries
+
+
+def nothing_names(negatives: Sequence[str], classes: Sequence[str]) -> frozenset[str]:
+    """The folded names that mean "nothing": `data.negatives` without what is a class."""
+    return frozenset(map(folded, negatives)).difference(map(folded, classes))
+
+
+def _without(
+    nothing: frozenset[str], declared: tuple[str, ...], found: list[TagEntry]
+) -> tuple[tuple[str, ...], list[TagEntry]]:
+    """What a reader found, without the tags that mean "nothing"."""
+    used = {tags for entry in found if (tags := entry.tags)}
+    if not nothing.intersection(map(folded, {*declared, *(tag for tags in used for tag in tags)})):
+        return declared, found
+
+    def kept(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple([name for name in names if folded(name) not in nothing])
+
+    return kept(declared), [entry._replace(tags=kept(entry.tags)) for entry in found]
 
 
 def _in_class_order(names: Iterable[str], places: Mapping[str, int], origin: str) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ from afa.data.classes import VOC_CLASSES, stated_classes
 from afa.data.dataset import UNKNOWN, TagTable
 from afa.data.files import ImageFiles
 from afa.data.images import image_name
-from afa.data.readers.base import tag_rows
-from afa.data.readers.tag_files import read_tags
+from afa.data.readers.base import entry_rows
+from afa.data.readers.tag_files import TagFile, read_tag_file
 from afa.data.split import UNSTATED
 from afa.errors import AfaError
 
@@ -51,9 +51,9 @@ def read(root: Path, data: DataConfig) -> TagTable:
     tags_path = root / data.tags if data.tags else next(found, None)
     tags = np.full((len(names), len(listed.names)), UNKNOWN, dtype=np.int8)
     if tags_path is not None:
-        entries = read_tags(tags_path, listed.names)
+        entries = read_tag_file(TagFile(tags_path), listed.names, data.negatives).entries
         rows = [row for row, name in enumerate(names) if name in entries]
-        tags[rows] = tag_rows([entries[names[row]] for row in rows], listed.names)
+        tags[rows] = entry_rows([entries[names[row]] for row in rows], listed.names)
     return TagTable(
         kind="voc",
         origin="VOC layout",
