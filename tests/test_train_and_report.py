@@ -111,6 +111,13 @@ def test_without_masks_the_tags_are_scored(own_data: Path, tmp_path: Path, capsy
     report = json.loads((run / "report.json").read_text())
     assert (report["miou"], report["tag_f1"]) == (None, figures["tag_f1"])
     assert f"no masks in {own_data}: only tags will be scored\n" in capsys.readouterr().err
+    worth = json.loads((run / "worth.json").read_text())
+    assert (worth["num_images"], [each["name"] for each in worth["thresholds"]]) == (6, ["lower", "set", "higher"])
+    for folder in ("examples", "uncertain", "thresholds"):
+        assert (run / folder / "sheet.png").is_file()
+    page = (run / "report.html").read_text()
+    assert "what the result is worth" in page
+    assert page.count("Lower background scores") >= 2
 
 
 def test_a_folder_without_validation_list_trains_and_says_so(

@@ -30,6 +30,7 @@ from afa.errors import AfaError
 from afa.evaluation import evaluate as evaluation
 from afa.evaluation.evaluate import EvaluationResult, first_images
 from afa.evaluation.tags import TagResult, evaluate_tags
+from afa.evaluation.worth import measure_worth
 from afa.formats.voc_test import SubmissionCheck, check_voc_test
 from afa.formats.write import mask_items, parse_formats, write_format
 from afa.inference import files as prediction
@@ -41,7 +42,7 @@ from afa.model.network import AfaNetwork
 from afa.report.compare import compare_runs, render_text, write_comparison
 from afa.report.masks import write_masks_page
 from afa.report.page import write_report
-from afa.report.pictures import write_examples, write_figures
+from afa.report.pictures import write_examples, write_figures, write_worth
 from afa.runs.auto import choose_defaults
 from afa.runs.network import build_network, load_run
 from afa.runs.run import Run
@@ -178,6 +179,14 @@ def _score_tags(
         Run(run).write_scores("tags", figures.to_json())
         score = "none" if figures.tag_f1 is None else f"{figures.tag_f1:.2f}"
         say(f"tags: F1 {score} on {figures.num_images} images; there are no masks to tell the mIoU by")
+        worth = measure_worth(network, images, config, progress=progress)
+        Run(run).write_worth(worth.to_json())
+        for line in worth.failures():
+            say(f"warning: {line}")
+        if count := config.train.example_images:
+            device = next(network.parameters()).device
+            write_examples(network, images, run, config=config, device=device, count=count)
+            write_worth(network.eval(), images, run, worth, config=config)
 
 
 def run_demo(

@@ -46,7 +46,7 @@ def written(run: Path) -> str:
 
 
 def shown(run: Path) -> dict[str, Any]:
-    return collect_page(collect_report(run), Run(run).metrics(), read_examples(run))
+    return collect_page(collect_report(run), Run(run).metrics(), read_examples(Run(run).examples))
 
 
 def test_what_a_finished_run_shows(full: Path) -> None:
@@ -114,13 +114,13 @@ def test_interrupted_and_partly_evaluated_run_shows_what_there_is(full: Path) ->
 def test_broken_index_of_the_examples(full: Path, contents: bytes) -> None:
     (full / "examples" / "index.json").write_bytes(contents)
     with refused("index.json", "broken", "delete"):
-        read_examples(full)
+        read_examples(Run(full).examples)
 
 
 def test_broken_picture_of_an_example(full: Path) -> None:
     next((full / "examples").rglob("image.png")).write_bytes(b"no picture")
     with refused("index.json", "broken", "delete"):
-        read_examples(full)
+        read_examples(Run(full).examples)
 
 
 def test_many_classes_leave_the_legend_to_those_tagged(full: Path) -> None:

@@ -79,6 +79,12 @@ class TaggedImages:
         row: NDArray[np.float32] = self._tags[index].astype(np.float32)
         return row
 
+    def subset(self, indices: Sequence[int]) -> TaggedImages:
+        """Some of the images, in the order of `indices`, by their tags alone."""
+        rows = list(indices)
+        names, paths = tuple(self.names[i] for i in rows), [self._paths[i] for i in rows]
+        return TaggedImages(classes=self.classes, names=names, paths=paths, tags=self._tags[rows], folder=self._folder)
+
     @property
     def tagged(self) -> NDArray[np.bool_]:
         """(N, C), whether each class is tagged as present."""

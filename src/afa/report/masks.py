@@ -14,6 +14,7 @@ from afa.report.page import class_colors, picture_columns, read_examples
 from afa.report.pictures import write_examples
 from afa.report.render import render_page
 from afa.runs.files import write_whole
+from afa.runs.run import Run
 
 
 def write_masks_page(
@@ -41,7 +42,7 @@ def write_masks_page(
         Path of the page.
     """
     write_examples(network, images, out, config=config, device=device, count=count, trained=False)
-    examples = read_examples(out)
+    examples = read_examples(Run(out).examples)
     page = out / "masks.html"
     values = {
         "name": out.resolve().name,

@@ -16,12 +16,13 @@ from afa.data.palette import voc_palette
 from afa.errors import AfaError
 from afa.report.charts import Series, bar_chart, line_chart
 from afa.report.collect import LABEL_KINDS, collect_report
-from afa.report.pictures import PICTURES
+from afa.report.pictures import PICTURES, THRESHOLD_PICTURES
 from afa.report.render import data_uri, render_page
 from afa.runs.run import Run
 from afa.types import IGNORE_INDEX
 
 _KIND_NAMES: Final = {"seg": "segmentation", "propagated": "propagated CAM", "cam": "CAM"}
+_COLUMNS: Final = (*PICTURES, *THRESHOLD_PICTURES)
 _LEGEND_LIMIT: Final = 30
 """With more classes than this, the legend has only those that the examples are tagged with."""
 
@@ -40,16 +41,18 @@ def write_report(run: Path) -> Path:
     """
     report = collect_report(run)
     folder = Run(run)
-    values = collect_page(report, folder.metrics(), read_examples(run))
+    values = collect_page(report, folder.metrics(), read_examples(folder.examples))
+    galleries = {"uncertain": read_examples(folder.uncertain), "thresholds": read_examples(folder.thresholds)}
+    values |= {"worth": folder.worth(), "galleries": galleries, "columns_of": picture_columns}
     folder.write_report(report, render_page("report", **values))
     return folder.page
 
 
-def read_examples(run: Path) -> list[dict[str, Any]]:
-    """Load the pictures of RUN/examples for embedding.
+def read_examples(folder: Path) -> list[dict[str, Any]]:
+    """Load the pictures of RUN/examples, or another folder of such, for embedding.
 
     Args:
-        run: Run folder.
+        folder: What `write_examples` left.
 
     Returns:
         `name`, `tags` and `pictures` (picture name -> data URI) of each example; empty without an index.
@@ -57,13 +60,13 @@ def read_examples(run: Path) -> list[dict[str, Any]]:
     Raises:
         AfaError: The index or a picture is broken.
     """
-    index = Run(run).examples / "index.json"
+    index = folder / "index.json"
     if not index.is_file():
         return []
     examples = []
     try:
         for entry in json.loads(index.read_text(encoding="utf-8")):
-            files = {key: index.parent / entry["folder"] / f"{key}.png" for key in PICTURES}
+            files = {key: index.parent / entry["folder"] / f"{key}.png" for key in _COLUMNS}
             pictures = {key: data_uri(Image.open(path)) for key, path in files.items() if path.is_file()}
             examples.append({"name": entry["name"], "tags": entry["tags"], "pictures": pictures})
     except (ValueError, KeyError, TypeError, OSError):
@@ -107,7 +110,7 @@ def collect_page(
 
 def picture_columns(examples: Sequence[dict[str, Any]]) -> list[str]:
     """The names of the pictures that an example has, in the order of the method."""
-    return [key for key in PICTURES if any(key in example["pictures"] for example in examples)]
+    return [key for key in _COLUMNS if any(key in example["pictures"] for example in examples)]
 
 
 def class_colors(classes: Sequence[str], examples: Sequence[dict[str, Any]]) -> list[tuple[str, tuple[int, int, int]]]:

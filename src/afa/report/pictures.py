@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -23,6 +23,7 @@ from afa.data.dataset import MaskedImages, TaggedImages
 from afa.data.open import open_data
 from afa.errors import AfaError
 from afa.evaluation.protocols import image_tensor, logit_maps, pseudo_view
+from afa.evaluation.worth import Worth, threshold_settings
 from afa.model.network import AfaNetwork
 from afa.pseudo.cam import multi_scale_cam
 from afa.pseudo.pipeline import infer_pseudo
@@ -43,6 +44,9 @@ PICTURES: Final = {
 }
 """Pictures of an example and their captions, in the order of the method; `truth` only of images with masks."""
 
+THRESHOLD_PICTURES: Final = {"lower": "lower background scores", "set": "as set", "higher": "higher background scores"}
+"""Further pictures, those of RUN/thresholds: labels by the names of `threshold_settings`."""
+
 FIGURES: Final = {
     "affinity": ("query", "attention", "affinity"),
     "cam": ("image", "CAM, one scale", "CAM, all scales", "by attention", "by affinity"),
@@ -52,6 +56,7 @@ FIGURES: Final = {
 """Name of each figure's sheet and the captions of its columns: Figures 1 and 4, 2, 5 and the labels of 4, and 6."""
 
 _SHEET_ROWS: Final = 5
+_THRESHOLD_EXAMPLES: Final = 4
 
 
 def write_examples(
@@ -79,22 +84,49 @@ def write_examples(
         count: How many examples; fewer when there are fewer images with tags.
         trained: Off, the pictures are image, CAM and pseudo label alone: decoder and affinity have learned nothing.
     """
-    folder = Run(run).examples
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    draw = _example_pictures if trained else _untrained_pictures
     was_training = network.training
     network.eval()
+    picks = ((i, _Seen.open(images, i, config, device, enlarge=False)) for i in evenly_spaced(images, count))
+    drawn = ((i, draw(network, config, seen)) for i, seen in picks)
+    _write_pictures(Run(run).examples, images, drawn)
+    network.train(was_training)
+
+
+def write_worth(network: AfaNetwork, images: TaggedImages, run: Path, worth: Worth, *, config: Config) -> None:
+    """Write RUN/uncertain, the images whose prediction is least certain, and RUN/thresholds, as `write_examples` does.
+
+    Args:
+        network: In eval mode; its parameters say the device.
+        images: What was looked at, or more.
+        run: Run folder.
+        worth: What was found.
+        config: Settings of the run.
+    """
+    device = next(network.parameters()).device
+    places = {name: i for i, name in enumerate(images.names)}
+    uncertain = [places[name] for name, _ in worth.uncertain]
+    seen = {i: _Seen.open(images, i, config, device, enlarge=False) for i in uncertain}
+    drawn = ((i, _example_pictures(network, config, each)) for i, each in seen.items())
+    _write_pictures(Run(run).uncertain, images, drawn)
+    picks = evenly_spaced(images, _THRESHOLD_EXAMPLES)
+    seen = {i: _Seen.open(images, i, config, device, enlarge=False) for i in picks}
+    drawn = ((i, _threshold_pictures(network, config, each)) for i, each in seen.items())
+    _write_pictures(Run(run).thresholds, images, drawn)
+
+
+def _write_pictures(folder: Path, images: TaggedImages, drawn: Iterable[tuple[int, dict[str, Pixels]]]) -> None:
+    """Write a folder of pictures for each image, by its place, then sheet.png and index.json."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     index: list[dict[str, object]] = []
-    for number, i in enumerate(evenly_spaced(images, count)):
+    for number, (i, pictures) in enumerate(drawn):
         name = f"{number:03d}"
         (folder / name).mkdir()
-        seen = _Seen.open(images, i, config, device, enlarge=False)
-        drawn = _example_pictures(network, config, seen) if trained else _untrained_pictures(network, config, seen)
-        for key, picture in drawn.items():
+        for key, picture in pictures.items():
             Image.fromarray(picture).save(folder / name / f"{key}.png")
         tags = [c for c, present in zip(images.classes, images.tags(i), strict=True) if present]
         index.append({"name": images.names[i], "tags": tags, "folder": name})
-    network.train(was_training)
     if index:
         rows = [str(entry["folder"]) for entry in index[:_SHEET_ROWS]]
         draw_sheet([folder / row for row in rows]).save(folder / "sheet.png")
@@ -164,10 +196,11 @@ def draw_sheet(folders: Sequence[Path]) -> Image.Image:
     Returns:
         RGB image on white.
     """
-    keys = [key for key in PICTURES if any((folder / f"{key}.png").is_file() for folder in folders)]
+    captions = PICTURES | THRESHOLD_PICTURES
+    keys = [key for key in captions if any((folder / f"{key}.png").is_file() for folder in folders)]
     paths = [[folder / f"{key}.png" for key in keys] for folder in folders]
     rows = [[Image.open(path) if path.is_file() else None for path in row] for row in paths]
-    return lay_out(rows, [PICTURES[key] for key in keys])
+    return lay_out(rows, [captions[key] for key in keys])
 
 
 def evenly_spaced(images: TaggedImages, count: int) -> list[int]:
@@ -254,6 +287,18 @@ def _untrained_pictures(network: AfaNetwork, config: Config, seen: _Seen) -> dic
         "cam": blend_heat(seen.picture, pseudo["cam"][seen.present]),
         "pseudo": blend_label(seen.picture, pseudo["cam_label"]),
     }
+
+
+@torch.inference_mode()
+def _threshold_pictures(network: AfaNetwork, config: Config, seen: _Seen) -> dict[str, Pixels]:
+    drawn = {
+        "image": seen.picture,
+        "cam": blend_heat(seen.picture, seen.infer(network, config.pseudo, "cam")["cam"][seen.present]),
+    }
+    for name, settings in threshold_settings(config).items():
+        label = seen.infer(network, settings.pseudo, "initial_label")["initial_label"]
+        drawn[name] = blend_label(seen.picture, label)
+    return drawn
 
 
 def _shares(propagated: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ class Run:
         self.data = self.path / "data"  # of the demo
         self.checkpoints = self.path / "checkpoints"
         self.examples = self.path / "examples"
+        self.uncertain = self.path / "uncertain"  # more examples, of runs without masks
+        self.thresholds = self.path / "thresholds"
         self.figures = self.path / "figures"
         self.features = self.path / "features"
         self.tensorboard = self.path / "tensorboard"
@@ -34,6 +36,7 @@ class Run:
         self._metrics = self.path / "metrics.jsonl"
         self._environment = self.path / "environment.json"
         self._evaluation = self.path / "evaluation"
+        self._worth = self.path / "worth.json"
         self._report = self.path / "report.json"
 
     def __str__(self) -> str:
@@ -195,6 +198,14 @@ class Run:
     def write_scores(self, name: str, figures: Mapping[str, Any]) -> None:
         """Write what `scores` reads."""
         _write_object(self._evaluation / f"{name}.json", figures)
+
+    def worth(self) -> dict[str, Any]:
+        """What can be said of a result without masks; empty where there are some. Raises `AfaError` if it is broken."""
+        return _read_object(self._worth)
+
+    def write_worth(self, worth: Mapping[str, Any]) -> None:
+        """Write what `worth` reads."""
+        _write_object(self._worth, worth)
 
     def report(self) -> dict[str, Any]:
         """The figures of the report; empty before it is written. Raises `AfaError` for a broken file."""
