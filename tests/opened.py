@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
@@ -16,23 +17,41 @@ class Opened:
 
     paths: list[str] | None = None
     installed = False
+    refused: tuple[str, ...] = ()
 
     @classmethod
     def hook(cls, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in cls.refused:
+            raise PermissionError(errno.EPERM, "not allowed")
         if cls.paths is not None and event in ("open", "os.listdir", "os.scandir"):
             cls.paths.append(os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes, Path)) else "")
 
     @classmethod
-    @contextmanager
-    def recorded(cls) -> Iterator[list[str]]:
+    def install(cls) -> None:
         if not cls.installed:
             sys.addaudithook(cls.hook)
             cls.installed = True
+
+    @classmethod
+    @contextmanager
+    def recorded(cls) -> Iterator[list[str]]:
+        cls.install()
         cls.paths = []
         try:
             yield cls.paths
         finally:
             cls.paths = None
+
+
+@contextmanager
+def forbidden(*events: str) -> Iterator[None]:
+    """The system refuses some calls, named as Python audits them, such as `os.symlink`."""
+    Opened.install()
+    Opened.refused = events
+    try:
+        yield
+    finally:
+        Opened.refused = ()
 
 
 def reachable(value: object) -> list[object]:

@@ -92,7 +92,7 @@ def test_the_documented_flags_are_those_of_the_parser() -> None:
         documented.setdefault(entry.split()[0], set()).update(re.findall(r"--[a-z-]+(?![\w.-])", entry))
     subparsers = next(a for a in build_parser()._actions if a.dest not in ("help", "version") and a.choices)
     assert isinstance(subparsers.choices, dict)
-    shared = {"--help", "--device", "--seed", "--precision"}
+    shared = {"--help", "--device", "--seed", "--precision", "--skip-broken"}
     for name in COMMANDS:
         flags = {option for option in subparsers.choices[name]._option_string_actions if option.startswith("--")}
         assert flags - shared == documented[name], name

@@ -22,8 +22,10 @@ from afa.check.cost import measure_pace
 from afa.check.tags import check_fast
 from afa.config import Config, DataConfig, config_to_dict, load_config
 from afa.data.classes import read_lines
+from afa.data.images import level_warning, sample_peaks
 from afa.data.open import DataSet, open_data
 from afa.data.readers.tag_files import read_tags
+from afa.data.split import VALIDATION
 from afa.demo.shapes import DEFAULT_STYLE, NEGATIVES_STYLE, SHAPE_CLASSES
 from afa.demo.write import MARKER_NAME, write_shapes
 from afa.errors import AfaError
@@ -36,7 +38,7 @@ from afa.formats.write import mask_items, parse_formats, write_format
 from afa.inference import files as prediction
 from afa.inference.hub import load_pretrained, save_pretrained
 from afa.inference.masks import MasksSummary, PredictSummary, summarize_masks
-from afa.inference.onnx import ExportCheck, export_onnx, export_torch, read_check_images
+from afa.inference.onnx import ExportCheck, export_metadata, export_onnx, export_torch, read_check_images
 from afa.inference.predictor import Predictor
 from afa.model.network import AfaNetwork
 from afa.report.compare import compare_runs, render_text, write_comparison
@@ -123,6 +125,7 @@ def train_and_report(
     """
     run, device = Path(run), pick_device(config.train.device)
     data = data or open_data(config.data)
+    data.leave_out_broken(progress=progress)
     warnings = _check(config, data)
     with process_group(device) as processes:
         for warning in warnings if processes.is_main else ():
@@ -159,7 +162,10 @@ def _check(config: Config, data: DataSet) -> list[str]:
         raise AfaError(f"{errors[0]} (and {len(errors) - 1} more; afa check {config.data.root} lists them)")
     if errors:
         raise AfaError(errors[0])
-    return [problem.message for problem in problems if problem.severity == "warning"]
+    warnings = [problem.message for problem in problems if problem.severity == "warning"]
+    images = data.train()
+    peaks = sample_peaks([images.image_path(index) for index in range(len(images))])
+    return warnings + list(filter(None, [level_warning(peaks, config.data.white_level)]))
 
 
 def _score_tags(
@@ -318,14 +324,17 @@ def evaluate(
     with process_group(device) as processes:
         loaded = load_run(run, device)
         layout = open_data(config.data)
+        layout.leave_out_broken((VALIDATION,), list_file=list_file, progress=progress and processes.is_main)
         if labels == "seg" and not layout.has_masks and config.data.mask_dir == DataConfig().mask_dir:
             if processes.is_main:
                 say(f"{layout.root}: no masks, so nothing tells the mIoU; the tags are scored")
             images = first_images(layout.validation(list_file=list_file), limit)
             return evaluate_tags(loaded.network, images, config, processes=processes, progress=progress)
+        scored = first_images(layout.masked(list_file=list_file), limit)
+        scored.check_values()
         return evaluation.evaluate(
             loaded.network,
-            first_images(layout.masked(list_file=list_file), limit),
+            scored,
             config,
             labels=labels,
             refine=refine,
@@ -585,7 +594,7 @@ def export(
         return save_pretrained(str(run), out)
     loaded = load_pretrained(str(run), torch.device("cpu"))
     settings: dict[str, Any] = {
-        "classes": loaded.classes,
+        "metadata": export_metadata(loaded.classes, white_level=loaded.config.data.white_level),
         "images": read_check_images(Path(check)) if check else (),
         "short_side": loaded.config.evaluation.short_side,
     }

@@ -23,7 +23,7 @@ _FORMAT_HELP = (
     "also write the masks for other tools, names separated by commas: "
     "coco, cvat, hf, labelme, labelstudio, mmseg, panoptic, voc, voc_test, yolo"
 )
-_MIOU = ("mIoU", "miou", "no labeled pixel")
+_MIOU = ("mIoU", "miou", "no pixel of a class")
 _SHORTHANDS = ("device", "seed", "precision")
 
 
@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, rest = build_parser().parse_known_args(words)
         if rest:
             raise AfaError(f"unknown argument {rest[0]!r}; afa COMMAND --help lists them, keys are --SECTION.KEY VALUE")
+        if getattr(arguments, "skip_broken", False):
+            overrides["data.skip_broken"] = True
         for name in _SHORTHANDS:
             if getattr(arguments, name, None) is not None:
                 overrides[f"train.{name}"] = getattr(arguments, name)
@@ -110,6 +112,7 @@ _NETWORK = (
     _argument("--device", metavar="auto|cpu|cuda|mps", help="where to compute (default: auto)"),
     _argument("--seed", metavar="N", help="seed of everything random"),
     _argument("--precision", metavar="auto|fp32|bf16|fp16", help="arithmetic of the network"),
+    _argument("--skip-broken", action="store_true", help="leave out images that cannot be read, and count them"),
 )
 """Flags of every command that runs the network."""
 

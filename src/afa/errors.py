@@ -17,6 +17,10 @@ class AfaError(ValueError):
     """
 
 
+class BrokenImageError(AfaError):
+    """An image is there but cannot be read; `data.skip_broken` leaves such images out."""
+
+
 def shown(value: object) -> str:
     """A value as messages show it: one line, cut where it is long."""
     quoted = repr(value)

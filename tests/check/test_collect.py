@@ -144,6 +144,37 @@ def test_what_is_wrong_with_images_is_said_by_name(troubled: Path, tmp_path: Pat
     assert "3 errors, 4 warnings" in html
 
 
+def test_broken_images_are_a_note_where_they_are_left_out(troubled: Path) -> None:
+    report = check_data(settings(troubled, {"data.skip_broken": True}), progress=False)
+    assert report["images"]["broken"] == ["JPEGImages/i0.png"]
+    (note,) = [message for message in messages(report, "note") if "i0.png" in message]
+    assert note.startswith("broken images left out by data.skip_broken: 1 (first: ")
+    assert not [message for message in messages(report, "error") if "i0.png" in message]
+
+
+def test_twelve_bits_are_warned_of_and_the_key_helps(tmp_path: Path) -> None:
+    write_table(tmp_path)
+    for i in range(50):
+        levels = picture(i)[:, :, 0].astype(np.uint16) * 16
+        levels[0, 0] = 4095
+        Image.fromarray(levels).save(tmp_path / "images" / f"i{i}.png")
+    told = {
+        level: messages(check_data(settings(tmp_path, keys), progress=False), "warning")
+        for level, keys in ((65535, {}), (4095, {"data.white_level": 4095}), (1023, {"data.white_level": 1023}))
+    }
+    assert any("largest value of 50 images of" in m and "4095 of 65535" in m for m in told[65535])
+    assert any("all above 1023 is white; set data.white_level to 4095" in m for m in told[1023])
+    assert not [message for message in told[4095] if "white" in message]
+
+
+def test_white_masks_are_an_error(tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    for path in (tmp_path / "SegmentationClassAug").iterdir():
+        Image.fromarray(np.full((72, 96), 255, dtype=np.uint8)).save(path)
+    (error,) = messages(check_data(settings(tmp_path), progress=False), "error")
+    assert "all 10 masks have the values 0 and 255 alone" in error
+
+
 def test_the_page_has_a_chart_and_shares_and_escapes_texts(tmp_path: Path) -> None:
     write_table(tmp_path)
     report = check_data(settings(tmp_path), fast=True, progress=False)

@@ -18,6 +18,7 @@ from afa.data.open import open_data
 from afa.data.palette import write_index_png
 from afa.errors import AfaError
 from mistakes import refused, said
+from opened import forbidden
 
 HEIGHT, WIDTH = 60, 90
 
@@ -169,6 +170,25 @@ def test_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert (scored.mask(i)[crowd] == 255).all()
         present = {annotation["category_id"] for annotation in annotations}
         assert scored.tags(i).tolist() == [float(c in present) for c in (3, 11, 90)]
+
+
+def test_images_are_copied_where_links_are_not_allowed(tmp_path: Path) -> None:
+    """As on Windows without the right to make them; a second call goes on with what is there."""
+    instances, images = write_coco(tmp_path)
+    target, linked = tmp_path / "out", tmp_path / "linked"
+    convert_coco(instances, images, linked, split="train", progress=False)
+    for _ in range(2):
+        with forbidden("os.symlink", "os.link"):
+            convert_coco(instances, images, target, split="train", progress=False)
+    names = (target / "lists" / "train.txt").read_text()
+    assert names == (linked / "lists" / "train.txt").read_text()
+    copies = [path for path in (target / "JPEGImages").rglob("*") if path.is_file()]
+    assert len(copies) == len(names.split())
+    assert not any(path.is_symlink() or path.stat().st_nlink > 1 for path in copies)
+    assert open_data(DataConfig(root=str(target), train_list="lists/train.txt")).train().image(0).ndim == 3
+    copies[0].write_bytes(b"another image")
+    with forbidden("os.symlink"), refused(copies[0], "another image than", "choose another OUT"):
+        convert_coco(instances, images, target, split="train", progress=False)
 
 
 def test_an_interrupted_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

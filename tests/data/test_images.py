@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import struct
 import zlib
 from pathlib import Path
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from afa.data.files import find_images
-from afa.data.images import IMAGE_SUFFIXES, image_name, read_image, read_mask, read_size
+from afa.data.files import find_images, walk_files
+from afa.data.images import IMAGE_SUFFIXES, image_name, picture_pixels, read_image, read_levels, read_mask, read_size
 from mistakes import refused, said
 
 
@@ -70,14 +71,58 @@ def test_other_color_modes_become_rgb(tmp_path: Path, pixels: np.ndarray, mode: 
 )
 def test_deep_gray_is_scaled_not_cut(tmp_path: Path, suffix: str, kind: Any, values: Any, levels: Any) -> None:
     Image.fromarray(np.array([values], dtype=kind)).save(tmp_path / f"a.{suffix}")
-    image = read_image(tmp_path / f"a.{suffix}")
+    image, largest = read_levels(tmp_path / f"a.{suffix}")
     np.testing.assert_array_equal(image, np.repeat(np.array(levels, dtype=np.uint8)[None, :, None], 3, 2))
+    assert largest == max(values)
+
+
+@pytest.mark.parametrize(("white_level", "levels"), [(4095, [0, 1, 128, 255, 255]), (2**31 - 1, [0] * 5)])
+def test_the_white_level_is_the_range_of_deep_gray_alone(tmp_path: Path, white_level: int, levels: list[int]) -> None:
+    Image.fromarray(np.array([[0, 16, 2048, 4095, 65535]], dtype=np.uint16)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", white_level=white_level)[0, :, 0].tolist() == levels
+    Image.fromarray(np.array([[0, 16, 255]], dtype=np.uint8)).save(tmp_path / "b.png")
+    image, largest = read_levels(tmp_path / "b.png", white_level=white_level)
+    assert image[0, :, 0].tolist() == [0, 16, 255]
+    assert largest == 0
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])
+@pytest.mark.parametrize("orientation", [1, 6, 7])
+def test_a_picture_in_memory_has_the_pixels_of_its_file(
+    tmp_path: Path, mode: str, orientation: int, *, loaded: bool
+) -> None:
+    rng, exif = np.random.default_rng(0), Image.Exif()
+    if mode.startswith("I"):
+        picture = Image.fromarray(rng.integers(0, 65536, (5, 7)).astype(np.uint16 if ";" in mode else np.int32))
+    else:
+        picture = Image.fromarray(rng.integers(0, 256, (5, 7, 4), dtype=np.uint8)).convert(mode)
+    exif[0x0112] = orientation
+    path = tmp_path / {"I": "a.tif", "CMYK": "a.jpg"}.get(mode, "a.png")
+    picture.save(path, exif=exif)
+    expected = read_image(path, white_level=20_000)
+    assert expected.shape == ((5, 7, 3) if orientation == 1 else (7, 5, 3))
+    with Image.open(path) as image:
+        if loaded:
+            image.load()
+        found = picture_pixels(image, "it", white_level=20_000)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_pictures_in_memory_that_cannot_be_read(tmp_path: Path, pixels: np.ndarray) -> None:
+    assert "it: floating-point" in said(picture_pixels, Image.new("F", (2, 2)), "it")
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:80])
+    with Image.open(tmp_path / "a.png") as image:
+        assert "it: cannot be read as an image (" in said(picture_pixels, image, "it")
 
 
 def test_16_bit_rgb_png(tmp_path: Path) -> None:
     row = b"\0" + struct.pack(">6H", 65535, 0, 32896, 0, 65535, 0)
     write_png(tmp_path / "a.png", width=2, height=1, depth=16, kind=2, rows=row)
-    assert read_image(tmp_path / "a.png").tolist() == [[[255, 0, 128], [0, 255, 0]]]
+    image, largest = read_levels(tmp_path / "a.png")
+    assert image.tolist() == [[[255, 0, 128], [0, 255, 0]]]
+    assert largest == 65535
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -95,14 +140,17 @@ def test_transparent_pixels_become_white(tmp_path: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_exif_orientation_is_applied(tmp_path: Path, pixels: np.ndarray, suffix: str, orientation: int) -> None:
+@pytest.mark.parametrize(("suffix", "mode"), [("png", "RGB"), ("tif", "RGB"), ("tif", "L")])
+def test_exif_orientation_is_applied(
+    tmp_path: Path, pixels: np.ndarray, suffix: str, mode: str, orientation: int
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"a.{suffix}"
-    Image.fromarray(pixels).save(path, exif=exif)
-    with Image.open(path) as stored:
-        expected = np.asarray(ImageOps.exif_transpose(stored))
+    Image.fromarray(pixels).convert(mode).save(tmp_path / "stored.png", exif=exif)
+    Image.fromarray(pixels).convert(mode).save(path, exif=exif)
+    with Image.open(tmp_path / "stored.png") as stored:
+        expected = np.asarray(ImageOps.exif_transpose(stored).convert("RGB"))
     np.testing.assert_array_equal(read_image(path), expected)
     assert read_size(path) == expected.shape[:2]
     assert (expected.shape[0] == 7) == (orientation >= 5)
@@ -189,9 +237,43 @@ def test_find_images(tmp_path: Path) -> None:
     assert find_images([tmp_path]) == [*inside, tmp_path / "sub" / "link" / "d.png"]
 
 
+def test_litter_is_no_image(tmp_path: Path) -> None:
+    """What file servers, notebooks and systems leave beside images."""
+    litter = ("@eaDir/0.jpg/SYNOFILE_THUMB_M.jpg", ".ipynb_checkpoints/0-checkpoint.jpg", "__MACOSX/._0.jpg", "._0.jpg")
+    for name in (*litter, "#recycle/0.jpg", "Thumbs.db", "$RECYCLE.BIN/0.jpg", "SYNOPHOTO_THUMB_B.jpg", "cat/0.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert find_images([tmp_path]) == [tmp_path / "cat" / "0.jpg"]
+    passed: dict[str, Any] = {}
+    assert list(walk_files(tmp_path, {".jpg"}, passed=passed)) == ["cat/0.jpg"]
+    assert passed == {"": {}, "cat": {}}
+
+
 def test_find_images_mistakes(tmp_path: Path) -> None:
     assert "no image in this folder; looked for .avif" in said(find_images, [tmp_path])
     assert "no such image or folder" in said(find_images, [tmp_path / "x.png"])
+
+
+@pytest.mark.parametrize(
+    ("content", "package"),
+    [
+        (b"\0\0\0\x18ftypheic", "pillow-heif"),
+        (b"\xff\n" + b"\0" * 20, "pillow-jxl-plugin"),
+        (b"\0\0\0\x18ftypisom", ""),
+    ],
+)
+def test_a_format_of_a_plug_in_names_its_package(tmp_path: Path, content: bytes, package: str) -> None:
+    """Whatever the suffix: phones call their HEIC files .jpg too. A film is no image."""
+    if importlib.util.find_spec(package.removesuffix("-plugin").replace("-", "_") or "no_plugin"):
+        pytest.skip("the plug-in is installed")
+    (tmp_path / "a.jpg").write_bytes(content + b"\0" * 12)
+    assert (f"pip install {package}" if package else "not an image that Pillow can read") in message(tmp_path / "a.jpg")
+
+
+def test_every_suffix_is_one_that_pillow_or_a_plug_in_reads() -> None:
+    plug_ins = {".heic", ".heif", ".hif", ".jxl"}
+    Image.init()
+    assert IMAGE_SUFFIXES - plug_ins <= set(Image.registered_extensions())
 
 
 def test_image_name() -> None:

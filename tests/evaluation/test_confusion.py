@@ -53,6 +53,14 @@ def test_predictions_under_ignored_labels_are_not_looked_at() -> None:
     assert confusion.matrix.tolist() == [[0, 0], [0, 1]]
 
 
+def test_background_alone_gives_nan() -> None:
+    """A figure of the background alone would look like a result."""
+    confusion = ConfusionMatrix(3)
+    confusion.update(np.array([0, 0, 255]), np.array([0, 1, 2]))
+    assert confusion.per_class_iou() == [0.5, None, None]
+    assert math.isnan(confusion.miou())
+
+
 def test_no_pixels_give_nan() -> None:
     confusion = ConfusionMatrix(2)
     confusion.update(np.full((3, 3), 255), np.zeros((3, 3)))

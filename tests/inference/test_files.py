@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from afa.data.images import read_mask
 from afa.data.open import open_data
 from afa.data.palette import voc_palette
 from afa.errors import AfaError
+from afa.formats.write import mask_items
 from afa.inference import files, masks, predictor
-from afa.inference.files import predict_files, pseudo_files
+from afa.inference.files import output_names, predict_files, pseudo_files
 from afa.inference.masks import STAMP, PredictSummary
 from afa.inference.predictor import Predictor
 from colors import CLASSES, ColorNetwork
@@ -108,6 +110,25 @@ def test_several_folders_keep_their_names(tmp_path: Path) -> None:
     assert read_mask(tmp_path / "out" / "masks" / "tuesday" / "x.png").max() == 2
 
 
+def test_images_of_the_same_name_get_longer_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever shares its name keeps its suffix; then comes its folder; last a part of a hash, so that none is lost."""
+    data = tmp_path / "data"
+    for color, name in enumerate(("a.png", "a.jpg", "b.png", "c/a.png", "x.y.png", "x.png")):
+        write_image(data / name, color % 4)
+    run(data, tmp_path / "out", overlay=False, tags=dict.fromkeys(("a", "b", "x", "x.y"), CLASSES))
+    names = ["a.jpg.png", "a.png.png", "b.png", "c/a.png", "x.png", "x.y.png"]
+    assert files_in(tmp_path / "out" / "masks") == sorted(names)
+    assert "2 images share their names with others" in capsys.readouterr().err
+    items = mask_items(output_names([data], tmp_path / "out").items(), tmp_path / "out")
+    assert [item.file_name for item in items] == ["a.jpg", "a.png", "b.png", "c/a.png", "x.png", "x.y.png"]
+    files = [write_image(tmp_path / folder / "a.png", 1) for folder in ("i", "j", "k/j")]
+    found = output_names(files, tmp_path / "other")
+    assert next(iter(found)) == "i/a.png"
+    assert [name.partition("~")[0] for name in found] == ["i/a.png", "a.png", "a.png"]
+    assert list(found.values()) == files
+    assert output_names(files[::-1], tmp_path / "other") == found  # whatever their order
+
+
 def test_masks_of_an_earlier_call_are_not_images(tmp_path: Path) -> None:
     write_image(tmp_path / "x.png", 1)
     for _ in range(2):
@@ -134,6 +155,37 @@ def test_broken_images_are_reported_and_the_rest_is_done(tmp_path: Path, capsys:
     assert lines[1].startswith(f"skipped: {images / '07.png'}: the file is empty (0 bytes)")
 
 
+def test_broken_images_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", [1, 2, 3])
+    (images / "01.png").write_bytes(b"broken")
+    made = make_predictor()
+    made.config = replace(made.config, data=DataConfig(skip_broken=True))
+    tags = {"00": ("catt",), "01": ("cat",), "02": ("cat",)}
+    summary = predict_files(made, [images], tmp_path / "out", tags=tags, progress=False)
+    assert files_in(tmp_path / "out" / "masks") == ["02.png"]
+    assert len(summary.failed) == 1  # a wrong tag is no broken image
+    assert "'catt'" in summary.failed[0]
+    assert len(summary.broken) == 1
+    assert "01.png: not an image" in summary.broken[0]
+    assert "1 broken images left out" in str(summary)
+
+
+def test_twelve_bits_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    levels = np.random.default_rng(0).integers(0, 4096, (40, 50)).astype(np.uint16)
+    levels[0, 0] = 4095
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    made = make_predictor()
+    predict_files(made, [tmp_path / "a.png"], tmp_path / "out", progress=False)
+    assert "is 4095 of 65535, so they are nearly black; set data.white_level to 4095" in capsys.readouterr().err
+    made.config = replace(made.config, data=DataConfig(white_level=4095))
+    predict_files(made, [tmp_path / "a.png"], tmp_path / "other", progress=False)
+    assert "warning" not in capsys.readouterr().err
+    seen = made.prepare(tmp_path / "a.png").pixels
+    np.testing.assert_array_equal(seen[:, :, 0], np.rint(levels / 4095 * 255))
+    with Image.open(tmp_path / "a.png") as picture:
+        np.testing.assert_array_equal(made.prepare(picture).pixels, seen)
+
+
 def test_tags_restrict_each_image(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", {"a": 1, "sub/b": 1, "c": 3, "sub/d": 1})
     tags = {"a": ("cat",), "sub/b": ("dog",), "b": ("cat",), "c": ("cat", "horse"), "d": ("cat",)}
@@ -155,12 +207,10 @@ def test_unknown_tag_fails_that_image(tmp_path: Path) -> None:
 
 def test_messages(tmp_path: Path) -> None:
     image = write_image(tmp_path / "a.png", 1)
-    other = write_image(tmp_path / "sub" / "a.jpg", 1)
     empty = tmp_path / "empty"
     empty.mkdir()
     (tmp_path / "file").write_text("")
     cases: list[tuple[list[Path], dict[str, Any], list[Any]]] = [
-        ([image, other], {}, [image, other, "a.png; rename"]),
         ([image], {"tags": {"b": ("cat",)}}, ["tags", "'a' (1 of 1 images); add"]),
         ([], {}, ["no image to predict; pass"]),
         ([empty], {}, [f"{empty}: no image"]),
@@ -296,11 +346,11 @@ def test_reading_does_not_run_away_from_writing(tmp_path: Path, monkeypatch: pyt
     counts, lock = {"read": 0, "written": 0, "ahead": 0}, threading.Lock()
     read, write = predictor.read_image, masks.write_index_png
 
-    def count_read(path: Path) -> np.ndarray:
+    def count_read(path: Path, **settings: int) -> np.ndarray:
         with lock:
             counts["read"] += 1
             counts["ahead"] = max(counts["ahead"], counts["read"] - counts["written"])
-        return read(path)
+        return read(path, **settings)
 
     def write_slowly(path: Path, label: np.ndarray) -> None:
         time.sleep(0.002)
@@ -404,6 +454,17 @@ def test_pseudo_labels_go_on_after_a_broken_image(tmp_path: Path, pseudo_calls: 
     assert files_in(tmp_path / "out") == ["masks/b.png"]
     assert len(summary.failed) == 1
     assert "a.png: not an image" in summary.failed[0]
+
+
+def test_pseudo_labels_leave_broken_images_out_where_that_is_asked_for(
+    tmp_path: Path, pseudo_calls: list[dict[str, Any]]
+) -> None:
+    images = tagged_images(tmp_path / "data", {"a": 1, "b": 2})
+    (tmp_path / "data" / "JPEGImages" / "a.png").write_bytes(b"broken")
+    config = Config(data=DataConfig(skip_broken=True))
+    summary = pseudo_files(ColorNetwork(), images, tmp_path / "out", config=config, progress=False)  # type: ignore[arg-type]
+    assert files_in(tmp_path / "out") == ["masks/b.png"]
+    assert (len(summary.failed), len(summary.broken)) == (0, 1)
 
 
 def test_unknown_pseudo_kind(tmp_path: Path) -> None:

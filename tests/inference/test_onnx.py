@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from afa.config import Config, EvaluationConfig
+from afa.data.images import read_image
 from afa.errors import AfaError
 from afa.evaluation.protocols import logit_maps
 from afa.inference import onnx as export
-from afa.inference.onnx import DeployedNetwork, export_onnx, export_torch, read_check_images
+from afa.inference.onnx import DeployedNetwork, export_metadata, export_onnx, export_torch, read_check_images
 from afa.model.network import AfaNetwork
 from afa.model.registry import build_backbone
 from mistakes import refused
@@ -56,12 +57,12 @@ def onnx_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     network = make_network(request.param).train()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     path = tmp_path_factory.mktemp("onnx") / "new" / "network.onnx"
-    check = export_onnx(network, path, classes=CLASSES, max_side=160)
+    check = export_onnx(network, path, metadata=export_metadata(CLASSES, white_level=4095), max_side=160)
     assert check.path == path
     assert check.difference <= 1e-4
     assert check.agreement >= 0.9999
     assert {batch for batch, _, _ in check.shapes} == {1, 2, 3}
-    assert [file.name for file in path.parent.iterdir()] == ["network.onnx"]
+    assert {file.name for file in path.parent.iterdir()} == {"network.onnx", "afa_pixels.py"}
     assert network.training
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     return network.eval(), path
@@ -99,9 +100,38 @@ def test_onnx_says_what_goes_in_and_out(onnx_file: tuple[AfaNetwork, Path]) -> N
     assert json.loads(metadata["classes"]) == ["background", *CLASSES]
 
 
+@pytest.mark.parametrize("kind", ["12-bit gray", "transparent", "turned", "plain"])
+def test_the_documented_sample_sees_the_pixels_that_training_saw(
+    onnx_file: tuple[AfaNetwork, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    network, path = onnx_file
+    pixels = np.random.default_rng(1).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    if kind == "12-bit gray":
+        picture = Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 16)
+    elif kind == "transparent":
+        picture = Image.fromarray(np.dstack([pixels, pixels[:, :, 0]]), "RGBA")
+    else:
+        picture = Image.fromarray(pixels)
+        exif[0x0112] = 6 if kind == "turned" else 1
+    picture.save(tmp_path / "photo.jpg", format="PNG", exif=exif)
+    for name in ("network.onnx", "afa_pixels.py"):
+        (tmp_path / name).symlink_to(path.with_name(name))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    sample = next(part.split("```")[0] for part in page.split("```python\n") if "InferenceSession" in part)
+    seen: dict[str, Any] = {}
+    exec(sample, seen)
+    expected = read_image(tmp_path / "photo.jpg", white_level=4095)
+    np.testing.assert_array_equal(seen["image"][0], expected.transpose(2, 0, 1))
+    assert_close(seen["logits"], expected_logits(network, seen["image"]))
+    assert seen["classes"] == ["background", *CLASSES]
+
+
 def test_torch_export_of_float_pixels_at_a_short_side(tmp_path: Path) -> None:
     network = make_network("dinov2_tiny")
-    export_torch(network, tmp_path / "network.pt2", classes=CLASSES, short_side=48, pixels="float32")
+    export_torch(network, tmp_path / "network.pt2", metadata=export_metadata(CLASSES), short_side=48, pixels="float32")
     extra = {"metadata.json": ""}
     module = torch.export.load(tmp_path / "network.pt2", extra_files=extra).module()
     assert json.loads(json.loads(extra["metadata.json"])["classes"]) == ["background", *CLASSES]

@@ -77,7 +77,7 @@ def open_images(folder: Path, tags: list[list[int]], *, masks: bool) -> TaggedIm
     opened |= {"paths": [folder / f"{i}.png" for i in numbers], "tags": np.array(tags, dtype=bool)}
     if not masks:
         return TaggedImages(**opened)
-    opened |= {"has_tags": np.ones(len(tags), dtype=bool), "mask_values": np.arange(3, dtype=np.uint8)}
+    opened |= {"has_tags": np.ones(len(tags), dtype=bool), "mask_values": {0: 0, 1: 1, 2: 2}}
     return MaskedImages(**opened, mask_paths=[folder / f"{i}_mask.png" for i in numbers], origin="tags.csv")
 
 

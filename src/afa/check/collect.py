@@ -111,7 +111,7 @@ def _measure(
         problems.append(Problem("error", str(error)))
     workers = resolve_workers(config.data.workers)
     table = read_images(opened, limit, threads=workers + 1, progress=progress)  # this thread only waits
-    problems += check_images(table, config.augment)
+    problems += check_images(table, config)
     report: dict[str, Any] = {"images": describe_images(table)}
     trained = table.scan.sizes[table.train & (table.scan.sizes[:, 0] > 0)]
     if trained.size:

@@ -12,9 +12,12 @@ from numpy.typing import NDArray
 
 from afa.check.scan import Scan, identical_groups, scan_images, similar_groups
 from afa.check.tags import OpenedData, Problem
-from afa.config import AugmentConfig
+from afa.config import AugmentConfig, Config
 from afa.data.dataset import MaskedImages
 from afa.data.files import path_below
+from afa.data.images import level_warning
+from afa.data.pixels import WHITE_LEVEL
+from afa.errors import AfaError, BrokenImageError
 from afa.report.render import counted
 from afa.runtime import progress_bar
 
@@ -41,6 +44,7 @@ class ImageTable:
         tags: N lists of tags.
         scan: What was read of them.
         identical, similar: Groups of copies and of near copies, by index.
+        mask_doubt: What `MaskedImages.check_values` says, or nothing.
     """
 
     total: int
@@ -51,6 +55,7 @@ class ImageTable:
     scan: Scan
     identical: list[list[int]]
     similar: list[list[int]]
+    mask_doubt: str = ""
 
 
 def read_images(opened: OpenedData, limit: int | None, *, threads: int, progress: bool) -> ImageTable:
@@ -79,7 +84,13 @@ def read_images(opened: OpenedData, limit: int | None, *, threads: int, progress
 
     with progress_bar(enabled=progress) as bar:
         task = bar.add_task("reading images", total=len(paths), rate="")
-        scan = scan_images(paths, threads=threads, read_mask=read_mask, tell=lambda: bar.advance(task))
+        scan = scan_images(
+            paths,
+            threads=threads,
+            white_level=opened.train.white_level if opened.train else WHITE_LEVEL,
+            read_mask=read_mask,
+            tell=lambda: bar.advance(task),
+        )
     classes = opened.data.classes
     tags = [opened.train_tags[one] if one >= 0 else opened.validation_tags[other] for one, other in rows.tolist()]
     return ImageTable(
@@ -91,24 +102,42 @@ def read_images(opened: OpenedData, limit: int | None, *, threads: int, progress
         scan=scan,
         identical=identical_groups(scan),
         similar=similar_groups(scan),
+        mask_doubt=_mask_doubt(scored),
     )
 
 
-def check_images(table: ImageTable, augment: AugmentConfig) -> Iterator[Problem]:
+def _mask_doubt(scored: MaskedImages | None) -> str:
+    try:
+        if scored is not None:
+            scored.check_values()
+    except AfaError as error:
+        return str(error)
+    return ""
+
+
+def check_images(table: ImageTable, config: Config) -> Iterator[Problem]:
     """Problems of single images, and copies.
 
     Args:
         table: The images.
-        augment: How crops are taken.
+        config: How crops are taken, and what is to be left out.
 
     Yields:
         What was found.
     """
     scan = table.scan
-    for failures in (scan.failures, scan.mask_failures):
-        yield from (Problem("error", failures[i]) for i in sorted(failures))
+    failures = [scan.failures[i] for i in sorted(scan.failures)]
+    broken = [error for error in failures if config.data.skip_broken and isinstance(error, BrokenImageError)]
+    yield from (Problem("error", str(error)) for error in failures if error not in broken)
+    yield from (Problem("error", scan.mask_failures[i]) for i in sorted(scan.mask_failures))
+    if broken:
+        yield Problem("note", f"broken images left out by data.skip_broken: {len(broken):,} (first: {broken[0]})")
+    if table.mask_doubt:
+        yield Problem("error", table.mask_doubt)
+    if words := level_warning(scan.peaks[scan.peaks > 0], config.data.white_level):
+        yield Problem("warning", words)
     if scan.readable.size:
-        yield from _check_sizes(table, augment)
+        yield from _check_sizes(table, config.augment)
     yield from _check_groups(table, table.identical, "has the same pixels as", "")
     yield from _check_groups(table, table.similar, "looks the same as", "near ")
 

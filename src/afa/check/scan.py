@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from afa.data.images import read_image
+from afa.data.images import read_levels
+from afa.data.pixels import WHITE_LEVEL
 from afa.errors import AfaError
 
 THUMBNAIL_SIZE: Final = 8
@@ -49,6 +50,7 @@ class Scan:
         thumbnails: (N, 192) uint8, 8 x 8 pixels RGB.
         gray: (N,) bool, whether all pixels are gray.
         failures: Index of an image that cannot be read -> why, in one line.
+        peaks: (N,) int64, largest stored value of images of more than 8 bits; 0 for others.
         mask_failures: Index of an image whose mask cannot be read, or does not fit -> why, in one line.
         seconds: How long it took.
     """
@@ -58,7 +60,8 @@ class Scan:
     difference_hashes: NDArray[np.uint64]
     thumbnails: NDArray[np.uint8]
     gray: NDArray[np.bool_]
-    failures: dict[int, str]
+    failures: dict[int, AfaError]
+    peaks: NDArray[np.int64]
     mask_failures: dict[int, str]
     seconds: float
 
@@ -72,6 +75,7 @@ def scan_images(
     paths: Sequence[Path],
     *,
     threads: int,
+    white_level: int = WHITE_LEVEL,
     read_mask: Callable[[int], object] | None = None,
     tell: Callable[[], object] = lambda: None,
 ) -> Scan:
@@ -80,6 +84,7 @@ def scan_images(
     Args:
         paths: N files.
         threads: How many read at the same time.
+        white_level: As of `afa.data.pixels.rgb_pixels`.
         read_mask: Reads the mask of an image, by index, where it has one; its `AfaError` says what is wrong.
         tell: Called, from any thread, when an image is done.
 
@@ -94,6 +99,7 @@ def scan_images(
         thumbnails=np.zeros((count, 3 * THUMBNAIL_SIZE**2), dtype=np.uint8),
         gray=np.zeros(count, dtype=bool),
         failures={},
+        peaks=np.zeros(count, dtype=np.int64),
         mask_failures={},
         seconds=0.0,
     )
@@ -101,9 +107,9 @@ def scan_images(
     def read_block(start: int) -> None:
         for index in range(start, min(start + _BLOCK, count)):
             try:
-                pixels = read_image(paths[index])
+                pixels, scan.peaks[index] = read_levels(paths[index], white_level=white_level)
             except AfaError as error:
-                scan.failures[index] = str(error)
+                scan.failures[index] = error
             else:
                 _note_image(scan, index, pixels)
                 _try_mask(scan, index, read_mask)

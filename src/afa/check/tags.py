@@ -173,6 +173,8 @@ def check_tags(opened: OpenedData, config: Config) -> Iterator[Problem]:
         if opened.validation_tags.any() and absent.any():
             names = _some(_chosen(data.classes, absent))
             yield Problem("note", f"no image for validation has {names}: nothing tells how well it is learned")
+    for remark in data.remarks:
+        yield Problem("warning", f"{data.root}: {remark}; convert what should count, or take it out")
     if data.untagged:
         count, used = len(data.untagged), 0 if train is None else len(train)
         message = f"{counted(count, 'image')} without tags left out ({_some(data.untagged, 3)}); tag them to use them"

@@ -44,6 +44,9 @@ class DataConfig:
     """Folder of the images, found by name with any common suffix."""
     mask_dir: str = "SegmentationClassAug"
     """Folder of the index-PNG masks; read by evaluation only, may be absent."""
+    mask_values: tuple[Annotated[int, Meta(ge=0, le=255)], ...] = ()
+    """Values that masks have for the background and the classes, in their order: 0,255 where white is the first class.
+    Empty: 0, 1, ... C, and 255 where nothing is scored."""
     train_list: str = "lists/train.txt"
     """Text file, one image name a line."""
     val_list: str = "lists/val.txt"
@@ -66,6 +69,10 @@ class DataConfig:
     """Share of the images set aside for validation where the data states no split; the VOC layout always does."""
     split_seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
     """Seed of that split: the same images, tags and seed give the same sides."""
+    white_level: Annotated[int, Meta(ge=1, le=2**31 - 1)] = 65535
+    """Value of gray images of more than 8 bits that is white: 4095 for 12-bit pictures in 16-bit files, for example."""
+    skip_broken: bool = False
+    """Leave out, and count, images that cannot be read; each is read once before training or scoring. Off: an error."""
     workers: Annotated[int, Meta(ge=-1, le=256)] = -1
     """Threads that decode images; 0 works in the training thread, -1 picks by cores."""
     cache_gib: Annotated[float, Meta(ge=-1.0, le=1e6)] = -1.0

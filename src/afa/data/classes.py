@@ -25,8 +25,12 @@ VOC_CLASSES: Final[tuple[str, ...]] = (
 # fmt: on
 """The 20 classes of PASCAL VOC in index order: mask value = position + 1."""
 
+MAX_CLASSES: Final = IGNORE_INDEX - 1
+"""Largest number of classes that a network learns: masks have values of 8 bits."""
+
 _COLOR: Final = re.compile(r"\s*#([0-9a-fA-F]{6})$|\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})$")
 _MAX_CLASS_NAME: Final = 200  # characters
+_SHOWN: Final = 100  # names in a message
 
 
 @dataclass(frozen=True)
@@ -146,13 +150,13 @@ def check_classes(classes: Sequence[str], origin: str) -> None:
         origin: Where they come from, for messages.
 
     Raises:
-        AfaError: There are none or more than 254; one is there twice or in two ways of writing it, is the
+        AfaError: There are none; one is there twice or in two ways of writing it, is the
             background, is empty, longer than 200 characters, or has control characters.
     """
     if len(set(classes)) != len(classes):
         raise AfaError(f"{origin}: class {shown(first_twice(classes))} is there twice; keep one")
-    if not 1 <= len(classes) < IGNORE_INDEX:
-        raise AfaError(f"{origin}: {len(classes)} classes; give 1 to {IGNORE_INDEX - 1}")
+    if not classes:
+        raise AfaError(f"{origin}: 0 classes; give 1 to {MAX_CLASSES}")
     if "background" in classes:
         raise AfaError(f"{origin}: leave 'background' out of the classes; it always has mask value 0")
     seen: dict[str, str] = {}
@@ -167,29 +171,41 @@ def check_classes(classes: Sequence[str], origin: str) -> None:
             raise AfaError(f"{origin}: classes {alike!r} and {name!r} differ in case or accents only; write one")
 
 
+def check_count(classes: Sequence[str], origin: str) -> None:
+    """Check that masks, whose values have 8 bits, can tell the classes apart; an `AfaError` if they are too many."""
+    if len(classes) > MAX_CLASSES:
+        raise AfaError(
+            f"{origin}: {len(classes)} classes, and masks of 8 bits tell {MAX_CLASSES} apart; choose some with "
+            "data.class_subset"
+        )
+
+
 def kept_classes(data: DataConfig, classes: Sequence[str]) -> list[int]:
     """The indices that `data.class_subset` keeps of the classes, in its order.
 
     Raises:
-        AfaError: It names an unknown class, or one twice.
+        AfaError: It names an unknown class, or one twice; more classes are left than `MAX_CLASSES`.
     """
     if len(set(data.class_subset)) != len(data.class_subset):
         raise AfaError(f"data.class_subset: class {first_twice(data.class_subset)!r} is there twice; keep one")
     for name in data.class_subset:
         if name not in classes:
             raise AfaError(f"data.class_subset: unknown class {name!r}; {unknown_class(name, classes)}")
-    return [classes.index(name) for name in data.class_subset or classes]
+    check_count(data.class_subset or classes, data.root)
+    index = {name: place for place, name in enumerate(classes)}
+    return [index[name] for name in data.class_subset or classes]
 
 
 def unknown_class(name: str, allowed: Sequence[str]) -> str:
-    """What a message says after an unknown class name: the closest allowed one, then all.
+    """What a message says after an unknown class name: the closest allowed one, then all, or the first hundred.
 
     >>> unknown_class("hrose", ("cat", "horse"))
     'did you mean horse? allowed: cat, horse'
     """
     close = difflib.get_close_matches(name, allowed, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    return f"{hint}allowed: {', '.join(allowed)}"
+    more = ", ..." if len(allowed) > _SHOWN else ""
+    return f"{hint}allowed: {', '.join(allowed[:_SHOWN])}{more}"
 
 
 def is_plain(text: str) -> bool:

@@ -9,10 +9,11 @@ crowds. They serve evaluation only. Tags alone are read by `afa.data.readers.coc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -23,14 +24,14 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import track
 
-from afa.data.classes import check_classes
+from afa.data.classes import check_classes, check_count
 from afa.data.files import ImageFiles, check_paths
 from afa.data.palette import write_index_png
 from afa.data.readers.base import load_json
 from afa.data.readers.coco import CocoFile, parse, whole_number
 from afa.data.readers.tag_files import read_tags
 from afa.errors import AfaError, shown
-from afa.runs.files import write_whole
+from afa.runs.files import link_or_copy, write_whole
 from afa.types import IGNORE_INDEX
 
 _FINE: Final = 7  # Polygons are drawn this much larger, and the middle of each block of pixels is taken: an odd number.
@@ -77,7 +78,8 @@ class CocoSummary:
 def convert_coco(instances: Path, images: Path, out: Path, *, split: str, progress: bool = True) -> CocoSummary:
     """Write a split of COCO as a data set in the VOC layout; call it again for the other split.
 
-    The images stay where they are: OUT/JPEGImages gets a link to their folder. Masks that are there are left as they
+    The images stay where they are: OUT/JPEGImages gets a link to their folder, or, where links to folders are not
+    allowed, links to the annotated images or copies of them. Masks that are there are left as they
     are, so an interrupted call goes on where it stopped; lists and tags are written last.
 
     Args:
@@ -100,11 +102,14 @@ def convert_coco(instances: Path, images: Path, out: Path, *, split: str, progre
     found = _read_instances(instances)
     classes = tuple(found.names.values())
     check_classes(classes, str(instances))
+    check_count(classes, str(instances))
     try:
         (out / "lists").mkdir(parents=True, exist_ok=True)
-        prefix = _link_images(images, out / "JPEGImages")
+        paths = _find_all(images, found, instances)
+        names = check_paths(paths.values(), images)
         _write_classes(out / "classes.txt", classes)
-        stems = {number: f"{prefix}/{name}" for number, name in _find_all(images, found, instances).items()}
+        prefix = _link_images(images, out / "JPEGImages", paths.values())
+        stems = {number: f"{prefix}/{name}" for number, name in zip(paths, names, strict=True)}
         masks = {number: out / "SegmentationClassAug" / f"{stem}.png" for number, stem in stems.items()}
         missing = [number for number, path in masks.items() if not path.is_file()]
         index = {category: value for value, category in enumerate(found.names, start=1)}
@@ -249,28 +254,34 @@ def _instance(part: dict[str, Any], path: Path) -> Instance:
 
 
 def _find_all(folder: Path, found: CocoFile, path: Path) -> dict[int, str]:
-    """The name below `folder` of each annotated image, by ascending id."""
+    """The path below `folder` of each annotated image, by ascending id."""
     numbers = sorted(found.annotations)
     wanted = [(found.images[number]["file_name"], str(path)) for number in numbers]
     paths = ImageFiles(folder).find_all(wanted, "give the folder of this split's images")
-    return dict(zip(numbers, check_paths(paths, folder), strict=True))
+    return dict(zip(numbers, paths, strict=True))
 
 
-def _link_images(images: Path, folder: Path) -> str:
-    """Make the images visible below JPEGImages; their folder's path there."""
+def _link_images(images: Path, folder: Path, paths: Iterable[str]) -> str:
+    """Make the images of some paths visible below JPEGImages; their folder's path there."""
     target = images.resolve()
     if target.is_relative_to(folder.resolve()) and target != folder.resolve():
         return target.relative_to(folder.resolve()).as_posix()
     link = folder / target.name
-    if link.exists():
-        if link.resolve() != target:
+    if link.is_symlink() or not link.exists():
+        if link.exists() and link.resolve() != target:
             raise AfaError(f"{link}: leads to other images than {images}; choose another OUT")
-        return target.name
-    folder.mkdir(exist_ok=True)
-    try:
-        link.symlink_to(target, target_is_directory=True)
-    except OSError as error:
-        raise AfaError(f"{link}: cannot be made a link ({error.strerror}); move the images there") from None
+        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):
+            link.symlink_to(target, target_is_directory=True)
+        if link.exists():
+            return target.name
+    for path in paths:
+        place = link / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.exists():
+            link_or_copy(target / path, place)
+        elif place.stat().st_size != (target / path).stat().st_size:
+            raise AfaError(f"{place}: another image than {images / path}; choose another OUT")
     return target.name
 
 

@@ -5,7 +5,8 @@ Training gets `TaggedImages`, which know no mask. Pixels are read, and checked, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afa.data.images import read_image, read_mask, read_size
+from afa.data.pixels import WHITE_LEVEL
 from afa.errors import AfaError
 from afa.types import IGNORE_INDEX
 
@@ -23,12 +25,17 @@ UNKNOWN: Final = -1
 """Whether an image has a class: yes, no, or unknown."""
 
 
+_LOOKED_AT: Final = 100
+"""Masks that are read before an evaluation, to see whether their values can be meant."""
+
+
 class TaggedImages:
     """Images with their tags: all that training sees, for there is no way from here to a mask.
 
     Attributes:
         classes: The C class names; `tags` follows their order.
         names: Image names in the order of the list.
+        white_level: Value of deep gray that is white.
     """
 
     def __init__(
@@ -39,6 +46,7 @@ class TaggedImages:
         paths: Sequence[str | Path],
         tags: NDArray[np.bool_] | NDArray[np.int8],
         folder: Path = Path(),
+        white_level: int = WHITE_LEVEL,
     ) -> None:
         """Take N images.
 
@@ -48,12 +56,14 @@ class TaggedImages:
             paths: N image files, below `folder` unless absolute.
             tags: (N, C) `PRESENT`, `ABSENT` or `UNKNOWN`, or whether a class is present.
             folder: Where relative paths begin.
+            white_level: As of `afa.data.pixels.rgb_pixels`.
         """
         assert tags.shape == (len(names), len(classes)), tags.shape
         assert len(paths) == len(names), (len(paths), len(names))
         self.classes = classes
         self.names = names
         self._folder = folder
+        self.white_level = white_level
         self._paths = tuple(paths)
         self._tags = tags.astype(np.int8)
 
@@ -67,7 +77,7 @@ class TaggedImages:
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """Read an image: (H, W, 3) uint8 RGB; an `AfaError` if it is not readable."""
-        return read_image(self.image_path(index))
+        return read_image(self.image_path(index), white_level=self.white_level)
 
     def tags(self, index: int) -> NDArray[np.float32]:
         """Tags of an image: (C,) float32, 1 where the class is tagged as present, else 0."""
@@ -106,7 +116,7 @@ class MaskedImages(TaggedImages):
         *,
         has_tags: NDArray[np.bool_],
         mask_paths: Sequence[Path],
-        mask_values: NDArray[np.uint8],
+        mask_values: Mapping[int, int],
         origin: str,
         **images: Any,
     ) -> None:
@@ -115,7 +125,7 @@ class MaskedImages(TaggedImages):
         Args:
             has_tags: (N,), whether the tags have an entry for each image.
             mask_paths: N index PNGs.
-            mask_values: (1 + number of classes in the files,) the value that each stored one becomes.
+            mask_values: Stored value, 0..255 -> what it becomes; 255 stays as it is unless it is there.
             origin: Where the tags came from, or should have, for messages.
             images: As of `TaggedImages`.
         """
@@ -123,7 +133,11 @@ class MaskedImages(TaggedImages):
         assert len(mask_paths) == len(self), (len(mask_paths), len(self))
         self._has_tags = has_tags
         self._mask_paths = tuple(mask_paths)
-        self._mask_values = mask_values
+        self._mask_values = dict(mask_values)
+        lookup = np.full(256, -1, dtype=np.int16)
+        lookup[IGNORE_INDEX] = IGNORE_INDEX
+        lookup[list(self._mask_values)] = list(self._mask_values.values())
+        self._lookup = lookup
         self._origin = origin
 
     def has_tags(self, index: int) -> bool:
@@ -154,16 +168,41 @@ class MaskedImages(TaggedImages):
                 f"{path}: the mask is {mask.shape[1]}x{mask.shape[0]} pixels and its image "
                 f"{self.image_path(index).name} {size[1]}x{size[0]}; give both the same size"
             )
-        last = len(self._mask_values) - 1
-        beyond = mask[(mask > last) & (mask != IGNORE_INDEX)]
-        if beyond.size:
+        known = self._lookup >= 0
+        if not known.all() and not known[mask].all():
+            beyond, last = mask[~known[mask]][0], len(self._mask_values) - 1
             raise AfaError(
-                f"{path}: the mask has value {beyond[0]}; use 0 for background, 1 to {last} for the classes, "
-                f"{IGNORE_INDEX} for ignored pixels"
+                f"{path}: the mask has value {beyond}; use 0 for background, 1 to {last} for the classes, "
+                f"{IGNORE_INDEX} for ignored pixels, or state the values in data.mask_values"
             )
-        values = np.full(256, IGNORE_INDEX, dtype=np.uint8)
-        values[: last + 1] = self._mask_values
-        return values[mask]
+        return self._lookup.astype(np.uint8)[mask]
+
+    def check_values(self) -> None:
+        """Look whether 255 may be meant as a class: where it is the only value beside 0, as far as masks can be read.
+
+        As a rule one mask is read; at most a hundred, spread evenly, unless these have nothing but 0 and 255.
+
+        Raises:
+            AfaError: All masks have nothing but 0 and 255, which means that nothing is scored.
+        """
+        if IGNORE_INDEX in self._mask_values:
+            return
+        stride, has_ignored = max(1, len(self) // _LOOKED_AT), False
+        order = sorted(range(len(self)), key=lambda index: index % stride)
+        for count, index in enumerate(order):
+            with contextlib.suppress(AfaError):  # whoever needs the mask will be told
+                values = np.flatnonzero(np.bincount(read_mask(self._mask_paths[index]).ravel(), minlength=256))
+                has_ignored |= bool((values == IGNORE_INDEX).any())
+                if ((values > 0) & (values < IGNORE_INDEX)).any():
+                    return
+            if count >= _LOOKED_AT and not has_ignored:
+                return
+        if has_ignored:
+            raise AfaError(
+                f"{self._mask_paths[0].parent}: all {len(self)} masks have the values 0 and 255 alone, and 255 is "
+                f"ignored; is it class {self.classes[0]!r}? set data.mask_values to 0,255, else give the classes the "
+                f"values 1 to {len(self.classes)}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,6 +224,7 @@ class TagTable:
         every_path: Paths of all images of the folder, if those without tags are to be reported.
         listed: Whether lists say which images train, and which are for validation: the VOC layout.
         tags_path: File or folder of tags of listed images, if there is one.
+        remarks: What was passed over, a phrase each.
     """
 
     kind: str
@@ -201,3 +241,4 @@ class TagTable:
     every_path: tuple[str, ...] = ()
     listed: bool = False
     tags_path: Path | None = None
+    remarks: tuple[str, ...] = ()

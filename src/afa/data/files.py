@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -14,17 +15,44 @@ from afa.data.classes import folded, is_plain
 from afa.data.images import IMAGE_SUFFIXES, image_name
 from afa.errors import AfaError, shown
 
+_LITTER: Final = (
+    *("__macosx", "@eadir", "@tmp", "@recycle", "@recently-snapshot", "@synoresource", "#recycle", "#snapshot"),
+    *("$recycle.bin", "system volume information", "lost+found", "lost.dir", "__pycache__"),
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
+)
+_TEXTS: Final = (
+    *("", ".csv", ".htm", ".html", ".json", ".jsonl", ".log", ".md", ".npy", ".py", ".rst", ".toml", ".tsv", ".txt"),
+    *(".xml", ".yaml", ".yml"),
+)
+"""Suffixes of files that are beside images for good reason."""
 
-def walk_files(folder: Path, suffixes: Collection[str], *, skip: Callable[[str], bool] | None = None) -> Iterator[str]:
+
+def is_litter(name: str) -> bool:
+    """Whether systems, file servers or notebooks leave files or folders of a name, which are never data.
+
+    >>> [name for name in ("._a.jpg", ".ipynb_checkpoints", "@eaDir", "Thumbs.db", "a.jpg") if not is_litter(name)]
+    ['a.jpg']
+    """
+    return name.startswith((".", "~$", "SYNOFILE_THUMB", "SYNOPHOTO_THUMB")) or name.lower() in _LITTER
+
+
+def walk_files(
+    folder: Path,
+    suffixes: Collection[str],
+    *,
+    skip: Callable[[str], bool] | None = None,
+    passed: dict[str, Counter[str]] | None = None,
+) -> Iterator[str]:
     """Yield the files below a folder, each once, without a look at any but folders and links.
 
-    Folders that are links are entered too, each folder once, so that links in a circle end. Hidden files and folders
-    are passed over.
+    Folders that are links are entered too, each folder once, so that links in a circle end. Litter is passed over.
 
     Args:
         folder: Where to begin.
         suffixes: Of the files to yield: lower case, with the dot.
         skip: Whether to pass over a folder, by its path below `folder`.
+        passed: Gets, for each folder that was entered, how many files of which other suffix are in it; broken links
+            count as such.
 
     Returns:
         Iterator of paths below `folder`, with slashes, sorted within each folder.
@@ -43,14 +71,19 @@ def walk_files(folder: Path, suffixes: Collection[str], *, skip: Callable[[str],
         except OSError as error:
             raise AfaError(f"{folder / below}: cannot be listed ({error.strerror}); allow it or take it out") from None
         folders = []
+        others: Counter[str] = Counter()
+        if passed is not None:
+            passed[below.rstrip("/")] = others
         for entry in entries:
             name = entry.name
-            if name.startswith(".") or name == "__MACOSX":
+            if is_litter(name):
                 continue
             path = f"{below}{name}"
             if name[name.rfind(".") :].lower() in suffixes and entry.is_file():
                 yield path
-            elif entry.is_dir() and not (skip is not None and skip(path)):
+            elif not entry.is_dir():
+                others[PurePosixPath(name).suffix.lower() if entry.is_file() else "broken link"] += 1
+            elif skip is None or not skip(path):
                 status = os.stat(folder / path)
                 if (status.st_dev, status.st_ino) not in seen:
                     seen.add((status.st_dev, status.st_ino))
@@ -92,9 +125,20 @@ class ImageFiles:
     def __init__(self, folder: Path, *, skip: Callable[[str], bool] | None = None) -> None:
         """Walk the folder; `skip` as of `walk_files`."""
         self.folder = folder
-        self.paths: tuple[str, ...] = tuple(walk_files(folder, IMAGE_SUFFIXES, skip=skip))
+        self.passed: dict[str, Counter[str]] = {}
+        self.paths: tuple[str, ...] = tuple(walk_files(folder, IMAGE_SUFFIXES, skip=skip, passed=self.passed))
         self._exact = frozenset(self.paths)
         self._views: dict[str, dict[str, list[str]]] = {}
+
+    @property
+    def passed_over(self) -> tuple[str, ...]:
+        """What was passed over, a phrase for each kind of file; texts do not count."""
+        total = sum(self.passed.values(), Counter())
+        return tuple(
+            f"{count:,} {suffix} {'file' if count == 1 else 'files'} passed over".replace("link file", "link")
+            for suffix, count in sorted(total.items())
+            if suffix not in _TEXTS
+        )
 
     def find(self, text: str, where: str, *, lacks: str = "", drop: str = "", loose: bool = False) -> str | None:
         """The path below the folder of the image that a text means, or None where there is none.
@@ -189,6 +233,40 @@ _VIEWS: Final[dict[str, Callable[[str], str]]] = {
     "last": lambda path: folded(image_name(path.rsplit("/", 1)[-1])),
 }
 """The parts of a path that must agree, the strictest rule first."""
+
+
+def unadorned(names: Iterable[str], paths: Iterable[str]) -> dict[str, str]:
+    """The paths by their names, without what all have before or behind the name of an image, as x_mask.png has.
+
+    Args:
+        names: Names of images.
+        paths: Of files that belong to images, below their folder.
+
+    Returns:
+        Name -> path; names as they are where one is that of an image, or several additions would fit as well.
+
+    >>> unadorned(["a", "b/c"], ["a_mask.png", "b/c_mask.png", "mask.png"])
+    {'a': 'a_mask.png', 'b/c': 'b/c_mask.png'}
+    """
+    found = {image_name(path): path for path in paths}
+    known = {name.rpartition("/")[2] for name in names}
+    stems = {name: name.rpartition("/")[2] for name in found}
+    if not known.isdisjoint(stems.values()):
+        return found
+    additions: Counter[tuple[str, str]] = Counter()
+    for stem in stems.values():
+        for match in re.finditer(r"[-_. ]+", stem):
+            additions.update([("", stem[match.start() :])] if stem[: match.start()] in known else [])
+            additions.update([(stem[: match.end()], "")] if stem[match.end() :] in known else [])
+    (best, count), *others = [*additions.most_common(2), (("", ""), 0)]
+    if not count or (others and others[0][1] == count):
+        return found
+    before, behind = best
+    plain = {}
+    for name, stem in stems.items():
+        if stem.startswith(before) and stem.endswith(behind):
+            plain[name.removesuffix(stem) + stem.removeprefix(before).removesuffix(behind)] = found[name]
+    return plain
 
 
 def check_paths(paths: Iterable[str], folder: Path) -> tuple[str, ...]:

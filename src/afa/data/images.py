@@ -1,12 +1,15 @@
 """Image and mask files to arrays: every common format becomes the same (H, W, 3) uint8 RGB.
 
-What the pixels mean, and which file belongs to which name, is left to `afa.data.open`.
+What the pixels mean is up to `afa.data.pixels`; which file belongs to which name, to `afa.data.open`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -14,23 +17,27 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from afa.errors import AfaError
+from afa.data.pixels import WHITE_LEVEL, PixelError, load_pixels, rgb_pixels
+from afa.errors import AfaError, BrokenImageError
 
 IMAGE_SUFFIXES: Final = frozenset(
-    ".avif .bmp .gif .jp2 .jpeg .jpg .pgm .png .pnm .ppm .tif .tiff .webp".split()  # noqa: SIM905
+    ".avif .bmp .dib .gif .heic .heif .hif .j2k .jfif .jp2 .jpe .jpeg .jpg .jxl .mpo "  # noqa: SIM905
+    ".pbm .pgm .png .pnm .ppm .qoi .tga .tif .tiff .webp".split()
 )
 """Suffixes of the files that count as images, lower case, with the dot."""
 
-_UPRIGHT: Final[dict[object, Image.Transpose]] = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_PLUGINS: Final = {
+    "pillow_heif": ("HEIC", "pillow-heif"),
+    "pillow_avif": ("AVIF", "pillow-avif-plugin"),
+    "pillow_jxl": ("JPEG XL", "pillow-jxl-plugin"),
 }
-"""EXIF orientation -> what makes the image upright."""
+"""Module that teaches Pillow a format -> the format, and the package that has the module."""
+
+_SAMPLE: Final = 16
+_SAMPLE_BYTES: Final = 64 * 2**20
+
+_HEIC: Final = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
+"""Brands that files in HEIC and its relatives begin with."""
 
 _T = TypeVar("_T")
 
@@ -39,24 +46,79 @@ _T = TypeVar("_T")
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
+def read_image(path: Path, *, white_level: int = WHITE_LEVEL) -> NDArray[np.uint8]:
     """Read an image of any common format, which its content says, as upright (H, W, 3) uint8 RGB.
 
-    The EXIF orientation is applied. Gray, palette, CMYK and 1-bit images are converted; 16-bit gray is
-    divided by 257; transparent pixels are laid over white. Of an animation the first frame is read.
+    Args:
+        path: The file.
+        white_level: As of `rgb_pixels`, which says what becomes of the pixels.
 
     Raises:
-        AfaError: The file is missing, empty, truncated, not an image, too large to be meant (Pillow's
-            limit of about 89 million pixels), or holds floating-point pixels.
+        BrokenImageError: The file is empty, truncated, not an image, or holds floating-point pixels.
+        AfaError: The file is missing, of a format that needs a package, or too large to be meant (Pillow's limit of
+            about 89 million pixels).
     """
+    return _decode(path, lambda image: rgb_pixels(image, white_level=white_level))
 
-    def upright_rgb(image: Image.Image) -> NDArray[np.uint8]:
-        image.load()
-        # Not ImageOps.exif_transpose: it fails on broken EXIF that it would write back.
-        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-        return _to_rgb(image if turn is None else image.transpose(turn), path)
 
-    return _decode(path, upright_rgb)
+def read_levels(path: Path, *, white_level: int = WHITE_LEVEL) -> tuple[NDArray[np.uint8], int]:
+    """The image as `read_image` returns it, and the largest value stored in it if it has more than 8 bits, else 0."""
+
+    def levels(image: Image.Image) -> tuple[NDArray[np.uint8], int]:
+        is_deep = any(";16" in str(part) for tile in getattr(image, "tile", ()) for part in tile[3:])
+        pixels = rgb_pixels(image, white_level=white_level)
+        if image.mode.startswith("I"):
+            return pixels, max(0, int(np.asarray(image).max()))
+        return pixels, 256 * int(pixels.max()) + 255 if is_deep else 0  # of colors Pillow has the upper 8 bits
+
+    return _decode(path, levels)
+
+
+def sample_peaks(paths: Sequence[Path]) -> list[int]:
+    """The largest values of up to 16 images of more than 8 bits, gray and evenly spread; only these are decoded."""
+
+    def largest(image: Image.Image) -> int:
+        return int(np.asarray(image).max()) if image.mode.startswith("I") else 0
+
+    peaks = []
+    for path in paths[:: max(1, len(paths) // _SAMPLE)][:_SAMPLE]:
+        with contextlib.suppress(AfaError):  # whoever needs the image will be told
+            if path.is_file() and path.stat().st_size <= _SAMPLE_BYTES:
+                peaks.append(_decode(path, largest))
+    return [peak for peak in peaks if peak > 0]
+
+
+def level_warning(peaks: Sequence[int] | NDArray[np.int64], white_level: int) -> str:
+    """What to say of images of more than 8 bits by the largest value of each, which is above 0; empty if all is well.
+
+    >>> level_warning([4095, 4000], 65535)[-69:]
+    '4095 of 65535, so they are nearly black; set data.white_level to 4095'
+    """
+    largest = max(peaks, default=0)
+    usual = next((2**bits - 1 for bits in (8, 10, 12, 14, 16) if largest < 2**bits), int(largest))
+    words = f"the largest value of {len(peaks)} images of more than 8 bits that were read is {largest}"
+    if 0 < largest <= white_level // 4:
+        return f"{words} of {white_level}, so they are nearly black; set data.white_level to {usual}"
+    if largest > white_level:
+        return f"{words}, and all above {white_level} is white; set data.white_level to {usual}"
+    return ""
+
+
+def picture_pixels(image: Image.Image, where: str, *, white_level: int = WHITE_LEVEL) -> NDArray[np.uint8]:
+    """The (H, W, 3) uint8 RGB pixels of a picture in memory, the same as those of its file.
+
+    Args:
+        image: The picture.
+        where: What it is called in messages.
+        white_level: As of `rgb_pixels`.
+
+    Raises:
+        BrokenImageError: It cannot be decoded, or holds floating-point pixels.
+    """
+    try:
+        return rgb_pixels(image, white_level=white_level)
+    except Exception as error:  # Decoders raise nearly anything on a broken file.
+        raise _unreadable(where, error) from None
 
 
 def read_size(path: Path) -> tuple[int, int]:
@@ -64,7 +126,7 @@ def read_size(path: Path) -> tuple[int, int]:
 
     def upright_size(image: Image.Image) -> tuple[int, int]:
         if image.format == "TIFF":
-            image.load()  # Pillow turns TIFFs itself, when it loads them.
+            load_pixels(image)  # Pillow turns TIFFs itself, when it loads them.
         sideways = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return image.size if sideways else (image.height, image.width)
 
@@ -102,9 +164,9 @@ def _decode(path: Path, read: Callable[[Image.Image], _T]) -> _T:
         kind = "is a folder, not an image" if path.is_dir() else "no such image"
         raise AfaError(f"{path}: {kind}; check the path")
     if path.stat().st_size == 0:
-        raise AfaError(f"{path}: the file is empty (0 bytes); replace it or leave it out")
+        raise BrokenImageError(f"{path}: the file is empty (0 bytes); replace it or leave it out")
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError
             return read(image)
@@ -113,19 +175,43 @@ def _decode(path: Path, read: Callable[[Image.Image], _T]) -> _T:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise AfaError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale the image down") from None
     except UnidentifiedImageError:
-        raise AfaError(f"{path}: not an image that Pillow can read; replace it or leave it out") from None
+        raise BrokenImageError(f"{path}: not an image that Pillow can read; replace it or leave it out") from None
     except Exception as error:  # Decoders raise nearly anything on a broken file.
-        reason = " ".join(str(error).split())
-        raise AfaError(f"{path}: cannot be read as an image ({reason}); replace it or leave it out") from None
+        raise _unreadable(str(path), error) from None
 
 
-def _to_rgb(image: Image.Image, path: Path) -> NDArray[np.uint8]:
-    if image.mode == "F":
-        raise AfaError(f"{path}: floating-point pixels have no known range; save as 8-bit or 16-bit")
-    if image.mode.startswith("I"):
-        gray = np.rint(np.clip(np.asarray(image), 0, 65535) / 257).astype(np.uint8)
-        return np.repeat(gray[:, :, None], 3, axis=2)
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return np.array(image.convert("RGB"), dtype=np.uint8)
+def _unreadable(where: str, error: Exception) -> BrokenImageError:
+    if isinstance(error, PixelError):
+        return BrokenImageError(f"{where}: {error}")
+    reason = " ".join(str(error).split())
+    return BrokenImageError(f"{where}: cannot be read as an image ({reason}); replace it or leave it out")
+
+
+def _open(path: Path) -> Image.Image:
+    """Open an image; a plug-in of Pillow is loaded when a file needs it."""
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError:
+        module = _plugin(path)
+        if not module:
+            raise
+    if importlib.util.find_spec(module) is None:
+        kind, package = _PLUGINS[module]
+        raise AfaError(f"{path}: a picture in {kind} needs another package; pip install {package}")
+    register = getattr(importlib.import_module(module), "register_heif_opener", None)
+    if register is not None:  # the others are ready once they are imported
+        register()
+    return Image.open(path)
+
+
+def _plugin(path: Path) -> str:
+    """The module of `_PLUGINS` that reads a file, by its first bytes; empty where none does."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    if head[:2] == b"\xff\n" or head[4:8] == b"JXL ":
+        return "pillow_jxl"
+    if head[4:8] != b"ftyp":
+        return ""
+    return {b"avif": "pillow_avif", b"avis": "pillow_avif"}.get(
+        head[8:12], "pillow_heif" if head[8:12] in _HEIC else ""
+    )

@@ -7,6 +7,7 @@ All errors in names are found when images are requested.
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from numpy.typing import NDArray
 from afa.config import DataConfig
 from afa.data.classes import kept_classes, read_list
 from afa.data.dataset import ABSENT, PRESENT, UNKNOWN, MaskedImages, TaggedImages, TagTable
-from afa.data.files import path_below, walk_files
-from afa.data.images import image_name
+from afa.data.files import path_below, unadorned, walk_files
+from afa.data.images import IMAGE_SUFFIXES, image_name, read_image
 from afa.data.readers import folders, tag_files, voc
 from afa.data.split import TEST, TRAIN, VALIDATION, choose_sides
-from afa.errors import AfaError, shown
+from afa.errors import AfaError, BrokenImageError, shown
+from afa.runtime import image_progress, read_ahead, say
 from afa.types import IGNORE_INDEX
 
 
@@ -85,6 +87,7 @@ class DataSet:
         classes: The class names of the images that it hands out, in index order.
         colors: Class name -> (red, green, blue), where the class list has colors.
         words: For each class the words that a text encoder is asked: those that the class list states, or its name.
+        remarks: What was passed over, a phrase each.
         untagged: Names of images of which nothing is known, left out of training; listed images are refused instead.
     """
 
@@ -97,6 +100,7 @@ class DataSet:
         self.root = root
         self.kind = table.kind
         self.colors = table.colors
+        self.remarks = table.remarks
         self._data = data
         self._table = table
         known, tags = table.classes, table.tags
@@ -112,6 +116,7 @@ class DataSet:
         negative = (table.tags == ABSENT).all(axis=1)
         self._usable = present.any(axis=1) | negative
         self._num_negatives = 0 if table.listed else int(negative.sum())
+        self._broken = np.zeros(len(table.paths), dtype=bool)
         self._sides, self._split_words = table.sides, ""
         if not table.listed:
             self._sides, self._split_words = choose_sides(data, table, present, negative)
@@ -137,7 +142,37 @@ class DataSet:
         parts.append("no masks" if folder is None else f"masks in {path_below(folder, self.root)}")
         first = ", ".join(self.classes[:4]) + (", ..." if len(self.classes) > 4 else "")
         classes = f"{len(self.classes)} class{'' if len(self.classes) == 1 else 'es'} ({first})"
-        return f"{self.root}: {self._table.origin}, {classes}; {', '.join(parts)}"
+        return f"{self.root}: {self._table.origin}, {classes}; {', '.join((*parts, *self.remarks))}"
+
+    def leave_out_broken(
+        self, sides: Sequence[int] = (TRAIN, VALIDATION), *, list_file: str | None = None, progress: bool = True
+    ) -> None:
+        """If `data.skip_broken` says so, read the images of some sides once and leave out those that cannot be read.
+
+        Args:
+            sides: `TRAIN`, `VALIDATION`.
+            list_file: As of `train`.
+            progress: Show progress on standard error, and say how many were left out.
+
+        Raises:
+            AfaError: A list is missing or names an unknown image; an image is missing.
+        """
+        if not self._data.skip_broken:
+            return
+        wanted = [side for side in sides if side == TRAIN or list_file is not None or self.has_validation]
+        rows = np.unique(np.concatenate([self._rows(side, list_file) for side in wanted] or [np.zeros(0, np.int64)]))
+        failures = []
+        folder, paths = self._table.folder, self._table.paths
+        with image_progress("looking for broken images", total=len(rows), enabled=progress) as advance:
+            for row, reading in read_ahead(lambda row: read_image(folder / paths[row]).shape, rows.tolist()):
+                try:
+                    reading.result()
+                except BrokenImageError as error:
+                    self._broken[row] = True
+                    failures.append(str(error))
+                advance(1)
+        if failures and progress:
+            say(f"{_images(len(failures), 'broken ')} of {len(rows):,} left out (first: {failures[0]})")
 
     def train(self, *, list_file: str | None = None) -> TaggedImages:
         """Images to train on: each has a tag, or is known to hold none of the classes.
@@ -158,7 +193,7 @@ class DataSet:
         """All images whose tags are known, on whatever side; of listed images those to train on."""
         if self._table.listed:
             return self.train()
-        rows = np.flatnonzero(self._usable)
+        rows = np.flatnonzero(self._usable & ~self._broken)
         if not rows.size:
             raise AfaError(f"{self.root}: no image with a tag ({self._table.origin}); add some")
         return TaggedImages(**self._part(rows))
@@ -188,12 +223,10 @@ class DataSet:
         rows = np.array([row for row in chosen.tolist() if row in masks], dtype=np.int64)
         if not rows.size or (len(rows) < len(chosen) and (table.listed or list_file is not None)):
             missing = next(table.names[row] for row in chosen.tolist() if row not in masks)
-            raise AfaError(
-                f"{folder}: no {missing}.png ({len(chosen) - len(rows)} of {len(chosen)} images have no mask); add the "
-                "masks, or set data.mask_dir"
-            )
-        values = np.full(1 + len(table.classes), IGNORE_INDEX, dtype=np.uint8)
-        values[[0, *(table.classes.index(name) + 1 for name in self.classes)]] = range(1 + len(self.classes))
+            other = None if rows.size else next(walk_files(folder, IMAGE_SUFFIXES), None)
+            words = "add the masks" if other is None else f"{shown(other)} is there: name masks as their images, as PNG"
+            count = f"{len(chosen) - len(rows)} of {len(chosen)} images have no mask"
+            raise AfaError(f"{folder}: no {missing}.png ({count}); {words}, or set data.mask_dir")
         origin = table.origin
         if table.listed:
             origin = f"{self.root} (no tags file)" if table.tags_path is None else str(table.tags_path)
@@ -201,9 +234,21 @@ class DataSet:
             **self._part(rows),
             has_tags=(table.tags[rows] != UNKNOWN).any(axis=1),
             mask_paths=[folder / masks[row] for row in rows.tolist()],
-            mask_values=values,
+            mask_values=self._mask_values(),
             origin=origin,
         )
+
+    def _mask_values(self) -> dict[int, int]:
+        """Stored value of a mask -> what it becomes: the classes that are left out are ignored."""
+        classes, stated = self._table.classes, self._data.mask_values
+        if len(stated) > 1 + len(classes) or len(set(stated)) < len(stated):
+            raise AfaError(
+                f"data.mask_values is {','.join(map(str, stated))}; give different values of the background and of the "
+                f"{len(classes)} classes, in their order"
+            )
+        places = {name: place for place, name in enumerate(self.classes, start=1)}
+        becomes = (0, *(places.get(name, IGNORE_INDEX) for name in classes))
+        return dict(zip(stated or range(IGNORE_INDEX), becomes, strict=False))
 
     def _tagged_images(self, side: int, list_file: str | None) -> TaggedImages:
         rows = self._rows(side, list_file)
@@ -225,6 +270,7 @@ class DataSet:
             "paths": [table.paths[row] for row in rows.tolist()],
             "tags": self._tags[rows],
             "folder": table.folder,
+            "white_level": self._data.white_level,
         }
 
     def _rows(self, side: int, list_file: str | None) -> NDArray[np.int64]:
@@ -232,7 +278,7 @@ class DataSet:
         table, key = self._table, "--list"
         if list_file is None:
             if not table.listed:
-                return np.flatnonzero(self._sides == side)
+                return np.flatnonzero((self._sides == side) & ~self._broken)
             list_file, key = self._list_of(side), f"data.{'train' if side == TRAIN else 'val'}_list"
         names = read_list(self.root, list_file, key=key)
         missing = [name for name in names if name not in self._row_of]
@@ -250,7 +296,7 @@ class DataSet:
         if twice is not None:
             kept = table.paths[self._row_of[table.names[twice]]]
             raise AfaError(f"{table.folder}: {table.paths[twice]} and {kept} have the same name; keep one of them")
-        return rows
+        return rows[~self._broken[rows]]
 
     def _list_of(self, side: int) -> str:
         return self._data.train_list if side == TRAIN else self._data.val_list
@@ -282,8 +328,11 @@ class DataSet:
         return next((self.root / place for place in places if (self.root / place).is_dir()), None)
 
     def _find_masks(self, rows: NDArray[np.int64], folder: Path) -> dict[int, str]:
-        """The mask of each row that has one: its path without suffix is the name, perhaps without leading folders."""
-        masks = {image_name(path): path for path in walk_files(folder, {".png"})}
+        """The mask of each row that has one: its path without suffix is the name, perhaps without leading folders.
+
+        Where all masks are named alike in another way, such as NAME_mask.png, that is seen.
+        """
+        masks = unadorned([self._table.names[row] for row in rows.tolist()], walk_files(folder, {".png"}))
         row_of: dict[str, int] = {}
         for row in rows.tolist():
             name = self._table.names[row]
@@ -322,5 +371,5 @@ class DataSet:
         return parts
 
 
-def _images(count: int) -> str:
-    return f"{count:,} image{'' if count == 1 else 's'}"
+def _images(count: int, kind: str = "") -> str:
+    return f"{count:,} {kind}image{'' if count == 1 else 's'}"

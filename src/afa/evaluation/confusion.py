@@ -67,7 +67,7 @@ class ConfusionMatrix:
         return [int(c) / int(u) if t else None for c, u, t in zip(correct, union, truth, strict=True)]
 
     def miou(self) -> float:
-        """Mean intersection over union in [0, 1] over the classes of the ground truth; NaN if there is none.
+        """Mean intersection over union in [0, 1] over the classes of the ground truth; NaN if it is all background.
 
         Source:
             docs/method.md, "Evaluation": the mean leaves out classes absent from the ground truth.
@@ -76,6 +76,6 @@ class ConfusionMatrix:
 
 
 def mean_iou(ious: Sequence[float | None]) -> float:
-    """Mean over the classes that have one; NaN if there is none."""
+    """Mean over the K classes that have one, background first; NaN if none but the background has one."""
     present = [iou for iou in ious if iou is not None]
-    return math.fsum(present) / len(present) if present else math.nan
+    return math.fsum(present) / len(present) if any(iou is not None for iou in ious[1:]) else math.nan

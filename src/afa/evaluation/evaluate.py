@@ -61,7 +61,7 @@ class EvaluationResult:
     """Scores of one pass over a list.
 
     Attributes:
-        miou: Percent; NaN when no mask has a labeled pixel.
+        miou: Percent; NaN when no mask has a pixel of a class.
         per_class: IoU by class name, background first, in percent; None for classes that no mask has.
         protocol: Protocol of the segmentation. Pseudo labels have their own scales, those of `pseudo.scales`.
         labels: What was scored.

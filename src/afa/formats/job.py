@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from afa.data.images import IMAGE_SUFFIXES
 from afa.errors import AfaError
+from afa.runs.files import link_or_copy
 from afa.types import IGNORE_INDEX
 
 MARKER: Final = ".afa-format"
@@ -39,6 +40,8 @@ class MaskItem:
     @property
     def file_name(self) -> str:
         """The name with the image's suffix, by which other tools know the image."""
+        if self.name.rpartition("/")[2] == self.image_path.name:
+            return self.name  # `afa predict` keeps the suffix where two images have the same name
         suffix = self.image_path.suffix
         return self.name + suffix if suffix.lower() in IMAGE_SUFFIXES else self.name
 
@@ -117,11 +120,7 @@ class Job:
         source = item.image_path.resolve()
         if not source.is_file():
             raise AfaError(f"{item.image_path}: no such image; keep the images where they were when predicted")
-        target = self.place(name)
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copyfile(source, target)
+        link_or_copy(source, self.place(name))
 
     def color(self, value: int) -> tuple[int, int, int]:
         """RGB color of a mask value, 0..255 each."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +23,8 @@ from numpy.typing import NDArray
 from afa.config import Config, EvaluationConfig
 from afa.data.dataset import TaggedImages
 from afa.data.files import find_images
-from afa.data.images import image_name
+from afa.data.images import image_name, level_warning, sample_peaks
+from afa.data.pixels import WHITE_LEVEL
 from afa.errors import AfaError
 from afa.evaluation.evaluate import resolve_batch_size
 from afa.evaluation.protocols import (
@@ -36,6 +38,7 @@ from afa.formats.write import FORMATS
 from afa.inference.masks import Made, PredictSummary, Task, write_masks
 from afa.inference.predictor import Predictor, PreparedImage
 from afa.model.network import AfaNetwork
+from afa.runtime import say
 
 
 def predict_files(
@@ -52,8 +55,8 @@ def predict_files(
     """Segment image files and write OUT/masks/NAME.png, OUT/overlays/NAME.jpg and OUT/scores/NAME.npz.
 
     NAME is the file's name without suffix; for files of a folder, its path in that folder, after the folder's
-    own name if several folders are given. Images that cannot be read are reported in one line each, and the
-    rest is done. OUT/predict.json says what made the masks.
+    own name if several folders are given; longer where images would share it (`output_names`). Images that cannot be
+    read are reported in one line each, and the rest is done. OUT/predict.json says what made the masks.
 
     Args:
         predictor: The network.
@@ -70,11 +73,17 @@ def predict_files(
         What was done and what failed.
 
     Raises:
-        AfaError: A path is missing or holds no image; two images would be written to the same file; `tags`
-            has no entry for an image; the masks to go on with were made with other weights or settings; a file
-            cannot be written (all others of the call that were made are there).
+        AfaError: A path is missing or holds no image; `tags` has no entry for an image; the masks to go on with were
+            made with other weights or settings; a file cannot be written (all others of the call that were made are
+            there).
     """
     files = output_names(paths, out_dir)
+    if longer := [name for name, file in files.items() if name.endswith(file.suffix) and file.suffix]:
+        say(
+            f"{len(longer)} images share their names with others and are written under longer ones, such as {longer[0]}"
+        )
+    if words := level_warning(sample_peaks(list(files.values())), predictor.config.data.white_level):
+        say(f"warning: {words}")
     known = _image_tags(files, tags)
 
     def infer(images: Sequence[PreparedImage]) -> list[Made]:
@@ -91,6 +100,7 @@ def predict_files(
         batch_size=predictor.batch_size,
         classes=predictor.classes,
         overlay=overlay,
+        skip_broken=predictor.config.data.skip_broken,
         otherwise="predict without --resume, or use another",
         go_on="the same command with --resume goes on",
     )
@@ -174,6 +184,7 @@ def _pseudo_task(
         batch_size=resolve_batch_size(evaluation.batch_size, device),
         classes=images.classes,
         overlay=overlay,
+        skip_broken=config.data.skip_broken,
         otherwise="delete the folder, or use another",
         go_on="the same command goes on",
     )
@@ -191,6 +202,11 @@ def _prediction_stamp(predictor: Predictor, tags: Mapping[str, Sequence[str]], *
         **(_crf_settings(config) if config.crf else {}),
         "max_side": predictor.max_side,
         "precision": predictor.config.train.precision,
+        **(
+            {}
+            if predictor.config.data.white_level == WHITE_LEVEL
+            else {"white_level": predictor.config.data.white_level}
+        ),
         "tags": hashlib.sha256(json.dumps(known).encode()).hexdigest() if known else None,
         "scores": scores,
     }
@@ -210,11 +226,21 @@ def _weights_digest(network: torch.nn.Module) -> str:
 
 
 def output_names(paths: Sequence[Path], out_dir: Path) -> dict[str, Path]:
-    """NAME to image file, each file once."""
+    """Name the images of files and folders for what is written.
+
+    A name is the path without suffix. Images that would have the same name keep their suffix; if that is not enough,
+    the name of their folder comes before it, and last eight digits of a hash of their path behind it.
+
+    Returns:
+        Name to image file, each file once.
+
+    Raises:
+        AfaError: A path is missing or holds no image.
+    """
     several_folders = sum(path.is_dir() for path in paths) > 1
     kinds = ("masks", "overlays", "scores", *(info.output for info in FORMATS.values()))
     outputs = [(out_dir / kind).resolve() for kind in kinds]
-    files: dict[str, Path] = {}
+    named: list[tuple[str, Path]] = []
     seen: set[str] = set()
     for path in paths:
         is_folder, root = path.is_dir(), path.resolve()
@@ -230,23 +256,35 @@ def output_names(paths: Sequence[Path], out_dir: Path) -> dict[str, Path]:
                 if f"{inside}/{file.name}" in seen:
                     continue
                 seen.add(f"{inside}/{file.name}")
-                name = prefix + image_name(file.name if below == Path() else f"{below.as_posix()}/{file.name}")
-                if name in files:
-                    raise AfaError(
-                        f"{files[name]} and {file} would both be written as {name}.png; "
-                        "rename one, or predict them into different folders"
-                    )
-                files[name] = file
-    if not files:
+                named.append((prefix + (file.name if below == Path() else f"{below.as_posix()}/{file.name}"), file))
+    if not named:
         raise AfaError("there is no image to predict; pass image files or folders that hold some")
-    return files
+    return _distinct(named)
+
+
+def _distinct(named: Sequence[tuple[str, Path]]) -> dict[str, Path]:
+    """Name to image file of pairs of a path with suffix, which may be there several times, and a file."""
+    names = [image_name(path) for path, _ in named]
+    longer: tuple[Callable[[str, Path], str], ...] = (
+        lambda path, file: path,
+        lambda path, file: f"{file.absolute().parent.name}/{path}",
+        lambda path, file: f"{path}~{hashlib.sha256(str(file.resolve()).encode(errors='replace')).hexdigest()[:8]}",
+    )
+    for name_of in longer:
+        shared = {name for name, count in Counter(names).items() if count > 1}
+        names = [name_of(*pair) if name in shared else name for name, pair in zip(names, named, strict=True)]
+    return {name: file for name, (_, file) in zip(names, named, strict=True)}
 
 
 def _image_tags(names: Collection[str], tags: Mapping[str, Sequence[str]] | None) -> dict[str, Sequence[str]]:
     """The tags of each image, by its name or that of its file; empty if there are none to keep to."""
     if tags is None:
         return {}
-    known = {name: tags.get(name, tags.get(name.rpartition("/")[2])) for name in names}
+    known = {}
+    for name in names:
+        plain = image_name(name)  # of an image that shares its name with another
+        spellings = (name, name.rpartition("/")[2], plain, plain.rpartition("/")[2])
+        known[name] = next((tags[each] for each in spellings if each in tags), None)
     missing = [name for name, found in known.items() if found is None]
     if missing:
         raise AfaError(

@@ -27,7 +27,7 @@ from afa.data.dataset import TaggedImages
 from afa.data.images import read_mask
 from afa.data.palette import overlay as lay_over
 from afa.data.palette import write_index_png
-from afa.errors import AfaError
+from afa.errors import AfaError, BrokenImageError
 from afa.evaluation.evaluate import group_by_size
 from afa.evaluation.protocols import LogitMaps
 from afa.formats.write import FormatResult
@@ -56,6 +56,7 @@ class PredictSummary:
         written: Masks written.
         skipped: Masks that were there already and left as they are.
         failed: One line for each image that could not be done; empty when all is well.
+        broken: One line for each image that cannot be read and was to be left out (`data.skip_broken`).
         seconds: Wall time.
         formats: What was written for other tools, if that was asked for.
     """
@@ -66,12 +67,15 @@ class PredictSummary:
     failed: tuple[str, ...]
     seconds: float
     formats: tuple[FormatResult, ...] = ()
+    broken: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """One line for the user."""
         parts = [f"{self.written} masks written to {self.folder} in {self.seconds:.1f} s"]
         if self.skipped:
             parts.append(f"{self.skipped} were there already and left as they are (delete them to redo)")
+        if self.broken:
+            parts.append(f"{len(self.broken)} broken images left out")
         if self.failed:
             parts.append(f"{len(self.failed)} images failed")
         return "; ".join(parts)
@@ -111,6 +115,7 @@ class MasksSummary:
             "coverage": round(self.coverage, 2),
             "nothing": {name: list(tags) for name, tags in self.nothing.items()},
             "failed": list(self.written.failed),
+            "broken": list(self.written.broken),
         }
 
 
@@ -175,6 +180,7 @@ class Task(Generic[_Image]):
         batch_size: How many of these go together.
         classes: C names.
         overlay: Whether to write the colored masks over the images too.
+        skip_broken: Whether images that cannot be read are no failure.
         otherwise: What to do about masks that something else made.
         go_on: How to go on after a failure.
     """
@@ -186,6 +192,7 @@ class Task(Generic[_Image]):
     batch_size: int
     classes: Sequence[str]
     overlay: bool
+    skip_broken: bool
     otherwise: str
     go_on: str
 
@@ -229,6 +236,7 @@ def write_masks(
     missing = _missing(out_dir, names, stamp, resume=resume, otherwise=task.otherwise)
     started, skipped = time.monotonic(), len(names) - len(missing)
     failed: list[str] = []
+    broken: list[str] = []
     writing: deque[Future[None]] = deque()
     written = 0
 
@@ -243,7 +251,7 @@ def write_masks(
         with (
             ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="afa-write") as writers,
             image_progress(task.title, total=len(missing), enabled=progress) as advance,
-            closing(_readable(task, missing, failed, advance)) as images,
+            closing(_readable(task, missing, failed, broken, advance)) as images,
         ):
             for group in group_by_size(images, sizes=lambda item: item[1].sizes, batch_size=task.batch_size):
                 for (name, image), made in zip(group, task.infer([image for _, image in group]), strict=True):
@@ -255,18 +263,19 @@ def write_masks(
         left = len(names) - done
         raise AfaError(f"{error}; {done} masks are done and {left} missing; {task.go_on}") from None
     seconds = time.monotonic() - started
-    return PredictSummary(out_dir / "masks", written, skipped, tuple(failed), seconds)
+    return PredictSummary(out_dir / "masks", written, skipped, tuple(failed), seconds, broken=tuple(broken))
 
 
 def _readable(
-    task: Task[_Image], names: Sequence[str], failed: list[str], advance: Advance
+    task: Task[_Image], names: Sequence[str], failed: list[str], broken: list[str], advance: Advance
 ) -> Generator[tuple[str, _Image], None, None]:
-    """Names and images in their order; of those that cannot be read, the reason goes to `failed`."""
+    """Names and images in their order; of those that cannot be read, the reason goes to `failed` or `broken`."""
     for name, reading in read_ahead(task.read, names):
         try:
             image = reading.result()
         except AfaError as error:
-            failed.append(str(error))
+            is_left_out = task.skip_broken and isinstance(error, BrokenImageError)
+            (broken if is_left_out else failed).append(str(error))
             say(f"skipped: {error}")
             advance(1)
         else:

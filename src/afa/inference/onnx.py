@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import io
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -24,14 +26,19 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from afa import __version__
+from afa.data import pixels as pixels_module
 from afa.data.files import find_images
 from afa.data.images import read_image
+from afa.data.pixels import WHITE_LEVEL
 from afa.demo.shapes import draw_shapes
 from afa.errors import AfaError, first_line, quiet
 from afa.evaluation.protocols import MIN_SIDE
 from afa.model.network import AfaNetwork
 from afa.runs.files import write_whole
 from afa.types import IMAGE_MEAN, IMAGE_STD
+
+PIXELS_FILE: Final = "afa_pixels.py"
+"""Beside each exported file: the code that turns pictures into its pixels, which needs NumPy and Pillow alone."""
 
 Pixels = Literal["uint8", "float32"]
 
@@ -52,6 +59,8 @@ _MAX_CHECK_IMAGES: Final = 8
 _ONNX_PACKAGES: Final = ("onnx", "onnxscript", "onnxruntime")
 
 _MAX_ONNX_BYTES: Final = 1.9e9
+
+_NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 
 _Run = Callable[[NDArray[Any]], NDArray[np.float32]]
 
@@ -138,7 +147,7 @@ def export_onnx(
     network: AfaNetwork,
     path: Path,
     *,
-    classes: Sequence[str] = (),
+    metadata: Mapping[str, str] = _NOTHING,
     images: Sequence[NDArray[np.uint8]] = (),
     short_side: int = 0,
     max_side: int = MAX_SIDE,
@@ -147,12 +156,12 @@ def export_onnx(
 ) -> ExportCheck:
     """Write a network as an ONNX file with free batch and size, and compare it with PyTorch in ONNX Runtime.
 
-    The file has one input, `image`, and one output, `logits`, as `DeployedNetwork`; its metadata hold the class names.
+    The file has one input, `image`, and one output, `logits`, as `DeployedNetwork`; its metadata are those given.
 
     Args:
         network: Trained network; left as it is.
         path: File to write, *.onnx.
-        classes: C names, kept in the file.
+        metadata: Texts to keep in the file, such as `export_metadata`.
         images: (H, W, 3) uint8 RGB to compare on, of any sizes; without any they are generated.
         short_side: As for `DeployedNetwork`.
         max_side: As for `DeployedNetwork`.
@@ -181,7 +190,7 @@ def export_onnx(
         return lambda batch: loaded.run(["logits"], {"image": batch})[0]
 
     def make() -> bytes:
-        return _onnx_file(_trace(deployed, pixels), classes, opset)
+        return _onnx_file(_trace(deployed, pixels), metadata, opset)
 
     return _write_checked(deployed, path, make, load, images=images, pixels=pixels)
 
@@ -190,7 +199,7 @@ def export_torch(
     network: AfaNetwork,
     path: Path,
     *,
-    classes: Sequence[str] = (),
+    metadata: Mapping[str, str] = _NOTHING,
     images: Sequence[NDArray[np.uint8]] = (),
     short_side: int = 0,
     max_side: int = MAX_SIDE,
@@ -202,8 +211,8 @@ def export_torch(
 
     Args:
         network: Trained network; left as it is.
-        path: File to write, *.pt2; its extra file `metadata.json` holds the class names.
-        classes: C names, kept in the file.
+        path: File to write, *.pt2; its extra file `metadata.json` holds the metadata.
+        metadata: Texts to keep in the file, such as `export_metadata`.
         images: (H, W, 3) uint8 RGB to compare on, of any sizes; without any they are generated.
         short_side: As for `DeployedNetwork`.
         max_side: As for `DeployedNetwork`.
@@ -217,7 +226,7 @@ def export_torch(
     deployed = _deployed(network, short_side=short_side, max_side=max_side)
 
     def make() -> bytes:
-        content, extra = io.BytesIO(), {"metadata.json": json.dumps(_metadata(classes))}
+        content, extra = io.BytesIO(), {"metadata.json": json.dumps(dict(metadata))}
         torch.export.save(_trace(deployed, pixels), content, extra_files=extra)
         return content.getvalue()
 
@@ -264,7 +273,7 @@ def _trace(deployed: DeployedNetwork, pixels: Pixels) -> torch.export.ExportedPr
     return exported
 
 
-def _onnx_file(exported: torch.export.ExportedProgram, classes: Sequence[str], opset: int | None) -> bytes:
+def _onnx_file(exported: torch.export.ExportedProgram, metadata: Mapping[str, str], opset: int | None) -> bytes:
     program: Any = torch.onnx.export(
         exported,
         dynamic_shapes=(_free_sizes(),),
@@ -277,13 +286,18 @@ def _onnx_file(exported: torch.export.ExportedProgram, classes: Sequence[str], o
     found = program.model.opset_imports[""]
     if opset is not None and found != opset:
         raise AfaError(f"--opset is {opset}, but this exporter writes {found}; leave --opset out")
-    program.model.metadata_props.update(_metadata(classes))
+    program.model.metadata_props.update(metadata)
     content: bytes = program.model_proto.SerializeToString()
     return content
 
 
-def _metadata(classes: Sequence[str]) -> dict[str, str]:
-    return {"afa": __version__, "classes": json.dumps(["background", *classes] if classes else [])}
+def export_metadata(classes: Sequence[str], *, white_level: int = WHITE_LEVEL) -> dict[str, str]:
+    """What a file says of itself: the version of afa, the K class names as JSON, and the white level of its pixels."""
+    return {
+        "afa": __version__,
+        "classes": json.dumps(["background", *classes]),
+        "white_level": str(white_level),
+    }
 
 
 def _write_checked(
@@ -309,6 +323,7 @@ def _write_checked(
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise AfaError(f"{path}: this network cannot be exported ({reason})") from None
     write_whole(path, content)
+    write_whole(path.with_name(PIXELS_FILE), inspect.getsource(pixels_module))
     return check
 
 

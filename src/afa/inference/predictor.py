@@ -14,13 +14,14 @@ from typing import Any, TypeVar, cast, overload
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from afa.config import Config, Precision
 from afa.data.classes import unknown_class
-from afa.data.images import read_image
+from afa.data.images import picture_pixels, read_image
 from afa.data.palette import overlay, write_index_png
+from afa.data.pixels import WHITE_LEVEL
 from afa.errors import AfaError
 from afa.evaluation.evaluate import group_by_size, resolve_batch_size
 from afa.evaluation.protocols import PROTOCOLS, LogitMaps, check_choice, group_sizes, host_tensor, logit_maps
@@ -43,6 +44,7 @@ class Prediction:
         label: (H, W) uint8 class indices.
         scores: (K, H, W) float32, or a function that computes them when they are first asked for.
         classes: K class names, `background` first.
+        white_level: How the image was read: as of `afa.data.pixels.rgb_pixels`.
 
     Attributes:
         label: (H, W) uint8 class indices, 0 = background.
@@ -54,9 +56,11 @@ class Prediction:
         label: NDArray[np.uint8],
         scores: NDArray[np.float32] | Callable[[], NDArray[np.float32]],
         classes: tuple[str, ...],
+        white_level: int = WHITE_LEVEL,
     ) -> None:
         self.label = label
         self.classes = classes
+        self._white_level = white_level
         self._scores = scores
 
     @property
@@ -83,7 +87,7 @@ class Prediction:
         Raises:
             AfaError: The image is unreadable or has another size.
         """
-        pixels = image_array(image)
+        pixels = image_array(image, white_level=self._white_level)
         if pixels.shape[:2] != self.label.shape:
             raise AfaError(
                 f"the image is {pixels.shape[1]}x{pixels.shape[0]} pixels and the prediction "
@@ -274,7 +278,7 @@ class Predictor:
         Raises:
             AfaError: The image is unreadable or an array of another kind; a tag is none of the classes.
         """
-        pixels = view = image_array(image)
+        pixels = view = image_array(image, white_level=self.config.data.white_level)
         height, width = pixels.shape[:2]
         shrink = self.max_side / max(height, width)
         if shrink < 1:
@@ -309,7 +313,7 @@ class Predictor:
         labels = [each.label(image.size) for each, image in zip(maps, images, strict=True)]
         names = ("background", *self.classes)
         return [
-            Prediction(label.cpu().numpy(), partial(_scores, each, image.size), names)
+            Prediction(label.cpu().numpy(), partial(_scores, each, image.size), names, self.config.data.white_level)
             for label, each, image in zip(labels, maps, images, strict=True)
         ]
 
@@ -323,16 +327,16 @@ class Predictor:
         return np.array([True, *(name in tags for name in self.classes)])
 
 
-def image_array(image: ImageLike) -> NDArray[np.uint8]:
-    """Turn any kind of image that `Predictor` takes into (H, W, 3) uint8 RGB.
+def image_array(image: ImageLike, *, white_level: int = WHITE_LEVEL) -> NDArray[np.uint8]:
+    """Turn any kind of image that `Predictor` takes into (H, W, 3) uint8 RGB, the same for a file and a picture of it.
 
     Raises:
-        AfaError: The file is unreadable, or the array is not an RGB image.
+        AfaError: The file or picture is unreadable, or the array is not an RGB image.
     """
     if isinstance(image, (str, Path)):
-        return read_image(Path(image))
+        return read_image(Path(image), white_level=white_level)
     if isinstance(image, Image.Image):
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        return picture_pixels(image, "the picture", white_level=white_level)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise AfaError(f"the image is a {image.dtype} array of shape {image.shape}; pass (height, width, 3) uint8 RGB")
     return image

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 from afa.errors import AfaError
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Put a file into another place too: as a hard link, or as a copy where links are not possible.
+
+    Raises:
+        OSError: Neither is possible, or `target` is there already and cannot be replaced by a copy.
+    """
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def write_whole(

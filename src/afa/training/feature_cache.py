@@ -24,6 +24,7 @@ from afa.data.dataset import TaggedImages
 from afa.data.images import read_size
 from afa.data.loader import whole_views
 from afa.data.pixel_cache import PixelCache
+from afa.data.pixels import WHITE_LEVEL
 from afa.data.transforms import whole_size
 from afa.errors import AfaError
 from afa.model.backbone import Encoded
@@ -272,7 +273,7 @@ def _size(images: TaggedImages, index: int) -> tuple[int, int]:
 
 def _hash_files(images: TaggedImages) -> str:
     """Hash of names, sizes and times of the image files; of names alone where images are no files."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"" if images.white_level == WHITE_LEVEL else str(images.white_level).encode())
     for index, name in enumerate(images.names):
         path = images.image_path(index)
         stat = path.stat() if path.is_file() else None

@@ -277,7 +277,7 @@ class _Loop:
             figures = result.to_json()
             keys = ("labels", "protocol", "miou", "num_images", "seconds")
             self.log.write({"kind": "eval", "step": self.step} | {key: figures[key] for key in keys})
-            say(f"step {self.step}: segmentation mIoU {figures['miou']:.1f} on {figures['num_images']} images")
+            say(f"step {self.step}: segmentation mIoU {result.miou:.1f} on {result.num_images} images")
         # Neither the training time nor the rate includes evaluation.
         self._began += time.perf_counter() - paused
 
@@ -305,7 +305,7 @@ def open_validation(config: Config, data: DataSet, *, tell: bool = False) -> Mas
         None when `data.val_list` is empty, or is left at its default and the data set has no such list or no masks.
 
     Raises:
-        AfaError: A list that was asked for, or something in it, is not there.
+        AfaError: A list that was asked for, or something in it, is not there; as `MaskedImages.check_values`.
     """
     val_list = config.data.val_list
     if not val_list:
@@ -316,7 +316,9 @@ def open_validation(config: Config, data: DataSet, *, tell: bool = False) -> Mas
             words = f"masks in {root}: only tags" if data.has_validation else f"{root / val_list}: nothing"
             say(f"no {words} will be scored")
         return None
-    return data.masked()
+    scored = data.masked()
+    scored.check_values()
+    return scored
 
 
 def _prepare_run(run: Path, config: Config, classes: tuple[str, ...], *, resume: bool) -> None:

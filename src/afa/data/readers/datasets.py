@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from afa.data.classes import check_classes, unknown_class
+from afa.data.classes import check_classes, check_count, unknown_class
 from afa.data.dataset import PRESENT, UNKNOWN, TaggedImages
-from afa.data.images import _to_rgb
+from afa.data.images import picture_pixels
+from afa.data.pixels import WHITE_LEVEL
 from afa.data.readers.base import TagEntry, entry_rows
 from afa.data.readers.table import SINGLE_TAG_COLUMNS, TAG_COLUMNS
 from afa.errors import AfaError, shown
@@ -21,12 +22,12 @@ class DatasetImages(TaggedImages):
     """Images of a `datasets.Dataset`, decoded by it one at a time. Built by `tagged_dataset`."""
 
     def __init__(
-        self, dataset: Any, image_column: str, *, classes: tuple[str, ...], rows: NDArray[np.int64], tags: NDArray[Any]
+        self, dataset: Any, image_column: str, *, classes: tuple[str, ...], rows: NDArray[np.int64], **images: Any
     ) -> None:
-        """Take N rows, (N,) int64, of the data set, and their tags, (N, C)."""
+        """Take N rows, (N,) int64, of the data set; `images` as of `TaggedImages`."""
         width = len(str(len(dataset)))
         names = tuple(f"{row:0{width}d}" for row in rows.tolist())
-        super().__init__(classes=classes, names=names, paths=[Path(name) for name in names], tags=tags)
+        super().__init__(classes=classes, names=names, paths=[Path(name) for name in names], **images)
         self._dataset, self._column, self._rows = dataset, image_column, rows
 
     def image(self, index: int) -> NDArray[np.uint8]:
@@ -38,11 +39,16 @@ class DatasetImages(TaggedImages):
             raise AfaError(f"row {row}: cannot be read as an image ({shown(str(error))}); leave it out") from None
         if not isinstance(image, Image.Image):
             raise AfaError(f"row {row}: {self._column!r} holds a {type(image).__name__}; cast it to datasets.Image()")
-        return _to_rgb(image, Path(f"row {row}"))
+        return picture_pixels(image, f"row {row}", white_level=self.white_level)
 
 
 def tagged_dataset(
-    dataset: Any, *, image_column: str = "", tag_column: str = "", classes: tuple[str, ...] = ()
+    dataset: Any,
+    *,
+    image_column: str = "",
+    tag_column: str = "",
+    classes: tuple[str, ...] = (),
+    white_level: int = WHITE_LEVEL,
 ) -> TaggedImages:
     """Take the images and tags of a `datasets.Dataset`.
 
@@ -51,6 +57,7 @@ def tagged_dataset(
         image_column: Column of the images; empty: the first of type `Image`.
         tag_column: Column of the tags; empty: the first usual name, such as tags, labels, label.
         classes: Class names in index order; none: those of the `ClassLabel`, else the tags, sorted.
+        white_level: As of `afa.data.pixels.rgb_pixels`.
 
     Returns:
         The rows whose tags are known, named by their numbers; an empty list says that the image has none of the
@@ -75,6 +82,7 @@ def tagged_dataset(
     rows = [_tags(value, labels, tag_column) for value in dataset.select_columns([tag_column])[:][tag_column]]
     classes = classes or tuple(labels or sorted({tag for entry in rows for tag in entry.tags}))
     check_classes(classes, f"column {tag_column!r}")
+    check_count(classes, f"column {tag_column!r}")
     for row, entry in enumerate(rows):
         for tag in entry.tags:
             if tag not in classes:
@@ -83,7 +91,7 @@ def tagged_dataset(
     kept = np.flatnonzero((matrix != UNKNOWN).all(axis=1))
     if not (matrix == PRESENT).any():
         raise AfaError(f"no row of the data set has a tag in column {tag_column!r}; name another column")
-    return DatasetImages(dataset, image_column, classes=classes, rows=kept, tags=matrix[kept])
+    return DatasetImages(dataset, image_column, classes=classes, rows=kept, tags=matrix[kept], white_level=white_level)
 
 
 def _tags(value: Any, labels: list[str] | None, column: str) -> TagEntry:

@@ -26,11 +26,15 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
         AfaError: A folder is none of the classes that are stated; the names of classes or images are no good.
     """
     folder = image_folder(root, data, at_root=True)
-    every_path = images_below(folder, root, data).paths
+    images = images_below(folder, root, data)
+    every_path, entered = list(images.paths), list(images.passed)
     first = {path.partition("/")[0] for path in every_path if "/" in path}
     if folder == root and first and first <= {"images", data.image_dir}:
-        folder = root / min(first)
-        every_path = tuple([path[len(min(first)) + 1 :] for path in every_path if path.startswith(f"{min(first)}/")])
+        inside = f"{min(first)}/"
+        folder = root / inside
+        every_path, entered = (
+            [path.removeprefix(inside) for path in paths if path.startswith(inside)] for paths in (every_path, entered)
+        )
         first = {path.partition("/")[0] for path in every_path if "/" in path}
     # A class may be named train: folders are the sides of a split only when all are named so and hold folders.
     has_sides = bool(first) and all(name.lower() in SIDES for name in first)
@@ -38,6 +42,8 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
     split = [(path, parts) for path in every_path if len(parts := path.split("/")) > place + 1]
     if not split:
         return None
+    seen = {tuple(parts[: place + 1]) for _, parts in split}
+    empty = [path for path in entered if path and path.count("/") == place and tuple(path.split("/")) not in seen]
     listed = stated_classes(data, root)
     nothing = nothing_names(data.negatives, listed.names)
     tags = [() if folded(parts[place]) in nothing else (parts[place],) for _, parts in split]
@@ -63,5 +69,6 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
         colors=listed.colors,
         words=listed.words,
         declared=bool(listed.names),
-        every_path=every_path,
+        every_path=tuple(every_path),
+        remarks=(*images.passed_over, *(f"no image in the folder {shown(path)}" for path in empty)),
     )

@@ -183,6 +183,7 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
         words=listed.words,
         declared=any(content.declared for content in contents),
         every_path=images.paths,
+        remarks=images.passed_over,
     )
 
 

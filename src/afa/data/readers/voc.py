@@ -45,7 +45,8 @@ def read(root: Path, data: DataConfig) -> TagTable:
     folder = root / data.image_dir
     if not folder.is_dir():
         raise AfaError(f"{folder}: no such folder; set data.image_dir")
-    paths = ImageFiles(folder).paths
+    images = ImageFiles(folder)
+    paths = images.paths
     names = tuple([image_name(path) for path in paths])
     found = (root / place for place in _TAG_PLACES if (root / place).exists())
     tags_path = root / data.tags if data.tags else next(found, None)
@@ -67,4 +68,5 @@ def read(root: Path, data: DataConfig) -> TagTable:
         words=listed.words,
         listed=True,
         tags_path=tags_path,
+        remarks=images.passed_over,
     )
