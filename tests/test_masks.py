@@ -103,3 +103,18 @@ def test_classes_without_words(pets: Path, tmp_path: Path, capsys: pytest.Captur
     assert error.count("\n") == 1
     assert "'hound'" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_image_costs_its_own_mask_alone(
+    pets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pets / "images" / "0.png").write_bytes(b"broken")
+    for flags, status, words in (((), 1, "1 images failed"), (("--skip-broken",), 0, "1 broken image left out")):
+        out = tmp_path / f"out{status}"
+        assert run(pets, out, "--examples", "5", *flags) == status
+        assert words in capsys.readouterr().out
+        assert sorted(path.stem for path in (out / "masks").iterdir()) == ["1", "2", "3", "4"]
+        figures = json.loads((out / "masks.json").read_text())
+        assert [len(figures[key]) for key in ("failed", "broken")] == [status, 1 - status]
+        assert len(json.loads((out / "examples" / "index.json").read_text())) == 4
+        assert (out / "masks.html").is_file()

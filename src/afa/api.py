@@ -125,9 +125,9 @@ def train_and_report(
     """
     run, device = Path(run), pick_device(config.train.device)
     data = data or open_data(config.data)
-    data.leave_out_broken(progress=progress)
-    warnings = _check(config, data)
     with process_group(device) as processes:
+        data.leave_out_broken(progress=progress and processes.is_main)
+        warnings = _check(config, data)
         for warning in warnings if processes.is_main else ():
             say(f"warning: {warning}")
         progress = progress and processes.is_main

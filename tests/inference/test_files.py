@@ -167,7 +167,7 @@ def test_broken_images_are_left_out_where_that_is_asked_for(tmp_path: Path) -> N
     assert "'catt'" in summary.failed[0]
     assert len(summary.broken) == 1
     assert "01.png: not an image" in summary.broken[0]
-    assert "1 broken images left out" in str(summary)
+    assert "1 broken image left out" in str(summary)
 
 
 def test_twelve_bits_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,8 +175,8 @@ def check_count(classes: Sequence[str], origin: str) -> None:
     """Check that masks, whose values have 8 bits, can tell the classes apart; an `AfaError` if they are too many."""
     if len(classes) > MAX_CLASSES:
         raise AfaError(
-            f"{origin}: {len(classes)} classes, and masks of 8 bits tell {MAX_CLASSES} apart; choose some with "
-            "data.class_subset"
+            f"{origin}: {len(classes)} classes, and {MAX_CLASSES} is the limit, because masks have 8 bits; choose some "
+            "with data.class_subset"
         )
 
 

@@ -75,7 +75,7 @@ class PredictSummary:
         if self.skipped:
             parts.append(f"{self.skipped} were there already and left as they are (delete them to redo)")
         if self.broken:
-            parts.append(f"{len(self.broken)} broken images left out")
+            parts.append(f"{len(self.broken)} broken image{'s' * (len(self.broken) > 1)} left out")
         if self.failed:
             parts.append(f"{len(self.failed)} images failed")
         return "; ".join(parts)

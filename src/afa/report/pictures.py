@@ -21,7 +21,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from afa.config import Config, Propagation, PseudoConfig
 from afa.data.dataset import MaskedImages, TaggedImages
 from afa.data.open import open_data
-from afa.errors import AfaError
+from afa.data.split import VALIDATION
+from afa.errors import AfaError, BrokenImageError
 from afa.evaluation.protocols import image_tensor, logit_maps, pseudo_view
 from afa.evaluation.worth import Worth, threshold_settings
 from afa.model.network import AfaNetwork
@@ -76,8 +77,8 @@ def write_examples(
 
     Args:
         network: On `device`.
-        images: Where examples are taken from, `MaskedImages` where there are masks; images without tags are
-            passed over.
+        images: Where examples are taken from, `MaskedImages` where there are masks; images without tags and
+            broken ones are passed over.
         run: Run folder.
         config: Its `pseudo` and `evaluation` sections apply.
         device: Where the network runs.
@@ -87,10 +88,22 @@ def write_examples(
     draw = _example_pictures if trained else _untrained_pictures
     was_training = network.training
     network.eval()
-    picks = ((i, _Seen.open(images, i, config, device, enlarge=False)) for i in evenly_spaced(images, count))
+    picks = _opened(images, evenly_spaced(images, count), config, device)
     drawn = ((i, draw(network, config, seen)) for i, seen in picks)
     _write_pictures(Run(run).examples, images, drawn)
     network.train(was_training)
+
+
+def _opened(
+    images: TaggedImages, picks: Iterable[int], config: Config, device: torch.device
+) -> Iterator[tuple[int, _Seen]]:
+    """The images at some places, without those that are broken: whoever made the masks has told."""
+    for i in picks:
+        try:
+            seen = _Seen.open(images, i, config, device, enlarge=False)
+        except BrokenImageError:
+            continue
+        yield i, seen
 
 
 def write_worth(network: AfaNetwork, images: TaggedImages, run: Path, worth: Worth, *, config: Config) -> None:
@@ -167,6 +180,7 @@ def write_figures(
     config = Run(run).config(keys if data is None else keys | {"data.root": data})
     network = load_run(run, pick_device(device)).network
     opened = open_data(config.data)
+    opened.leave_out_broken((VALIDATION,), progress=progress)
     images: TaggedImages = opened.masked() if opened.has_masks else opened.validation()
     picks = evenly_spaced(images, count)
     if not picks:
