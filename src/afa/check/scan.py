@@ -50,7 +50,7 @@ class Scan:
         thumbnails: (N, 192) uint8, 8 x 8 pixels RGB.
         gray: (N,) bool, whether all pixels are gray.
         failures: Index of an image that cannot be read -> why, in one line.
-        peaks: (N,) int64, largest stored value of images of more than 8 bits; 0 for others.
+        peaks: (N,) int64, largest stored value of images of more than 8 bits, as of `read_levels`; 0 for others.
         mask_failures: Index of an image whose mask cannot be read, or does not fit -> why, in one line.
         seconds: How long it took.
     """

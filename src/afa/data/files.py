@@ -21,8 +21,8 @@ _LITTER: Final = (
     *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
 )
 _TEXTS: Final = (
-    *("", ".csv", ".htm", ".html", ".json", ".jsonl", ".log", ".md", ".npy", ".py", ".rst", ".toml", ".tsv", ".txt"),
-    *(".xml", ".yaml", ".yml"),
+    *("", ".csv", ".htm", ".html", ".json", ".jsonl", ".log", ".md", ".npy", ".npz", ".py", ".rst", ".toml", ".tsv"),
+    *(".txt", ".xml", ".yaml", ".yml"),
 )
 """Suffixes of files that are beside images for good reason."""
 
@@ -91,8 +91,12 @@ def walk_files(
         pending += reversed(folders)
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
+def find_images(paths: Sequence[Path], *, remarks: list[str] | None = None) -> list[Path]:
     """List the images that files, taken whatever their suffix, and folders name.
+
+    Args:
+        paths: Files and folders.
+        remarks: Gets a line for each kind of file that is passed over in a folder.
 
     Returns:
         Image files in the order of `paths`, each folder's sorted, each file once.
@@ -103,10 +107,13 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for path in paths:
         if path.is_dir():
-            images = sorted(path / below for below in walk_files(path, IMAGE_SUFFIXES))
-            if not images:
-                raise AfaError(f"{path}: no image in this folder; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
-            found.update(dict.fromkeys(images))
+            below = ImageFiles(path)
+            if not below.paths:
+                words = "; ".join(("no image in this folder", *below.passed_over))
+                raise AfaError(f"{path}: {words}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
+            found.update(dict.fromkeys(sorted(path / image for image in below.paths)))
+            if remarks is not None:
+                remarks += [f"{path}: {phrase}" for phrase in below.passed_over]
         elif path.exists():
             found[path] = None
         else:

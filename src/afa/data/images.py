@@ -62,14 +62,17 @@ def read_image(path: Path, *, white_level: int = WHITE_LEVEL) -> NDArray[np.uint
 
 
 def read_levels(path: Path, *, white_level: int = WHITE_LEVEL) -> tuple[NDArray[np.uint8], int]:
-    """The image as `read_image` returns it, and the largest value stored in it if it has more than 8 bits, else 0."""
+    """The image as `read_image` returns it, and the largest value stored in it if it has more than 8 bits, else 0.
+
+    Of colors, of which Pillow reads the upper 8 bits, the value is negative.
+    """
 
     def levels(image: Image.Image) -> tuple[NDArray[np.uint8], int]:
         is_deep = any(";16" in str(part) for tile in getattr(image, "tile", ()) for part in tile[3:])
         pixels = rgb_pixels(image, white_level=white_level)
         if image.mode.startswith("I"):
             return pixels, max(0, int(np.asarray(image).max()))
-        return pixels, 256 * int(pixels.max()) + 255 if is_deep else 0  # of colors Pillow has the upper 8 bits
+        return pixels, -256 * int(pixels.max()) - 255 if is_deep else 0
 
     return _decode(path, levels)
 
@@ -88,14 +91,20 @@ def sample_peaks(paths: Sequence[Path]) -> list[int]:
     return [peak for peak in peaks if peak > 0]
 
 
-def level_warning(peaks: Sequence[int] | NDArray[np.int64], white_level: int) -> str:
-    """What to say of images of more than 8 bits by the largest value of each, which is above 0; empty if all is well.
+def level_warning(peaks: Sequence[int], white_level: int) -> str:
+    """What to say of images of more than 8 bits by the largest values, as of `read_levels`; empty if all is well.
 
     >>> level_warning([4095, 4000], 65535)[-69:]
     '4095 of 65535, so they are nearly black; set data.white_level to 4095'
     """
+    colors, peaks = [-peak for peak in peaks if peak < 0], [peak for peak in peaks if peak > 0]
+    if colors and max(colors) <= WHITE_LEVEL // 4:
+        return (
+            f"the largest value of {len(colors)} images of 16-bit colors is {max(colors)} of {WHITE_LEVEL}, and only "
+            "the upper 8 bits are read, so they are nearly black; save them as 8-bit colors"
+        )
     largest = max(peaks, default=0)
-    usual = next((2**bits - 1 for bits in (8, 10, 12, 14, 16) if largest < 2**bits), int(largest))
+    usual = next((2**bits - 1 for bits in (8, 10, 12, 14, 16) if largest < 2**bits), largest)
     words = f"the largest value of {len(peaks)} images of more than 8 bits that were read is {largest}"
     if 0 < largest <= white_level // 4:
         return f"{words} of {white_level}, so they are nearly black; set data.white_level to {usual}"

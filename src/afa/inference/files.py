@@ -77,7 +77,10 @@ def predict_files(
             made with other weights or settings; a file cannot be written (all others of the call that were made are
             there).
     """
-    files = output_names(paths, out_dir)
+    remarks: list[str] = []
+    files = output_names(paths, out_dir, remarks=remarks)
+    for remark in remarks:
+        say(remark)
     if longer := [name for name, file in files.items() if name.endswith(file.suffix) and file.suffix]:
         say(
             f"{len(longer)} images share their names with others and are written under longer ones, such as {longer[0]}"
@@ -225,11 +228,16 @@ def _weights_digest(network: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def output_names(paths: Sequence[Path], out_dir: Path) -> dict[str, Path]:
+def output_names(paths: Sequence[Path], out_dir: Path, *, remarks: list[str] | None = None) -> dict[str, Path]:
     """Name the images of files and folders for what is written.
 
     A name is the path without suffix. Images that would have the same name keep their suffix; if that is not enough,
     the name of their folder comes before it, and last eight digits of a hash of their path behind it.
+
+    Args:
+        paths: Image files and folders.
+        out_dir: Where they are written; what is there is not taken for images.
+        remarks: As of `find_images`.
 
     Returns:
         Name to image file, each file once.
@@ -247,7 +255,7 @@ def output_names(paths: Sequence[Path], out_dir: Path) -> dict[str, Path]:
         own = [folder for folder in outputs if root in folder.parents]
         prefix = f"{root.name}/" if is_folder and several_folders else ""
         # Folder by folder, because resolving the path of each file would take longer than everything else.
-        for folder, images in groupby(find_images([path]), key=lambda file: file.parent):
+        for folder, images in groupby(find_images([path], remarks=remarks), key=lambda file: file.parent):
             inside = folder.resolve()
             if any(output == inside or output in inside.parents for output in own):
                 continue
