@@ -19,7 +19,14 @@ from afa.data.images import read_image
 from afa.errors import AfaError
 from afa.evaluation.protocols import logit_maps
 from afa.inference import onnx as export
-from afa.inference.onnx import DeployedNetwork, export_metadata, export_onnx, export_torch, read_check_images
+from afa.inference.onnx import (
+    PIXELS_FILE,
+    DeployedNetwork,
+    export_metadata,
+    export_onnx,
+    export_torch,
+    read_check_images,
+)
 from afa.model.network import AfaNetwork
 from afa.model.registry import build_backbone
 from mistakes import refused
@@ -62,7 +69,7 @@ def onnx_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     assert check.difference <= 1e-4
     assert check.agreement >= 0.9999
     assert {batch for batch, _, _ in check.shapes} == {1, 2, 3}
-    assert {file.name for file in path.parent.iterdir()} == {"network.onnx", "afa_pixels.py"}
+    assert {file.name for file in path.parent.iterdir()} == {"network.onnx", PIXELS_FILE}
     assert network.training
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     return network.eval(), path
@@ -230,7 +237,7 @@ def test_a_file_that_differs_is_not_written(tmp_path: Path, spoil: Any, message:
         write_checked(path, spoil)
     assert not list(tmp_path.iterdir())
     write_checked(path, lambda _, logits: logits)
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / PIXELS_FILE, path]
 
 
 def test_one_class_in_a_thousand_pixels_is_enough_to_fail(tmp_path: Path) -> None:

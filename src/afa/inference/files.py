@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -79,14 +79,8 @@ def predict_files(
     """
     remarks: list[str] = []
     files = output_names(paths, out_dir, remarks=remarks)
-    for remark in remarks:
+    for remark in (*remarks, *_remarks(files, predictor.config.data.white_level)):
         say(remark)
-    if longer := [name for name, file in files.items() if name.endswith(file.suffix) and file.suffix]:
-        say(
-            f"{len(longer)} images share their names with others and are written under longer ones, such as {longer[0]}"
-        )
-    if words := level_warning(sample_peaks(list(files.values())), predictor.config.data.white_level):
-        say(f"warning: {words}")
     known = _image_tags(files, tags)
 
     def infer(images: Sequence[PreparedImage]) -> list[Made]:
@@ -268,6 +262,19 @@ def output_names(paths: Sequence[Path], out_dir: Path, *, remarks: list[str] | N
     if not named:
         raise AfaError("there is no image to predict; pass image files or folders that hold some")
     return _distinct(named)
+
+
+def _remarks(files: Mapping[str, Path], white_level: int) -> Iterator[str]:
+    """What the user should know of images before they are segmented, a line each."""
+    longer = [
+        name
+        for name, file in files.items()
+        if image_name(file.name) != file.name and name.rpartition("/")[2].startswith(file.name)
+    ]
+    if longer:
+        yield f"{len(longer)} images share their names with others and are written under longer ones, such as {longer[0]}"
+    if words := level_warning(sample_peaks(list(files.values())), white_level):
+        yield f"warning: {words}"
 
 
 def _distinct(named: Sequence[tuple[str, Path]]) -> dict[str, Path]:
