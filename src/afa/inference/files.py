@@ -272,7 +272,7 @@ def _remarks(files: Mapping[str, Path], white_level: int) -> Iterator[str]:
         if image_name(file.name) != file.name and name.rpartition("/")[2].startswith(file.name)
     ]
     if longer:
-        yield f"{len(longer)} images share their names with others and are written under longer ones, such as {longer[0]}"
+        yield f"{len(longer)} images share their names with others: they are written under longer ones, as {longer[0]}"
     if words := level_warning(sample_peaks(list(files.values())), white_level):
         yield f"warning: {words}"
 
