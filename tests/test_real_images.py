@@ -11,6 +11,8 @@ from PIL import Image
 from afa import Predictor
 from afa.api import evaluate, train_and_report
 from afa.data.images import read_image
+from layouts import with_masks
+from mistakes import refused
 from tiny import tiny_config
 
 KEYS = {
@@ -64,3 +66,12 @@ def test_a_training_on_dark_pictures_says_so(
     config = tiny_config(twelve_bit, KEYS | {"data.white_level": 65535, "data.skip_broken": True})
     train_and_report(config, tmp_path / "run", progress=False)
     assert "of 65535, so they are nearly black; set data.white_level to 4095" in capsys.readouterr().err
+
+
+def test_white_masks_stop_a_training_before_it_begins(tmp_path: Path) -> None:
+    with_masks(tmp_path / "data")
+    for path in (tmp_path / "data" / "masks").iterdir():
+        Image.fromarray(np.array([[0, 0, 255, 255, 0, 0]] * 4, dtype=np.uint8)).save(path)
+    with refused("masks have the values 0 and 255 alone", "data.mask_values"):
+        train_and_report(tiny_config(tmp_path / "data"), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
