@@ -65,7 +65,7 @@ def rgb_pixels(image: Image.Image, *, white_level: int = WHITE_LEVEL) -> NDArray
 def load_pixels(image: Image.Image) -> None:
     """Decode a picture where it is. Pillow (13.0) garbles TIFFs that lie on their side if it maps them into memory."""
     name = getattr(image, "filename", "")
-    if image.format != "TIFF" or not name:
+    if image.format != "TIFF" or not name or image.getexif().get(ExifTags.Base.Orientation) not in (5, 6, 7, 8):
         image.load()
         return
     try:
