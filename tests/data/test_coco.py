@@ -233,7 +233,7 @@ def spoil(path: Path, key: str, change: dict[str, Any]) -> None:
         ("annotations", {"image_id": 400}, "image id 400, which"),
         ("images", {"height": 10**9}, "90x1000000000 pixels; correct"),
         ("images", {"height": "60"}, "has no whole number as height"),
-        ("images", {"file_name": "../../x.jpg"}, "image '../../x.jpg' leads out of"),
+        ("images", {"file_name": "../../x.jpg"}, "has no image '../../x.jpg' (1 of 5 images missing)"),
         ("images", {"file_name": "x.jpg"}, "has no image 'x.jpg' (1 of 5 images missing)"),
         ("categories", {"name": "background"}, "leave 'background' out"),
     ],

@@ -408,9 +408,9 @@ def test_label_studio(tmp_path: Path) -> None:
         {"id": 4, "data": {"image": "pets/d.PNG"}, "annotations": [{"result": [result("brushlabels", ["cat"])]}]},
     ]
     assert tags_of(tmp_path, "export.json", tasks) == {
-        "0a1b2c3d-my cat.jpg": ("bird", "cat", "cow", "dog"),
-        "pets/b.jpg": (),
-        "c.jpg": (),
+        "/data/upload/3/0a1b2c3d-my%20cat.jpg": ("bird", "cat", "cow", "dog"),
+        "/data/local-files/?d=pets/b.jpg": (),
+        "s3://bucket/pets/c.jpg": (),
         "pets/d.PNG": ("cat",),
     }
     assert TagFile(tmp_path / "export.json").kind == "labelstudio"
@@ -423,9 +423,10 @@ def test_label_studio_short_export(tmp_path: Path) -> None:
         {"image": "c.jpg", "id": 3, "kind": [["animal", "bird"]], "annotator": 1},
         {"image": "d.jpg", "id": 4, "boxes": [{"x": 1, "rectanglelabels": ["cow"]}], "annotator": 1},
     ]
-    expected = {"a.jpg": ("cat",), "b.jpg": ("cat", "dog"), "c.jpg": ("bird",), "d.jpg": ("cow",)}
-    assert tags_of(tmp_path, "export.json", tasks) == expected
-    assert TagFile(tmp_path / "export.json").kind == "labelstudio"
+    expected = {"a": ("cat",), "b": ("cat", "dog"), "c": ("bird",), "d": ("cow",)}
+    path = write(tmp_path, "export.json", tasks)
+    assert read_tags(path, ("bird", "cat", "cow", "dog")) == expected
+    assert TagFile(path).kind == "labelstudio"
 
 
 CVAT = """<?xml version="1.0" encoding="utf-8"?>

@@ -258,7 +258,7 @@ def _find_all(folder: Path, found: CocoFile, path: Path) -> dict[int, str]:
     numbers = sorted(found.annotations)
     wanted = [(found.images[number]["file_name"], str(path)) for number in numbers]
     paths = ImageFiles(folder).find_all(wanted, "give the folder of this split's images")
-    return dict(zip(numbers, paths, strict=True))
+    return dict(zip(numbers, filter(None, paths), strict=True))
 
 
 def _link_images(images: Path, folder: Path, paths: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import unicodedata
@@ -9,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
+from urllib.parse import parse_qsl, unquote
 
 from afa.config import DataConfig
 from afa.data.classes import folded, is_plain
@@ -126,6 +128,34 @@ def path_below(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
+def plain_path(text: str) -> tuple[str, bool]:
+    r"""The path that a text means, with slashes, and whether it begins elsewhere than in a folder of images.
+
+    Addresses lose server and query (or leave the file that the query names), paths their drive, root and leading `..`.
+
+    >>> plain_path(r"..\a\b.jpg"), plain_path("https://x.y/a%20b.jpg?z=1"), plain_path("c/d.jpg")
+    (('a/b.jpg', True), ('a b.jpg', True), ('c/d.jpg', False))
+    """
+    path, is_foreign = text, False
+    before, _, query = text.partition("?")
+    if re.match(_SCHEME, text) or text.startswith("/data/") or image_name(before) != before:
+        path = unquote(re.sub(_SCHEME + "[^/]*", "/", before))
+        is_foreign = path.startswith("/")
+        if image_name(path) == path:
+            path = next((value for _, value in parse_qsl(query) if image_name(value) != value), path)
+    path, has_drive = re.subn(r"^[a-zA-Z]:(?=/)", "", path.replace("\\", "/"))
+    is_foreign |= bool(has_drive) or path.startswith("/")
+    parts: list[str] = []
+    for part in path.split("/"):
+        if part != "..":
+            parts += [part] if part not in ("", ".") else []
+        elif parts:
+            parts.pop()
+        else:
+            is_foreign = True
+    return "/".join(parts), is_foreign
+
+
 class ImageFiles:
     """The images below a folder, which can be found by the names that people write."""
 
@@ -151,72 +181,87 @@ class ImageFiles:
         """The path below the folder of the image that a text means, or None where there is none.
 
         A path below the folder is taken as it is; else letter case, Unicode form and suffix may differ, and leading
-        folders may be missing, as long as exactly one image fits.
+        folders may be missing, as long as exactly one image fits. Of a path that begins elsewhere (as `plain_path`
+        says) the last parts count, as many as fit. Nothing is ever opened by the text.
 
         Args:
             text: Names the image.
             where: File and line, for messages.
             lacks: Prefix, ending in a slash, that the text may lack: its paths begin in that folder.
             drop: Prefix, ending in a slash, that the text may have before the path below the folder.
-            loose: Also drop leading folders of the text, and the prefix that Label Studio gives to uploaded files.
+            loose: Only the last parts of any text count, and without the prefix that Label Studio gives to uploads.
 
         Raises:
-            AfaError: The text leads out of the folder, or several images fit.
+            AfaError: Several images fit.
         """
         if f"{lacks}{text}" in self._exact:
             return f"{lacks}{text}"
-        inside = self._inside(text, where)
-        texts = [f"{lacks}{inside}", inside.removeprefix(drop), inside]
-        if loose:
-            parts = inside.split("/")
-            texts += ["/".join(parts[cut:]) for cut in range(1, len(parts))]
-            texts += [re.sub(r"^[0-9a-f]{8}-", "", parts[-1])]
-        for view in _VIEWS:
-            for candidate in texts:
-                found = self._look_up(view, candidate)
-                if len(found) > 1:
-                    raise AfaError(
-                        f"{where}: image {shown(text)} may be {shown(found[0])} or {shown(found[1])} of "
-                        f"{self.folder}; write its path and suffix"
-                    )
-                if found:
-                    return found[0]
-        return None
+        inside, is_foreign = self._inside(text)
+        texts = [] if is_foreign else [f"{lacks}{inside}", inside.removeprefix(drop), inside]
+        ways = (self._look_up(view, candidate) for view in _VIEWS for candidate in texts)
+        found = next(filter(None, ways), [])
+        if not found and (is_foreign or loose):
+            found = self._closest(inside, lacks)
+            if not found and (loose or "/upload/" in f"/{inside}"):
+                found = self._closest(re.sub(rf"(^|/){_UPLOAD}-([^/]+)$", r"\1\2", inside), lacks)
+        if len(found) > 1:
+            raise AfaError(
+                f"{where}: image {shown(text)} may be {shown(found[0])} or {shown(found[1])} of {self.folder}; write "
+                "its path and suffix"
+            )
+        return found[0] if found else None
 
-    def find_all(self, wanted: Sequence[tuple[str, str]], remedy: str, **rules: Any) -> list[str]:
+    def find_all(
+        self, wanted: Sequence[tuple[str, str]], remedy: str, *, skip: bool = False, **rules: Any
+    ) -> list[str | None]:
         """The paths of the images that N pairs of text and `where` mean, by the `rules` of `find`.
 
         Raises:
-            AfaError: As `find`; or an image is missing, and `remedy` says what to do.
+            AfaError: As `find`; or an image is missing, with `skip` all of them, and `remedy` says what to do.
         """
         paths = [self.find(text, where, **rules) for text, where in wanted]
-        found = [path for path in paths if path is not None]
-        if len(found) < len(paths):
+        missing = paths.count(None)
+        if missing and (not skip or missing == len(paths)):
             text, where = wanted[paths.index(None)]
-            count = f"{len(paths) - len(found)} of {len(paths)} images missing"
-            raise AfaError(f"{where}: {self.folder} has no image {shown(text)} ({count}); {remedy}")
-        return found
+            count = f"{missing} of {len(paths)} images missing"
+            raise AfaError(f"{where}: {self.folder} has no image {shown(text)} ({count}){self._guess(text)}; {remedy}")
+        return paths
 
-    def _inside(self, text: str, where: str) -> str:
-        """The text as a path with slashes below the folder."""
-        if text in self._exact:
-            return text
-        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", text):
-            raise AfaError(
-                f"{where}: image {shown(text)} is an address; put the image below {self.folder} and write its path"
-            )
+    def _inside(self, text: str) -> tuple[str, bool]:
+        """The text as a path with slashes below the folder, or else of a place elsewhere, as `plain_path` says."""
         inside = text.replace("\\", "/")
         if inside.startswith("/") and "\0" not in inside:
             for start in (self.folder, self.folder.absolute(), self.folder.resolve()):
                 if PurePosixPath(inside).is_relative_to(start.as_posix()):
-                    inside = PurePosixPath(inside).relative_to(start.as_posix()).as_posix()
-                    break
-        parts = [part for part in inside.split("/") if part not in ("", ".")]
-        if inside.startswith("/") or ".." in parts or re.match(r"[a-zA-Z]:/", inside):
-            raise AfaError(
-                f"{where}: image {shown(text)} leads out of {self.folder}; refused: write paths below that folder"
-            )
-        return "/".join(parts)
+                    return plain_path(PurePosixPath(inside).relative_to(start.as_posix()).as_posix())
+        return plain_path(text)
+
+    def _closest(self, text: str, lacks: str) -> list[str]:
+        """The paths that end as the text does, in as many parts as any path; those below `lacks` if there are some."""
+        parts = folded(image_name(text)).split("/")[::-1]
+        last = text.rsplit("/", 1)[-1]
+
+        def fit(path: str) -> tuple[int, bool]:
+            pairs = zip(parts, folded(image_name(path)).split("/")[::-1], strict=False)
+            return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)), path.endswith(last)
+
+        for view in ("last, suffix", "last"):
+            if found := self._look_up(view, last):
+                best = max(map(fit, found))
+                found = [path for path in found if fit(path) == best]
+                return [path for path in found if path.startswith(lacks)] or found
+        return []
+
+    def _guess(self, text: str) -> str:
+        """Why an image may be missing."""
+        if re.match(_SCHEME, text):
+            return ", and afa fetches none"
+        number = re.fullmatch(r"(\d{1,18})(\.0+)?", image_name(text))
+        stems = (image_name(path.rsplit("/", 1)[-1]) for path in self.paths if number)
+        same = next((stem for stem in stems if stem.isdecimal() and number and int(stem) == int(number[1])), None)
+        if same is None:
+            return ""
+        return f" but {shown(same)}: a spreadsheet seems to have made numbers of the names; keep that column as text"
 
     def _look_up(self, view: str, text: str) -> list[str]:
         key = _VIEWS[view]
@@ -231,6 +276,10 @@ class ImageFiles:
             found = [path for path in found if f"/{folded(image_name(path))}".endswith(end)]
         return found
 
+
+_SCHEME: Final = r"^[a-zA-Z][a-zA-Z0-9+.-]+://"
+_UPLOAD: Final = r"[0-9a-f]{5,32}(?:-[0-9a-f]{4}){0,3}(?:-[0-9a-f]{12})?"
+"""What Label Studio puts, with a dash, before the name of an uploaded file: the start of a UUID, or all of it."""
 
 _VIEWS: Final[dict[str, Callable[[str], str]]] = {
     "normal path": lambda path: unicodedata.normalize("NFC", path),

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import parse_qs, unquote, urlsplit
 
+from afa.data.files import plain_path
 from afa.data.readers.base import Contents, TagEntry, elements
 from afa.errors import AfaError
 
@@ -28,10 +28,7 @@ _TAG_RESULTS: Final = (
 
 
 def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:
-    """Read the choices of each task from an export, JSON or JSON-MIN: no class names, and an entry for each task.
-
-    Addresses of the tool's own server become the name of the file.
-    """
+    """Read the choices of each task from an export, JSON or JSON-MIN: no class names, and an entry for each task."""
     entries = []
     for number, (key, task) in enumerate(elements(content), start=1):
         where = f"{path}, task {number}"
@@ -49,19 +46,8 @@ def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:
 def _task_image(data: dict[str, Any]) -> str | None:
     """The file that a task shows: under `image`, else under the first key whose text looks like one."""
     texts = [data.get("image"), data.get("img"), *data.values()]
-    found = next((text for text in texts if isinstance(text, str) and re.search(r"\.\w{2,5}$", text.strip())), None)
-    if found is None:
-        return None
-    found = found.strip()
-    try:
-        address = urlsplit(found)
-    except ValueError:
-        return found
-    if address.path.startswith("/data/local-files"):
-        return parse_qs(address.query).get("d", [found])[0]
-    if address.scheme in ("http", "https", "s3", "gs", "azure-blob") or address.path.startswith("/data/"):
-        return unquote(address.path).rsplit("/", 1)[-1]
-    return found
+    stripped = (text.strip() for text in texts if isinstance(text, str))
+    return next((text for text in stripped if re.search(r"\.\w{2,5}$", plain_path(text)[0])), None)
 
 
 def _is_submitted(task: dict[str, Any]) -> bool:

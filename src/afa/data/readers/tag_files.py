@@ -15,7 +15,7 @@ import numpy as np
 from afa.config import DataConfig
 from afa.data.classes import check_classes, folded, is_plain, stated_classes, unknown_class
 from afa.data.dataset import TagTable
-from afa.data.files import ImageFiles, check_paths, image_folder, images_below, path_below
+from afa.data.files import ImageFiles, check_paths, image_folder, images_below, path_below, plain_path
 from afa.data.images import image_name
 from afa.data.readers import coco, cvat, labelstudio, npy, table, voc_xml
 from afa.data.readers.base import Contents, TagEntry, drop_outlines, elements, entry_rows, load_json
@@ -110,10 +110,19 @@ def words(kind: str) -> str:
 def read_tags(path: Path, classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Image name, without suffix, to its tags in the order of `classes`, each once; possibly none.
 
+    Of a name that begins elsewhere (as `plain_path` says) the last part is taken.
+
     Raises:
-        AfaError: As `read_tag_file`.
+        AfaError: As `read_tag_file`; two names have the same last part.
     """
-    return {name: entry.tags for name, entry in read_tag_file(TagFile(path), classes).entries.items()}
+    found: dict[str, tuple[str, ...]] = {}
+    for name, entry in read_tag_file(TagFile(path), classes).entries.items():
+        inside, is_foreign = plain_path(entry.image)
+        name = image_name(inside.rpartition("/")[2]) if is_foreign else name
+        if name in found:
+            raise AfaError(f"{entry.where}: image {shown(name)} is there a second time; keep one entry of it")
+        found[name] = entry.tags
+    return found
 
 
 def read_tag_file(file: TagFile, classes: Sequence[str] = (), negatives: Sequence[str] = ()) -> FoundTags:
