@@ -24,7 +24,9 @@ _FORMAT_HELP = (
     "coco, cvat, hf, labelme, labelstudio, mmseg, panoptic, voc, voc_test, yolo"
 )
 _MIOU = ("mIoU", "miou", "no pixel of a class")
-_SHORTHANDS = ("device", "seed", "precision")
+_SHORTHANDS = {
+    "device": "train.device", "seed": "train.seed", "precision": "train.precision", "skip_missing": "data.skip_missing"
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise AfaError(f"unknown argument {rest[0]!r}; afa COMMAND --help lists them, keys are --SECTION.KEY VALUE")
         if getattr(arguments, "skip_broken", False):
             overrides["data.skip_broken"] = True
-        for name in _SHORTHANDS:
+        for name, key in _SHORTHANDS.items():
             if getattr(arguments, name, None) is not None:
-                overrides[f"train.{name}"] = getattr(arguments, name)
+                overrides[key] = getattr(arguments, name)
         run: Callable[[argparse.Namespace, dict[str, Any]], int] = arguments.run
         return run(arguments, overrides)
     except AfaError as error:
@@ -107,6 +109,9 @@ _DATA = _argument("--data", required=True, metavar="DIR", help="folder of the da
 _PRESET = _argument("--preset", metavar="NAME", help="starting values: paper, paper_coco, rrm or demo")
 _JSON = _argument("--json", metavar="FILE", help="also write the figures here; - is standard output")
 _FORMATS = _argument("--format", metavar="NAMES", help=_FORMAT_HELP)
+_SKIP = _argument(
+    "--skip-missing", action="store_const", const="true", help="leave out, and count, tags whose image is missing"
+)
 
 _NETWORK = (
     _argument("--device", metavar="auto|cpu|cuda|mps", help="where to compute (default: auto)"),
@@ -130,6 +135,7 @@ _CHECK = (
     _JSON,
     _argument("--fast", action="store_true", help="tags and counts only: read no image, try no training step"),
     _argument("--limit", type=_positive, metavar="N", help="read only N images, evenly spread"),
+    _SKIP,
 )
 _TRAIN = (
     _argument("folder", nargs="?", metavar="DIR", help="folder of the data set; alone, it decides all settings"),
@@ -138,6 +144,7 @@ _TRAIN = (
     _OUT_RUN,
     _argument("--minutes", type=_minutes, metavar="M", help="with DIR alone: what all may take here (default: 60)"),
     _argument("--resume", action="store_true", help="go on with the run in RUN, exactly"),
+    _SKIP,
 )
 _EVALUATE = (
     _RUN,
@@ -155,6 +162,7 @@ _EVALUATE = (
     _argument("--refine", action="store_true", help="refine cam or propagated scores by the image first"),
     _argument("--boundary", action="store_true", help="also score the boundary IoU"),
     _argument("--limit", type=_positive, metavar="N", help="only the first N images"),
+    _SKIP,
     _JSON,
 )
 _PREDICT = (
@@ -174,6 +182,7 @@ _MASKS = (
     _argument("--config", metavar="FILE", help="TOML configuration (default: preset frozen)"),
     _argument("--list", metavar="FILE", help="image names, one a line (default: every image with tags)"),
     _argument("--examples", type=int, default=8, metavar="N", help="images shown in OUT/masks.html (default: 8)"),
+    _SKIP,
     _FORMATS,
 )
 _PSEUDO = (
@@ -182,6 +191,7 @@ _PSEUDO = (
     _argument("--out", type=_folder, required=True, metavar="DIR", help="folder of the labels"),
     _argument("--list", metavar="FILE", help="image names, one a line (default: those to train on)"),
     _argument("--kind", choices=("refined", "initial", "propagated", "cam"), default="refined"),
+    _SKIP,
     _FORMATS,
 )
 _EXPORT = (

@@ -358,10 +358,11 @@ def test_paths_that_lead_out_are_never_opened(tmp_path: Path, image: str) -> Non
 
 
 FOREIGN = (
-    "..\\..\\media\\cats\\p0.jpg", "/data/projects/cats/p0.jpg", "C:\\me\\cats\\P0.JPG", "\\\\server\\share\\cats\\p0.jpg",
-    "x/../../cats/p0.png", "http://a.b/cats/p0.jpg?x=1", "https://a.b/cats%2Fp0.jpg?sign=a/b.png", "s3://pets/cats/p0.jpg",
-    "gs://b/cats/p0.jpg#t", "cats/p0.jpg?v=2", "/data/local-files/?d=x/cats/p0.jpg", "https://a.b/get?width=9&file=cats/p0.jpg",
-    "/data/upload/3/cats/0a1b2c3d-p0.jpg", "..\\media\\upload\\4\\cats\\f78f7-p0.jpg", "file:///C:/me/cats/p0.jpg",
+    "..\\..\\media\\cats\\p0.jpg", "/data/projects/cats/p0.jpg", "C:\\me\\cats\\P0.JPG",
+    "\\\\server\\share\\cats\\p0.jpg", "x/../../cats/p0.png", "http://a.b/cats/p0.jpg?x=1",
+    "https://a.b/cats%2Fp0.jpg?sign=a/b.png", "s3://pets/cats/p0.jpg", "gs://b/cats/p0.jpg", "cats/p0.jpg?v=2",
+    "/data/local-files/?d=x/cats/p0.jpg", "https://a.b/get?width=9&file=cats/p0.jpg", "file:///C:/me/cats/p0.jpg",
+    "/data/upload/3/cats/0a1b2c3d-p0.jpg", "..\\media\\upload\\4\\cats\\f78f7-p0.jpg",
 )  # fmt: skip
 
 
@@ -415,6 +416,48 @@ def test_missing_and_repeated_images(tmp_path: Path, rows: str, parts: tuple[str
     path = write(tmp_path, "tags.csv", f"file,tags\n00.png,cat\n{rows}")
     with refused(path, *parts):
         found(tmp_path)
+
+
+@pytest.mark.parametrize(("written", "stem"), [("{}", "{:04d}"), ("{}.0", "{:03d}"), ("{}.jpg", "{:02d}")])
+def test_zeros_that_a_spreadsheet_took(tmp_path: Path, written: str, stem: str) -> None:
+    touch(tmp_path, *(f"images/{stem.format(i)}.jpg" for i in range(4)))
+    write(tmp_path, "tags.csv", "file,tags\n" + "".join(f"{written.format(i)},cat\n" for i in range(4)))
+    with refused(repr(written.format(0)), "(4 of 4 images missing) but", stem.format(0), "spreadsheet", "as text"):
+        found(tmp_path)
+    write(tmp_path, "tags.csv", "file,tags\n9,cat\n")
+    assert "a spreadsheet seems" not in message(tmp_path)
+
+
+def test_missing_images_are_left_out_and_counted_where_that_is_asked_for(tmp_path: Path) -> None:
+    table(tmp_path)
+    path = write(tmp_path, "tags.csv", "file,tags\nx.png,cat\n00.png,dog\ny.png,cat\n01.png,dog\n")
+    assert "leave them out by --skip-missing" in message(tmp_path)
+    opened = found(tmp_path, skip_missing=True)
+    assert everything(opened) == {"00": ("dog",), "01": ("dog",)}
+    assert opened.notes == (f"{tmp_path / 'images'}: 2 images of the tags missing and left out ('x.png', ...)",)
+    path.write_text("file,tags\nx.png,cat\n")
+    assert "'x.png' (1 of 1 images missing)" in message(tmp_path, skip_missing=True)
+
+
+def test_class_lists_that_differ_are_joined_by_name(tmp_path: Path) -> None:
+    sides = {"train": {10: "cat", 11: "dog", 12: "ant"}, "val": {0: "dog", 1: "cat", 2: "owl"}}
+    for side, kinds in sides.items():
+        touch(tmp_path, *(f"{side}/{side}{n}.jpg" for n in range(3)))
+        coco = {
+            "images": [{"id": n, "file_name": f"{side}{n}.jpg"} for n in range(3)],
+            "annotations": [{"image_id": n, "category_id": kind} for n, kind in enumerate(kinds)],
+            "categories": [{"id": kind, "name": name} for kind, name in kinds.items()],
+        }
+        write(tmp_path, f"annotations/instances_{side}.json", coco)
+    opened = found(tmp_path)
+    assert opened.classes == ("cat", "dog", "ant", "owl")
+    assert tags_of(opened.train()) == {"train/train0": ("cat",), "train/train1": ("dog",), "train/train2": ("ant",)}
+    assert tags_of(opened.validation()) == {"val/val0": ("dog",), "val/val1": ("cat",), "val/val2": ("owl",)}
+    only = (
+        "instances_train.json: class 'ant' is only listed here",
+        "instances_val.json: class 'owl' is only listed here",
+    )
+    assert all(part in note for part, note in zip(only, opened.notes, strict=True))
 
 
 def test_unicode_forms_meet(tmp_path: Path) -> None:

@@ -190,8 +190,8 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("coco.json", COCO | {"categories": [{"id": 90}]}, "category 90 has no name"),
     ("coco.json", COCO | {"annotations": [{"image_id": 9, "category_id": 2}]}, "image id 9, which"),
     ("coco.json", COCO | {"annotations": [{"image_id": 3, "category_id": 1}]}, "category id 1, which"),
-    ("coco.json", COCO | {"annotations": [{"image_id": 3}]}, "{'image_id': 3} has no whole number as category_id"),
-    ("coco.json", COCO | {"annotations": [5]}, "5 has no whole number as image_id"),
+    ("coco.json", COCO | {"annotations": [{"image_id": 3}]}, "{'image_id': 3} has no number or text as category_id"),
+    ("coco.json", COCO | {"annotations": [5]}, "5 has no number or text as image_id"),
     ("coco.json", COCO | {"categories": [{"id": i, "name": "a"} for i in (2, 17, 90)]}, "class 'a' is there twice"),
     ("ls.json", [{"id": 1, "data": {"text": "hello"}, "annotations": []}], "task 1: names no image; export"),
     ("ls.json", [TASK, 5], "task 2: is no task; export"),
@@ -223,10 +223,82 @@ def test_unknown_tags(tmp_path: Path, tag: str, hint: str) -> None:
     assert f"{path}, line 2, image 'a': unknown tag {tag!r}; {hint}" in said(read_tags, path, CLASSES)
 
 
-@pytest.mark.parametrize("name", ["t.csv", "t.json", "t.jsonl"])
-def test_another_encoding(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes('{"file": "ä"}'.encode("utf-16"))
-    assert "in UTF-8" in said(read_tags, tmp_path / name, CLASSES)
+ÄPFEL = {
+    "t.csv": "file,tags\nä.jpg,Äpfel\nb.jpg,cat Äpfel\n",
+    "t.json": '{"ä.jpg": ["Äpfel"], "b.jpg": ["cat", "Äpfel"]}',
+    "t.jsonl": '{"file": "ä.jpg", "tags": "Äpfel"}\n{"file": "b.jpg", "tags": "cat Äpfel"}',
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
+@pytest.mark.parametrize("name", ÄPFEL)
+def test_encodings_that_are_certain(tmp_path: Path, name: str, encoding: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(ÄPFEL[name].encode(encoding))
+    if (name, encoding) == ("t.json", "cp1252"):
+        assert f"{path}: not a text file in UTF-8" in said(read_tags, path, ())
+        return
+    tags = read_tag_file(TagFile(path))
+    assert {key: entry.tags for key, entry in tags.entries.items()} == {"ä": ("Äpfel",), "b": ("cat", "Äpfel")}
+    assert [note for note in tags.notes if "cp1252" in note] == (
+        [f"{path}: is not in UTF-8; read as cp1252 of Windows, as in {'ä'!r}; if that is wrong, save it in UTF-8"]
+        if encoding == "cp1252"
+        else []
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("file,tags\na.jpg,собака\n".encode("cp1251"), "not a text in UTF-8 (invalid"),
+        ("file,tags\na.jpg,ł\n".encode("cp1250"), "not a text in UTF-8 (invalid"),
+        ("file,tags\na.jpg,ä\n".encode("cp437"), "not a text in UTF-8 (invalid"),
+        ("file,tags\na.jpg,犬猫\n".encode("shift-jis"), "not a text in UTF-8 (invalid"),
+        (b"PK\x03\x04\xff\xfe\0\0", "is an Excel workbook or another archive, not a text; save it as CSV"),
+        (b"\xff\xfe" + "file,tags\na.jpg,cat".encode("utf-16-le")[:-1], "not a text in utf-16 (truncated data)"),
+        (b"\x80\0\x80", "not a text in UTF-8 (invalid"),
+    ],
+)
+def test_encodings_that_are_not_certain(tmp_path: Path, content: bytes, expected: str) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(content)
+    assert f"{path}: {expected}" in said(read_tags, path, ())
+
+
+@pytest.mark.parametrize("text", ["a.jpg,cat\nb.jpg,cat dog\n", "cat;a.jpg\ncat dog;b.jpg\n"])
+def test_a_table_without_a_header(tmp_path: Path, text: str) -> None:
+    tags = found(tmp_path, "t.csv", text)
+    assert {name: entry.tags for name, entry in tags.entries.items()} == {"a": ("cat",), "b": ("cat", "dog")}
+    assert [note for note in tags.notes if "has no header; read as " in note and "on" in note]
+
+
+@pytest.mark.parametrize("text", ["a.jpg,1\nb.jpg,2\n", "a.jpg,1,0\n", "a.jpg,cat,dog\n", "a.jpg,\n", "a.jpg\nb.jpg\n"])
+def test_a_missing_header_that_is_not_certain(tmp_path: Path, text: str) -> None:
+    message = said(found, tmp_path, "t.csv", text)
+    assert f"{tmp_path / 't.csv'}: has no header, and what is in {text.splitlines()[0]!r} is not certain" in message
+
+
+@pytest.mark.parametrize(
+    ("cells", "asked"),
+    [
+        (["traffic light", "dog", "traffic light"], ["'traffic' and 'light' always"]),
+        (["dog traffic light", "traffic light", "dog"], ["'traffic' and 'light' always"]),
+        (["old red car", "cat", "cat old red car"], ["'old' and 'red' and 'car' always"]),
+        (["a b", "c d", "a b", "d c"], ["'a' and 'b' always"]),
+        (["a b", "b a", "a b c", "c"], []),
+        (["traffic light", "dog"], []),  # once is no habit
+        (["traffic light;dog", "traffic light"], []),
+        (["a b", "a b", "a"], []),
+    ],
+)
+def test_words_that_always_come_together_raise_a_question(tmp_path: Path, cells: list[str], asked: list[str]) -> None:
+    text = "file,tags\n" + "".join(f"{n}.jpg,{cell}\n" for n, cell in enumerate(cells))
+    notes = found(tmp_path, "t.csv", text).notes
+    assert len(notes) == len(asked)
+    assert all(part in note and "is that one name?" in note for part, note in zip(asked, notes, strict=True))
+    stated = tuple(dict.fromkeys(" ".join(cells).replace(";", " ").split()))
+    if ";" not in text:
+        assert not read_tag_file(TagFile(tmp_path / "t.csv"), stated).notes
 
 
 def test_missing(tmp_path: Path) -> None:
@@ -389,6 +461,42 @@ def test_coco(tmp_path: Path) -> None:
     assert 12345.5 not in held
     assert not [item for item in held if isinstance(item, str) and ("SECRET" in item or "segmentation" in item)]
     assert 12345.5 in reachable(COCO)  # the search does find it
+
+
+@pytest.mark.parametrize(("to_image", "to_category"), [(str, str), (float, float), (lambda n: f"{n:06d}", str)])
+def test_coco_ids_of_other_types(tmp_path: Path, to_image: Any, to_category: Any) -> None:
+    coco = {
+        "images": [image | {"id": to_image(image["id"])} for image in COCO["images"]],
+        "annotations": [
+            {"image_id": to_image(part["image_id"]), "category_id": to_category(part["category_id"])}
+            for part in COCO["annotations"]
+        ],
+        "categories": [part | {"id": to_category(part["id"])} for part in COCO["categories"]],
+    }
+    assert found(tmp_path, "a.json", coco) == found(tmp_path, "a.json", COCO)
+    coco["annotations"].append({"image_id": "3 ", "category_id": 2})
+    assert "an annotation is of image id '3 ', which is not in images" in said(found, tmp_path, "a.json", coco)
+
+
+def test_coco_categories_that_are_only_parents(tmp_path: Path) -> None:
+    above = {"supercategory": "animals"}
+    categories = [
+        {"id": 0, "name": "animals", "supercategory": "none"},
+        {"id": 2, "name": "cat", **above},
+        {"id": 17, "name": "dog", **above},
+        {"id": 90, "name": "person", "supercategory": "person"},
+        {"id": 91, "name": "unused", "supercategory": "none"},
+    ]
+    coco = COCO | {"categories": categories}
+    tags = found(tmp_path, "a.json", coco)
+    assert tags.classes == ("cat", "dog", "person", "unused")
+    assert [note.partition(": ")[2][:55] for note in tags.notes] == [
+        "category 'animals' is only the parent of others, and no"
+    ]
+    every = ("animals", *tags.classes)
+    assert read_tag_file(TagFile(tmp_path / "a.json"), every).classes == every
+    with_object = coco | {"annotations": [{"image_id": 3, "category_id": 0}]}
+    assert found(tmp_path, "a.json", with_object).classes == every
 
 
 def test_label_studio(tmp_path: Path) -> None:

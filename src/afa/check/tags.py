@@ -154,6 +154,7 @@ def check_tags(opened: OpenedData, config: Config) -> Iterator[Problem]:
         What was found.
     """
     data, train, batch_size = opened.data, opened.train, config.schedule.batch_size
+    yield from (Problem("warning", note) for note in data.notes)
     for name in data.classes:
         if folded(name) in LIKE_NOTHING and len(data.classes) > 1:
             message = f"class {name!r}: does it mean that an image holds none of the classes? Then add it to "

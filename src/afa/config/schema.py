@@ -65,6 +65,8 @@ class DataConfig:
     stays a class. Such images train as background everywhere, and are scored."""
     layout: LayoutName = "auto"
     """How images and tags lie in `root` (docs/data.md): auto finds out and says it."""
+    skip_missing: bool = False
+    """Leave out, and count, entries of tags whose image is missing; as --skip-missing. Else they are an error."""
     split_fraction: Annotated[float, Meta(ge=0.0, le=0.9)] = 0.2
     """Share of the images set aside for validation where the data states no split; the VOC layout always does."""
     split_seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0

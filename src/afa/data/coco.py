@@ -28,7 +28,7 @@ from afa.data.classes import check_classes, check_count
 from afa.data.files import ImageFiles, check_paths
 from afa.data.palette import write_index_png
 from afa.data.readers.base import load_json
-from afa.data.readers.coco import CocoFile, parse, whole_number
+from afa.data.readers.coco import CocoFile, Id, id_order, parse
 from afa.data.readers.tag_files import read_tags
 from afa.errors import AfaError, shown
 from afa.runs.files import link_or_copy, write_whole
@@ -48,7 +48,7 @@ class Instance(NamedTuple):
         counts: Or its run lengths as COCO writes them: whole numbers or a compressed text.
     """
 
-    category: int
+    category: Id
     is_crowd: bool
     polygons: tuple[NDArray[np.float32], ...] = ()
     counts: tuple[int, ...] | str = ""
@@ -115,7 +115,7 @@ def convert_coco(instances: Path, images: Path, out: Path, *, split: str, progre
         index = {category: value for value, category in enumerate(found.names, start=1)}
         for number in track(missing, f"Masks of {split}", console=Console(stderr=True), disable=not progress):
             image = found.images[number]
-            parts = [part["instance"] for part in found.annotations[number]]
+            parts = [part["instance"]._replace(category=part["category_id"]) for part in found.annotations[number]]
             where = f"{instances}, image {image['file_name']!r}"
             write_index_png(masks[number], semantic_mask(parts, index, image["height"], image["width"], where=where))
         _write_tags(out / "lists" / "tags.csv", {stem: found.tags(number) for number, stem in stems.items()}, classes)
@@ -126,7 +126,7 @@ def convert_coco(instances: Path, images: Path, out: Path, *, split: str, progre
 
 
 def semantic_mask(
-    instances: Sequence[Instance], index: Mapping[int, int], height: int, width: int, *, where: str
+    instances: Sequence[Instance], index: Mapping[Id, int], height: int, width: int, *, where: str
 ) -> NDArray[np.uint8]:
     """Paint the instances of an image of height x width pixels into one mask.
 
@@ -221,9 +221,9 @@ def _read_instances(path: Path) -> CocoFile:
 
     found = parse(path, load_json(path, shrink))
     for number, image in found.images.items():
-        height, width = whole_number(image, "height", path), whole_number(image, "width", path)
+        height, width = (_size(image, key, path) for key in ("height", "width"))
         if min(height, width) < 1 or height * width > _MAX_PIXELS:
-            raise AfaError(f"{path}: image {number} has {width}x{height} pixels; correct the images")
+            raise AfaError(f"{path}: image {shown(number)} has {width}x{height} pixels; correct the images")
     if not found.annotations:
         raise AfaError(f"{path}: no annotations; give a COCO instances file")
     return found
@@ -253,9 +253,16 @@ def _instance(part: dict[str, Any], path: Path) -> Instance:
     return Instance(category, is_crowd, polygons=tuple(polygons))
 
 
-def _find_all(folder: Path, found: CocoFile, path: Path) -> dict[int, str]:
+def _size(image: dict[str, Any], key: str, path: Path) -> int:
+    number = image.get(key)
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise AfaError(f"{path}: {shown(image)} has no whole number as {key}; give a COCO instances file")
+    return number
+
+
+def _find_all(folder: Path, found: CocoFile, path: Path) -> dict[Id, str]:
     """The path below `folder` of each annotated image, by ascending id."""
-    numbers = sorted(found.annotations)
+    numbers = sorted(found.annotations, key=id_order)
     wanted = [(found.images[number]["file_name"], str(path)) for number in numbers]
     paths = ImageFiles(folder).find_all(wanted, "give the folder of this split's images")
     return dict(zip(numbers, filter(None, paths), strict=True))

@@ -225,6 +225,7 @@ class TagTable:
         listed: Whether lists say which images train, and which are for validation: the VOC layout.
         tags_path: File or folder of tags of listed images, if there is one.
         remarks: What was passed over, a phrase each.
+        notes: What users should know of how the data were understood, one line each.
     """
 
     kind: str
@@ -242,3 +243,4 @@ class TagTable:
     listed: bool = False
     tags_path: Path | None = None
     remarks: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()

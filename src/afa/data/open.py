@@ -89,6 +89,7 @@ class DataSet:
         words: For each class the words that a text encoder is asked: those that the class list states, or its name.
         remarks: What was passed over, a phrase each.
         untagged: Names of images of which nothing is known, left out of training; listed images are refused instead.
+        notes: As of `TagTable`.
     """
 
     def __init__(self, data: DataConfig, root: Path, table: TagTable) -> None:
@@ -101,6 +102,7 @@ class DataSet:
         self.kind = table.kind
         self.colors = table.colors
         self.remarks = table.remarks
+        self.notes = table.notes
         self._data = data
         self._table = table
         known, tags = table.classes, table.tags

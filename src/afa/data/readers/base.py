@@ -1,8 +1,7 @@
 """Code that readers of files of tags share: the entry of an image, JSON and XML.
 
 A reader is a function `read(path, content, classes)`: the file; its JSON if it is JSON; the class names if they are
-known. It returns the class names that the file declares, in its order, and the entries. It raises AfaError, of one
-line, where the file cannot be read or is malformed.
+known. It raises AfaError, of one line, where the file cannot be read or is malformed.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afa.data.dataset import ABSENT, PRESENT, UNKNOWN
+from afa.data.encoding import marked_encoding
 from afa.errors import AfaError, shown
 
 _OUTLINES: Final = ("segmentation", "bbox", "rle", "points")
@@ -41,12 +41,22 @@ class TagEntry(NamedTuple):
     unknown: tuple[str, ...] | None = ()
 
 
-Contents = tuple[tuple[str, ...], list[TagEntry]]
-"""What a reader returns: declared classes and entries."""
+class Contents(NamedTuple):
+    """What a reader returns.
+
+    Attributes:
+        classes: The class names that the file declares, in its order; none where it declares none.
+        entries: An entry for each image.
+        notes: What users should know of how the file was understood, one line each.
+    """
+
+    classes: tuple[str, ...]
+    entries: list[TagEntry]
+    notes: tuple[str, ...] = ()
 
 
 def load_json(path: Path, shrink: Callable[[dict[str, Any]], object]) -> Any:
-    """Read a JSON file in UTF-8, with or without a byte order mark, into a list or a dictionary.
+    """Read a JSON file in UTF-8, or another encoding that its first bytes state, into a list or a dictionary.
 
     `shrink` removes from each object, while it is read, what is not needed: outlines, which are most of the file.
 
@@ -63,7 +73,7 @@ def load_json(path: Path, shrink: Callable[[dict[str, Any]], object]) -> Any:
         return found
 
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open(encoding=marked_encoding(path)) as file:
             content = json.load(file, object_pairs_hook=to_dict)
     except AfaError:
         raise
@@ -82,7 +92,7 @@ def load_json(path: Path, shrink: Callable[[dict[str, Any]], object]) -> Any:
 
 def drop_outlines(part: dict[str, Any]) -> None:
     """Remove from an annotation of COCO or Label Studio where the object is."""
-    if "category_id" in part and isinstance(part.get("image_id"), int):
+    if "category_id" in part and isinstance(part.get("image_id"), (int, float, str)):
         kept = {"image_id": part["image_id"], "category_id": part["category_id"]}
         part.clear()  # which frees its memory, as taking out single keys does not
         part.update(kept)

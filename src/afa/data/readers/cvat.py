@@ -27,4 +27,4 @@ def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:
         tags = dict.fromkeys(sys.intern(part.get("label", "").strip()) for part in image)
         tags.pop("", None)
         entries.append(TagEntry(f"{path}, image {number}", name, tuple(tags), image.get("subset", "")))
-    return tuple(dict.fromkeys(filter(None, labels))), entries
+    return Contents(tuple(dict.fromkeys(filter(None, labels))), entries)

@@ -40,7 +40,7 @@ def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:
             raise AfaError(f"{where}: names no image; export a project of images from Label Studio as JSON")
         tags = tuple(dict.fromkeys(_task_tags(task) if "data" in task else _short_task_tags(task)))
         entries.append(TagEntry(where, image, tags, unknown=() if tags or _is_submitted(task) else None))
-    return (), entries
+    return Contents((), entries)
 
 
 def _task_image(data: dict[str, Any]) -> str | None:

@@ -49,7 +49,7 @@ def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:
             raise AfaError(f"{path}: image {name!r} has values other than 0 and 1; give a one-hot vector")
         tags = tuple([classes[index] for index in np.flatnonzero(one_hot).tolist()])
         entries.append(TagEntry(str(path), name, tags))
-    return tuple(classes), entries
+    return Contents(tuple(classes), entries)
 
 
 def _name_of_key(key: object) -> str | None:

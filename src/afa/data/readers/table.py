@@ -11,10 +11,13 @@ import functools
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from afa.data.encoding import text_encoding
+from afa.data.images import image_name
 from afa.data.readers.base import Contents, TagEntry, elements
 from afa.errors import AfaError, shown
 
@@ -73,35 +76,48 @@ def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:
     """
     suffix = path.suffix.lower()
     if suffix == ".json":
-        return (), _entries(path, _object_rows(_json_objects(path, content)), classes)
-    is_csv = suffix not in (".jsonl", ".ndjson")
+        return _entries(path, _object_rows(_json_objects(path, content)), classes)
     try:
-        return _read_csv(path, classes) if is_csv else ((), _entries(path, _object_rows(_line_objects(path)), classes))
-    except UnicodeDecodeError as error:
-        kind, advice = ("CSV", "as text with the header image,tags") if is_csv else ("JSON Lines", "as text")
-        raise AfaError(f"{path}: not a {kind} in UTF-8 ({error}); save it {advice}") from None
+        encoding, guessed = text_encoding(path)
+        lines = _lines(path, encoding)
+        if suffix in (".jsonl", ".ndjson"):
+            found = _entries(path, _object_rows(_line_objects(path, lines)), classes)
+        else:
+            found = _read_csv(path, lines, classes)
     except OSError as error:
         raise AfaError(f"{path}: cannot be read ({error.strerror})") from None
+    if guessed:
+        note = f"{path}: is not in UTF-8; read as cp1252 of Windows, as in {shown(guessed)}; if that is wrong, save "
+        note += "it in UTF-8"
+        found = found._replace(notes=(note, *found.notes))
+    return found
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path, encoding: str) -> Iterator[str]:
     """The lines of a text file, with a limit on their length."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding=encoding, newline="") as file:
         for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE + 1), ""), start=1):
             if len(line) > _MAX_LINE:
                 raise AfaError(f"{path}, line {number}: longer than {_MAX_LINE:,} characters; write one image a line")
             if "\0" in line:
                 raise AfaError(f"{path}, line {number}: holds a NUL byte; save the file as plain text in UTF-8")
-            yield line
+            yield line.removeprefix("\ufeff") if number == 1 else line
 
 
-def _read_csv(path: Path, known_classes: Sequence[str]) -> Contents:
-    lines = _lines(path)
+def _read_csv(path: Path, lines: Iterator[str], known_classes: Sequence[str]) -> Contents:
     first = next(lines, "")
     delimiter = "\t" if path.suffix.lower() == ".tsv" else next((c for c in ",;\t" if c in first), ",")
+
+    def rows_of(lines: Iterable[str]) -> Any:
+        return csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+
     try:
-        rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, skipinitialspace=True, strict=True)
+        rows = rows_of(itertools.chain([first], lines))
         header = [cell.strip() for cell in next(rows, [])]
+        notes: tuple[str, ...] = ()
+        if rows.line_num == 1 and (stated := _absent_header(path, header)):
+            note = f"{path}: has no header; read as {stated[0]},{stated[1]}, from {shown(first.strip())} on"
+            header, rows, notes = stated, rows_of(itertools.chain([first], lines)), (note,)
         columns = _columns(header)
         if columns.image is None or len(header) < 2:
             raise AfaError(f"{path}: the first line is {shown(','.join(header))}; write the header image,tags")
@@ -110,9 +126,23 @@ def _read_csv(path: Path, known_classes: Sequence[str]) -> Contents:
         classes: tuple[str, ...] = ()
         if columns.tags is None:
             classes = tuple(name for name in header if name and name not in (columns.image, columns.split))
-        return classes, _entries(path, _object_rows(_csv_objects(path, rows, header, classes)), known_classes)
+        found = _entries(path, _object_rows(_csv_objects(path, rows, header, classes)), known_classes)
+        return found._replace(classes=classes, notes=(*notes, *found.notes))
     except csv.Error as error:
         raise AfaError(f"{path}: not a CSV in UTF-8 ({error}); save it as text with the header image,tags") from None
+
+
+def _absent_header(path: Path, first: Sequence[str]) -> list[str]:
+    """The header that a CSV lacks, where its first row shows that: an image and its tags; empty where it has one."""
+    images = [image_name(cell) != cell for cell in first]
+    if sum(images) != 1 or _columns(first).image is not None:
+        return []
+    if len(first) != 2 or (other := first[images.index(False)]).replace(".", "").isdecimal() or not other:
+        raise AfaError(
+            f"{path}: has no header, and what is in {shown(','.join(first))} is not certain; write a header, such as "
+            "image,tags, and names of classes instead of numbers"
+        )
+    return ["image", "tags"] if images[0] else ["tags", "image"]
 
 
 def _csv_objects(
@@ -147,8 +177,8 @@ def _json_objects(path: Path, content: Any) -> Iterator[tuple[str, Any]]:
         yield f"{path}, entry {number}", value
 
 
-def _line_objects(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_lines(path), start=1):
+def _line_objects(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
@@ -183,10 +213,15 @@ def _columns(keys: Iterable[str]) -> _Columns:
     return _Columns(first(IMAGE_COLUMNS), several or first(SINGLE_TAG_COLUMNS), first(SPLIT_COLUMNS), several is None)
 
 
-def _entries(path: Path, rows: Iterable[_Row], classes: Sequence[str]) -> list[TagEntry]:
+def _entries(path: Path, rows: Iterable[_Row], classes: Sequence[str]) -> Contents:
     """Entries of rows, with the cells of all of them split in the same way."""
     found = list(rows)
-    split_cell = _cell_splitter([row.tags for row in found if isinstance(row.tags, str)], classes, path)
+    texts = Counter(row.tags.strip() for row in found if isinstance(row.tags, str))
+    split_cell = _cell_splitter(texts, classes, path)
+    notes = []
+    if not classes:
+        several = {row.tags.strip() for row in found if isinstance(row.tags, str) and not row.single}
+        notes = list(_one_names({text: texts[text] for text in several}, path))
     places: dict[str, int] = {}
     entries: list[TagEntry] = []
     for where, image, value, split, single in found:
@@ -198,7 +233,31 @@ def _entries(path: Path, rows: Iterable[_Row], classes: Sequence[str]) -> list[T
         else:
             places[image] = len(entries)
             entries.append(TagEntry(where, image, tags.present, split, tags.unknown))
-    return entries
+    return Contents((), entries, tuple(notes))
+
+
+def _one_names(counts: Mapping[str, int], path: Path) -> Iterator[str]:
+    """A question for each run of words that always come together, in one order: they may be one name.
+
+    `counts` says how often each text occurs. Texts with other separators than spaces raise no question.
+    """
+    words: Counter[str] = Counter()
+    pairs: Counter[tuple[str, str]] = Counter()
+    for text, count in counts.items():
+        if any(mark in text for mark in "|;,["):
+            return
+        cell = text.split()
+        words.update(dict.fromkeys(cell, count))
+        pairs.update(dict.fromkeys(itertools.pairwise(cell), count))
+    after = {one: other for (one, other), count in pairs.items() if count == words[one] == words[other] > 1}
+    for start in sorted(after.keys() - after.values()):
+        run = [start]
+        while run[-1] in after:
+            run.append(after[run[-1]])
+        yield (
+            f"{path}: {' and '.join(map(shown, run[:9]))} always come together, in this order: is that one name? Then "
+            f"write {'_'.join(run)[:200]}, or separate the tags by ;"
+        )
 
 
 def _cell_splitter(texts: Iterable[str], classes: Sequence[str], path: Path) -> Callable[[str, bool], tuple[str, ...]]:

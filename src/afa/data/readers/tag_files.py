@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -95,11 +96,13 @@ class FoundTags(NamedTuple):
         classes: The class names: as given, as the file declares them in its order, or else sorted.
         declared: Whether they were given or declared, and not merely met.
         entries: Image name, without suffix, to its entry; the tags are among the classes and in their order.
+        notes: As of `Contents`.
     """
 
     classes: tuple[str, ...]
     declared: bool
     entries: dict[str, TagEntry]
+    notes: tuple[str, ...]
 
 
 def words(kind: str) -> str:
@@ -137,12 +140,12 @@ def read_tag_file(file: TagFile, classes: Sequence[str] = (), negatives: Sequenc
         AfaError: It is missing or malformed; it names an unknown class or an image twice; the classes that it declares
             or uses are no good as such (`check_classes`).
     """
-    declared, found = READERS[file.kind].read(file.path, file.content, classes)
+    declared, found, notes = READERS[file.kind].read(file.path, file.content, classes)
     declared, found = _without(nothing_names(negatives, classes), declared, found)
     chosen = tuple(classes) or declared or tuple(sorted({tag for entry in found for tag in entry.tags}))
     if not classes:
         check_classes(chosen, str(file.path))
-    return FoundTags(chosen, bool(classes or declared), _by_name(found, chosen, file.kind))
+    return FoundTags(chosen, bool(classes or declared), _by_name(found, chosen, file.kind), notes)
 
 
 def read(root: Path, data: DataConfig) -> TagTable | None:
@@ -166,9 +169,13 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
     images = images_below(folder, root, data)
     entries: dict[str, TagEntry] = {}
     sides: list[int] = []
+    missing: list[str] = []
     for file, content in zip(files, contents, strict=True):
         found = content.entries.values()
-        for path, entry in zip(_match(file, images, found, root), found, strict=True):
+        for path, entry in zip(_match(file, images, found, root, data), found, strict=True):
+            if path is None:
+                missing.append(entry.image)
+                continue
             if path in entries:
                 raise AfaError(
                     f"{entry.where}: image {shown(entry.image)} is {shown(path)}, which {entries[path].where} has too; "
@@ -178,7 +185,9 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
             sides.append(_entry_side(entry) if file.side == UNSTATED else file.side)
     is_hf = layout == "table" and is_metadata
     kind = "Hugging Face metadata" if is_hf else words(files[0].kind)
-    classes = _merged_classes(files, contents)
+    classes, notes = _merged_classes(files, contents)
+    if missing:
+        notes.append(f"{folder}: {len(missing):,} images of the tags missing and left out ({shown(missing[0])}, ...)")
     return TagTable(
         kind="hf" if is_hf else layout,
         origin=f"{kind} in {' and '.join(path_below(file.path, root) for file in files)}",
@@ -193,6 +202,7 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
         declared=any(content.declared for content in contents),
         every_path=images.paths,
         remarks=images.passed_over,
+        notes=(*notes, *(note for content in contents for note in content.notes)),
     )
 
 
@@ -251,25 +261,38 @@ def _fits(file: TagFile, layout: str) -> bool:
     return file.path.stem.lower() == "metadata" if layout == "hf" else READERS[file.kind].layout == layout
 
 
-def _merged_classes(files: Sequence[TagFile], contents: Sequence[FoundTags]) -> tuple[str, ...]:
-    first, *others = [content.classes for content in contents]
-    if all(classes == first for classes in others):
-        return first
-    both = " and ".join(str(file.path) for file in files)
-    if any(content.declared for content in contents):
-        raise AfaError(f"{both}: list different classes; make them the same")
-    classes = tuple(sorted({name for content in contents for name in content.classes}))
-    check_classes(classes, both)
-    return classes
+def _merged_classes(files: Sequence[TagFile], contents: Sequence[FoundTags]) -> tuple[tuple[str, ...], list[str]]:
+    """The classes of all files, joined by name: first those of the training images; and what only some files list."""
+    order = sorted(range(len(files)), key=lambda place: (files[place].side == UNSTATED, files[place].side))
+    lists = [contents[place].classes for place in order]
+    if all(classes == lists[0] for classes in lists):
+        return lists[0], []
+    classes = tuple(dict.fromkeys(itertools.chain(*lists)))
+    if not any(content.declared for content in contents):
+        classes = tuple(sorted(classes))
+    check_classes(classes, " and ".join(str(file.path) for file in files))
+    declared = [place for place in order if contents[place].declared]
+    notes = []
+    for name in classes:
+        having = [files[place].path for place in declared if name in contents[place].classes]
+        if 0 < len(having) < len(declared):
+            notes.append(
+                f"{' and '.join(map(str, having))}: class {shown(name)} is only listed here; correct the list, or "
+                "leave the class out by data.class_subset"
+            )
+    return classes, notes
 
 
-def _match(file: TagFile, images: ImageFiles, entries: Iterable[TagEntry], root: Path) -> list[str]:
-    """The path of the image of each entry, all of which must be there."""
+def _match(
+    file: TagFile, images: ImageFiles, entries: Iterable[TagEntry], root: Path, data: DataConfig
+) -> list[str | None]:
+    """The path of the image of each entry; None where it is missing, which `data` may allow."""
     folder, parent = images.folder, file.path.parent
     inside = parent.is_relative_to(folder) and parent != folder
     return images.find_all(
         [(entry.image, entry.where) for entry in entries],
-        "add them, set data.image_dir, or take them out of the tags",
+        "add them, set data.image_dir, or leave them out by --skip-missing",
+        skip=data.skip_missing,
         lacks=f"{parent.relative_to(folder).as_posix()}/" if inside else "",
         drop="" if folder == root else f"{folder.name}/",
         loose=file.kind == "labelstudio",

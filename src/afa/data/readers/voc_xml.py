@@ -21,4 +21,4 @@ def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:
         # Parts of an object (head, hand) have names as well, deeper down: only direct children count.
         names = [(item.findtext("name") or "").strip() for item in root.findall("object")]
         entries.append(TagEntry(str(file), file.stem, tuple(names)))
-    return (), entries
+    return Contents((), entries)
