@@ -7,12 +7,13 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from afa.config import DataConfig
+from afa.config.schema import LayoutName
 from afa.data.dataset import MaskedImages, TaggedImages
 from afa.data.open import DataSet, open_data
 from afa.data.palette import write_index_png
@@ -522,5 +523,5 @@ def test_one_walk_and_no_look_at_single_images(tmp_path: Path, monkeypatch: pyte
 
 
 def test_every_layout_of_the_configuration_is_known() -> None:
-    kinds = {"voc", "table", "imagefolder", "hf", "coco", "labelstudio", "cvat"}
-    assert kinds - {"voc", "imagefolder", "hf"} == {reader.layout for reader in READERS.values()}
+    kinds = set(get_args(LayoutName))
+    assert kinds - {"auto", "voc", "imagefolder", "hf"} == {reader.layout for reader in READERS.values()}

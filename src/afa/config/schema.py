@@ -31,7 +31,7 @@ BACKGROUND_WORDS: Final = (
     *("floor-wood", "sand", "snow", "fence", "playingfield", "hill", "leaves", "bush", "platform"),
 )
 """Scenery of COCO-Stuff, most of it also among the background words of CLIP-ES (Lin et al. 2023)."""
-LayoutName = Literal["auto", "voc", "table", "imagefolder", "hf", "coco", "labelstudio", "cvat"]
+LayoutName = Literal["auto", "voc", "table", "imagefolder", "hf", "coco", "labelstudio", "cvat", "yolo", "labelme"]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -116,13 +116,14 @@ def read_lines(path: Path) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def read_list(root: Path, list_file: str, *, key: str) -> tuple[str, ...]:
+def read_list(root: Path, list_file: str, *, key: str, known: Container[str] = ()) -> tuple[str, ...]:
     """Read a list of image names.
 
     Args:
         root: Folder that a relative path begins in.
         list_file: Text file with one image name a line; suffixes of images do not count.
         key: Setting that names the file, for messages.
+        known: Names of images: such a line is a name, even if it looks like a file, as `b.png` of `b.png.jpg`.
 
     Raises:
         AfaError: The file is missing, empty or no text, or names an image twice.
@@ -132,7 +133,7 @@ def read_list(root: Path, list_file: str, *, key: str) -> tuple[str, ...]:
     path = root / list_file
     if not path.is_file():
         raise AfaError(f"{path}: no such list; set {key} to a text file with one image name a line")
-    names = tuple(image_name(line) for line in read_lines(path))
+    names = tuple(line if line in known else image_name(line) for line in read_lines(path))
     if not names:
         raise AfaError(f"{path}: the list is empty; write one image name a line")
     if len(set(names)) != len(names):

@@ -210,7 +210,7 @@ class TagTable:
     """What a reader finds in a folder: N images and their tags.
 
     Attributes:
-        kind: `voc`, `table`, `imagefolder`, `hf`, `coco`, `labelstudio` or `cvat`.
+        kind: `voc`, `table`, `imagefolder`, `hf`, `coco`, `labelstudio`, `cvat`, `yolo` or `labelme`.
         origin: What was found, in a few words.
         classes: C class names: the values of masks, in order.
         tags: (N, C) `PRESENT`, `ABSENT` or `UNKNOWN`.

@@ -165,7 +165,7 @@ class ImageFiles:
         self.passed: dict[str, Counter[str]] = {}
         self.paths: tuple[str, ...] = tuple(walk_files(folder, IMAGE_SUFFIXES, skip=skip, passed=self.passed))
         self._exact = frozenset(self.paths)
-        self._views: dict[str, dict[str, list[str]]] = {}
+        self._views: dict[Callable[[str], str], dict[str, list[str]]] = {}
 
     @property
     def passed_over(self) -> tuple[str, ...]:
@@ -238,14 +238,13 @@ class ImageFiles:
 
     def _closest(self, text: str, lacks: str) -> list[str]:
         """The paths that end as the text does, in as many parts as any path; those below `lacks` if there are some."""
-        parts = folded(image_name(text)).split("/")[::-1]
-        last = text.rsplit("/", 1)[-1]
+        *folders, last = text.split("/")
 
         def fit(path: str) -> tuple[int, bool]:
-            pairs = zip(parts, folded(image_name(path)).split("/")[::-1], strict=False)
+            pairs = zip(map(folded, folders[::-1]), map(folded, path.split("/")[-2::-1]), strict=False)
             return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)), path.endswith(last)
 
-        for view in ("last, suffix", "last"):
+        for view in ("last, suffix", "last name", "last"):
             if found := self._look_up(view, last):
                 best = max(map(fit, found))
                 found = [path for path in found if fit(path) == best]
@@ -264,15 +263,16 @@ class ImageFiles:
         return f" but {shown(same)}: a spreadsheet seems to have made numbers of the names; keep that column as text"
 
     def _look_up(self, view: str, text: str) -> list[str]:
-        key = _VIEWS[view]
-        if view not in self._views:
-            self._views[view] = {}
+        key, is_name = _VIEWS[view]
+        if key not in self._views:
+            self._views[key] = {}
             for path in self.paths:
-                self._views[view].setdefault(key(path), []).append(path)
-        found = self._views[view].get(key(text), [])
-        if view.startswith("last"):
+                self._views[key].setdefault(key(path), []).append(path)
+        # Of a name nothing is a suffix: the image of b.png may be b.png.jpg.
+        found = self._views[key].get(key(f"{text}.jpg" if is_name else text), [])
+        if found and view.startswith("last"):
             # The folders that the text does have must fit too.
-            end = f"/{folded(image_name(text))}"
+            end = f"/{folded(text if is_name else image_name(text))}"
             found = [path for path in found if f"/{folded(image_name(path))}".endswith(end)]
         return found
 
@@ -281,14 +281,25 @@ _SCHEME: Final = r"^[a-zA-Z][a-zA-Z0-9+.-]+://"
 _UPLOAD: Final = r"[0-9a-f]{5,32}(?:-[0-9a-f]{4}){0,3}(?:-[0-9a-f]{12})?"
 """What Label Studio puts, with a dash, before the name of an uploaded file: the start of a UUID, or all of it."""
 
-_VIEWS: Final[dict[str, Callable[[str], str]]] = {
-    "normal path": lambda path: unicodedata.normalize("NFC", path),
-    "stem": lambda path: unicodedata.normalize("NFC", image_name(path)),
-    "any case": lambda path: folded(image_name(path)),
-    "last, suffix": lambda path: folded(path.rsplit("/", 1)[-1]),
-    "last": lambda path: folded(image_name(path.rsplit("/", 1)[-1])),
+
+def _stem(path: str) -> str:
+    return unicodedata.normalize("NFC", image_name(path))
+
+
+def _last_stem(path: str) -> str:
+    return folded(image_name(path.rsplit("/", 1)[-1]))
+
+
+_VIEWS: Final[dict[str, tuple[Callable[[str], str], bool]]] = {
+    "normal path": (lambda path: unicodedata.normalize("NFC", path), False),
+    "name": (_stem, True),
+    "stem": (_stem, False),
+    "any case": (lambda path: folded(image_name(path)), False),
+    "last, suffix": (lambda path: folded(path.rsplit("/", 1)[-1]), False),
+    "last name": (_last_stem, True),
+    "last": (_last_stem, False),
 }
-"""The parts of a path that must agree, the strictest rule first."""
+"""The parts of a path that must agree, and whether the text is a name without suffix; the strictest rule first."""
 
 
 def unadorned(names: Iterable[str], paths: Iterable[str]) -> dict[str, str]:
@@ -363,8 +374,26 @@ def image_folder(root: Path, data: DataConfig, *, at_root: bool) -> Path:
 def images_below(folder: Path, root: Path, data: DataConfig) -> ImageFiles:
     """The images below a folder of a data set; folders of masks are passed over."""
 
-    def is_mask_folder(path: str) -> bool:
-        named_so = re.fullmatch(r"masks|Segmentation(Class|Object)\w*", path.rsplit("/", 1)[-1])
-        return bool(named_so) or folder / path == root / data.mask_dir
+    def holds_masks(path: str) -> bool:
+        return is_mask_folder(path.rsplit("/", 1)[-1]) or folder / path == root / data.mask_dir
 
-    return ImageFiles(folder, skip=is_mask_folder)
+    return ImageFiles(folder, skip=holds_masks)
+
+
+def subfolders(root: Path, names: Collection[str]) -> list[Path]:
+    """The folders in a folder whose names, in lower case, are among some; sorted."""
+    with os.scandir(root) as entries:
+        found = [entry.name for entry in entries if entry.name.lower() in names and entry.is_dir()]
+    return [root / name for name in sorted(found)]
+
+
+def first_in(folder: Path, suffix: str, *, but: str = "", deep: bool = False) -> Path | None:
+    """The first file in a folder, or `deep` below it, with a suffix, unless the pattern `but` has its whole name."""
+    names = walk_files(folder, {suffix}) if deep else sorted(os.listdir(folder))
+    fitting = (folder / name for name in names if name.lower().endswith(suffix) and name[0] != ".")
+    return next((path for path in fitting if not re.fullmatch(but, path.name, re.I) and path.is_file()), None)
+
+
+def is_mask_folder(name: str) -> bool:
+    """Whether a folder of this name holds masks, which training does not even list."""
+    return re.fullmatch(r"masks|Segmentation(Class|Object)\w*", name) is not None

@@ -282,7 +282,7 @@ class DataSet:
             if not table.listed:
                 return np.flatnonzero((self._sides == side) & ~self._broken)
             list_file, key = self._list_of(side), f"data.{'train' if side == TRAIN else 'val'}_list"
-        names = read_list(self.root, list_file, key=key)
+        names = read_list(self.root, list_file, key=key, known=self._row_of)
         missing = [name for name in names if name not in self._row_of]
         if missing:
             source, remedy = table.origin, ""
@@ -356,7 +356,7 @@ class DataSet:
         for side, purpose in ((TRAIN, "to train on"), (VALIDATION, "for validation")):
             name = self._list_of(side)
             if name and (self.root / name).is_file():
-                count = len(read_list(self.root, name, key="data.train_list"))
+                count = len(read_list(self.root, name, key="data.train_list", known=self._row_of))
                 parts.append(f"{_images(count)} {purpose} ({name})")
         tags = self._table.tags_path
         return [*parts, "no tags" if tags is None else f"tags from {path_below(tags, self.root)}"]

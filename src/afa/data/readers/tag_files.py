@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +16,9 @@ import numpy as np
 from afa.config import DataConfig
 from afa.data.classes import check_classes, folded, is_plain, stated_classes, unknown_class
 from afa.data.dataset import TagTable
-from afa.data.files import ImageFiles, check_paths, image_folder, images_below, path_below, plain_path
+from afa.data.files import ImageFiles, check_paths, image_folder, images_below, path_below, plain_path, subfolders
 from afa.data.images import image_name
-from afa.data.readers import coco, cvat, labelstudio, npy, table, voc_xml
+from afa.data.readers import coco, cvat, labelme, labelstudio, npy, table, voc_xml, yolo
 from afa.data.readers.base import Contents, TagEntry, drop_outlines, elements, entry_rows, load_json
 from afa.data.split import SIDES, UNSTATED, side_of
 from afa.errors import AfaError, shown
@@ -38,6 +38,8 @@ READERS: Final = {
     "coco": Reader("COCO instances", coco.read, layout="coco"),
     "labelstudio": Reader("a Label Studio export", labelstudio.read, layout="labelstudio"),
     "cvat": Reader("a CVAT export", cvat.read, layout="cvat"),
+    "labelme": Reader("LabelMe files", labelme.read, "file", "labelme"),
+    "yolo": Reader("YOLO labels", yolo.read, "file", "yolo"),
     "voc_xml": Reader("a folder of VOC XML", voc_xml.read, "annotation"),
     "npy": Reader("a dictionary of one-hot vectors", npy.read),
 }
@@ -60,10 +62,11 @@ _MAX_IMAGE_NAME: Final = 4096  # characters
 
 @dataclass(frozen=True)
 class TagFile:
-    """A file or folder of tags, and the side of the split that all its images are on, where its place says it."""
+    """A file or folder of tags; the side of all its images, where its place says it; its kind, where that is known."""
 
     path: Path
     side: int = UNSTATED
+    stated_kind: str = ""
 
     @cached_property
     def content(self) -> Any:
@@ -73,12 +76,17 @@ class TagFile:
     @cached_property
     def kind(self) -> str:
         """Key in `READERS`, by its suffix and, of JSON, its first part; an `AfaError` if it is missing or no JSON."""
+        if self.stated_kind:
+            return self.stated_kind
         if self.path.is_dir():
-            return "voc_xml"
+            return _folder_kind(self.path)
         if not self.path.is_file():
             raise AfaError(f"{self.path}: no such tags file or folder; set data.tags")
         if self.content is None:
-            return {".npy": "npy", ".xml": "cvat"}.get(self.path.suffix.lower(), "table")
+            kinds = {".npy": "npy", ".xml": "cvat", ".yaml": "yolo", ".yml": "yolo"}
+            return kinds.get(self.path.suffix.lower(), "table")
+        if isinstance(self.content, dict) and {"shapes", "imagePath"} <= self.content.keys():
+            return "labelme"
         key, value = next(elements(self.content), ("", None))
         if key in _COCO_KEYS:
             return "coco"
@@ -128,13 +136,16 @@ def read_tags(path: Path, classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def read_tag_file(file: TagFile, classes: Sequence[str] = (), negatives: Sequence[str] = ()) -> FoundTags:
+def read_tag_file(
+    file: TagFile, classes: Sequence[str] = (), negatives: Sequence[str] = (), known: Container[str] = ()
+) -> FoundTags:
     """Read a file of tags of any kind.
 
     Args:
         file: A table, an export of a tool, a folder of VOC XML, or an `.npy` of one-hot vectors.
         classes: The C class names in index order, or none: the file's own.
         negatives: Tags that say that an image holds none of the classes, as far as they are no classes themselves.
+        known: Names of images: such a text is a name, even if it looks like a file, as `b.png` of `b.png.jpg`.
 
     Raises:
         AfaError: It is missing or malformed; it names an unknown class or an image twice; the classes that it declares
@@ -145,7 +156,7 @@ def read_tag_file(file: TagFile, classes: Sequence[str] = (), negatives: Sequenc
     chosen = tuple(classes) or declared or tuple(sorted({tag for entry in found for tag in entry.tags}))
     if not classes:
         check_classes(chosen, str(file.path))
-    return FoundTags(chosen, bool(classes or declared), _by_name(found, chosen, file.kind), notes)
+    return FoundTags(chosen, bool(classes or declared), _by_name(found, chosen, file.kind, known), notes)
 
 
 def read(root: Path, data: DataConfig) -> TagTable | None:
@@ -161,12 +172,13 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
     if not files:
         return None
     listed = stated_classes(data, root)
-    contents = [read_tag_file(file, listed.names, data.negatives) for file in files]
     is_metadata = all(file.path.stem.lower() == "metadata" for file in files)
     layout = READERS[files[0].kind].layout
     in_splits = any(file.path.parent != root and file.path.parent.name.lower() in SIDES for file in files)
     folder = image_folder(root, data, at_root=in_splits)
     images = images_below(folder, root, data)
+    known = {name for name in map(image_name, images.paths) if image_name(name) != name}
+    contents = [read_tag_file(file, listed.names, data.negatives, known) for file in files]
     entries: dict[str, TagEntry] = {}
     sides: list[int] = []
     missing: list[str] = []
@@ -184,13 +196,14 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
             entries[path] = entry
             sides.append(_entry_side(entry) if file.side == UNSTATED else file.side)
     is_hf = layout == "table" and is_metadata
+    places = " and ".join(path_below(file.path, root) for file in files)
     kind = "Hugging Face metadata" if is_hf else words(files[0].kind)
     classes, notes = _merged_classes(files, contents)
     if missing:
         notes.append(f"{folder}: {len(missing):,} images of the tags missing and left out ({shown(missing[0])}, ...)")
     return TagTable(
         kind="hf" if is_hf else layout,
-        origin=f"{kind} in {' and '.join(path_below(file.path, root) for file in files)}",
+        origin=kind if files[0].path == root else f"{kind} in {places}",
         classes=classes,
         tags=entry_rows(list(entries.values()), classes),
         sides=np.array(sides, dtype=np.int8),
@@ -210,20 +223,25 @@ def _find_files(root: Path, data: DataConfig) -> list[TagFile]:
     """The file or files of tags: one, or one for each side of a split; none where nothing looks like it."""
     if data.tags:
         path = root / data.tags
-        if path.is_dir() and not _list_files(path, {".xml"}):
+        if path.is_dir() and _folder_kind(path) == "voc_xml" and not _list_files(path, {".xml"}):
             return _best_files(data, _list_files(path, _SUFFIXES), path)
         file = TagFile(path)
         if data.layout not in ("auto", "hf", "table", file.kind):  # the kind says so where there is none
             is_other = f"is {READERS[file.kind].words}, not {words(data.layout)}"
             raise AfaError(f"{path}: {is_other}; correct data.layout or data.tags")
         return [file]
-    with os.scandir(root) as entries:
-        splits = sorted(entry.name for entry in entries if entry.name.lower() in SIDES and entry.is_dir())
     found = [
         file
-        for folder in (*_FOLDERS, *splits)
-        for file in _list_files(root / folder, _SUFFIXES, SIDES.get(folder.lower(), UNSTATED))
+        for folder in (*(root / name for name in _FOLDERS), *subfolders(root, SIDES))
+        for file in _list_files(
+            folder, _SUFFIXES, SIDES.get(folder.name.lower(), UNSTATED) if folder != root else UNSTATED
+        )
     ]
+    if data.layout in ("yolo", "labelme") or (data.layout == "auto" and not _has_usual(found)):
+        if data.layout != "yolo" and (place := labelme.find(root)):
+            return [TagFile(place, stated_kind="labelme")]
+        if data.layout != "labelme" and (place := yolo.find(root)):
+            return [TagFile(place, stated_kind="yolo")]
     files = _best_files(data, found, root)
     if not files and data.layout in ("auto", "table") and _list_files(root / "Annotations", {".xml"}):
         return [TagFile(root / "Annotations")]
@@ -243,10 +261,8 @@ def _best_files(data: DataConfig, found: Sequence[TagFile], folder: Path) -> lis
     """The files with the likeliest name among those that may be tags."""
     ranked: dict[int, list[TagFile]] = {}
     for file in found:
-        stem = file.path.stem
         if data.layout == "auto" or _fits(file, data.layout):
-            rank = next((i for i, pattern in enumerate(_STEMS) if re.fullmatch(pattern, stem, re.I)), len(_STEMS))
-            ranked.setdefault(rank, []).append(file)
+            ranked.setdefault(_rank(file), []).append(file)
     best = ranked[min(ranked)] if ranked else []
     sides = {file.side for file in best}
     if len(best) > 1 and (UNSTATED in sides or len(sides) < len(best)):
@@ -255,6 +271,23 @@ def _best_files(data: DataConfig, found: Sequence[TagFile], folder: Path) -> lis
             "tags; set data.tags to one of them"
         )
     return best
+
+
+def _rank(file: TagFile) -> int:
+    """How likely the name is that of tags, 0 first; `len(_STEMS)` of names that say nothing."""
+    return next((i for i, pattern in enumerate(_STEMS) if re.fullmatch(pattern, file.path.stem, re.I)), len(_STEMS))
+
+
+def _has_usual(files: Iterable[TagFile]) -> bool:
+    """Whether the name of a file says that these are tags; not of one image, as those of LabelMe."""
+    usual = sorted((file.path.suffix.lower() == ".json", file.path) for file in files if _rank(file) < len(_STEMS))
+    return any(not (is_json and labelme.fits(path)) for is_json, path in usual[:100])
+
+
+def _folder_kind(path: Path) -> str:
+    if _list_files(path, {".xml"}):
+        return "voc_xml"
+    return "labelme" if labelme.find(path) else "yolo" if yolo.find(path) else "voc_xml"
 
 
 def _fits(file: TagFile, layout: str) -> bool:
@@ -295,7 +328,7 @@ def _match(
         skip=data.skip_missing,
         lacks=f"{parent.relative_to(folder).as_posix()}/" if inside else "",
         drop="" if folder == root else f"{folder.name}/",
-        loose=file.kind == "labelstudio",
+        loose=file.kind in ("labelstudio", "labelme", "yolo"),
     )
 
 
@@ -309,13 +342,15 @@ def _entry_side(entry: TagEntry) -> int:
     return side
 
 
-def _by_name(found: Iterable[TagEntry], classes: Sequence[str], kind: str) -> dict[str, TagEntry]:
+def _by_name(
+    found: Iterable[TagEntry], classes: Sequence[str], kind: str, known: Container[str]
+) -> dict[str, TagEntry]:
     """The entries by image name, with their tags in class order."""
     places = {name: place for place, name in enumerate(classes)}
     entries: dict[str, TagEntry] = {}
     ordered: dict[tuple[str, ...], tuple[str, ...]] = {}
     for entry in found:
-        name = image_name(entry.image)
+        name = entry.image if entry.image in known else image_name(entry.image)
         if not name:
             raise AfaError(f"{entry.where}: no image name; write image,tags")
         if len(name) > _MAX_IMAGE_NAME or not is_plain(name):

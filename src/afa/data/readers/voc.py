@@ -52,7 +52,7 @@ def read(root: Path, data: DataConfig) -> TagTable:
     tags_path = root / data.tags if data.tags else next(found, None)
     tags = np.full((len(names), len(listed.names)), UNKNOWN, dtype=np.int8)
     if tags_path is not None:
-        entries = read_tag_file(TagFile(tags_path), listed.names, data.negatives).entries
+        entries = read_tag_file(TagFile(tags_path), listed.names, data.negatives, frozenset(names)).entries
         rows = [row for row, name in enumerate(names) if name in entries]
         tags[rows] = entry_rows([entries[names[row]] for row in rows], listed.names)
     return TagTable(
