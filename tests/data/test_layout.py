@@ -12,12 +12,13 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from afa.config import DataConfig
+from afa.check.tags import check_fast
+from afa.config import Config, DataConfig
 from afa.config.schema import LayoutName
 from afa.data.dataset import MaskedImages, TaggedImages
 from afa.data.open import DataSet, open_data
 from afa.data.palette import write_index_png
-from afa.data.readers.tag_files import READERS
+from afa.data.readers.places import READERS
 from layouts import (
     CLASSES,
     EXPECTED,
@@ -520,6 +521,66 @@ def test_one_walk_and_no_look_at_single_images(tmp_path: Path, monkeypatch: pyte
     assert len(layout.train()) + len(layout.validation()) == folders * each
     assert calls.count("scandir") + calls.count("listdir") < folders + 20
     assert len(calls) < 5 * folders
+
+
+@pytest.mark.parametrize(
+    ("images", "files", "kind", "doubt"),
+    [
+        (
+            ("train/a.jpg",),
+            (),
+            "imagefolder",
+            "taken for folders of classes of which one is named 'train', and could also",
+        ),
+        (("cat/a.jpg", "labels/b.jpg"), (), "imagefolder", "is named 'labels', and could also be images whose tags"),
+        (("cat/a.jpg", "dog/b.jpg"), ("my.xlsx",), "imagefolder", "elsewhere ('my.xlsx' is not read: save it as CSV"),
+        (
+            ("cat/a.jpg", "dog/b.jpg"),
+            ("my.csv",),
+            "table",
+            "in my.csv, and could also be folders of classes (cat, dog); if",
+        ),
+        (
+            ("images/a.jpg", "images/b.jpg"),
+            ("tags.csv", "labels.csv"),
+            "table",
+            "could also be that in labels.csv; if so, set",
+        ),
+        (("cat/a.jpg", "dog/b.jpg"), (), "imagefolder", None),
+        (("cat/a.jpg", "dog/b.jpg"), ("tags.csv",), "table", None),
+        (("images/a.jpg", "images/b.jpg"), ("my.csv",), "table", None),
+        (("train/a.jpg", "val/b.jpg"), ("my.csv",), "table", None),
+    ],
+)
+def test_what_else_a_folder_may_be(
+    tmp_path: Path, images: tuple[str, ...], files: tuple[str, ...], kind: str, doubt: str | None
+) -> None:
+    touch(tmp_path, *images)
+    for name in files:
+        write(tmp_path, name, "file,tags\na.jpg,cat\nb.jpg,dog\n")
+    opened = found(tmp_path)
+    assert opened.kind == kind
+    assert len(opened.notes) == (doubt is not None)
+    assert all(str(tmp_path) in note and doubt is not None and doubt in note for note in opened.notes)
+    assert found(tmp_path, layout=kind, tags=files[0] if kind == "table" else "").classes == opened.classes
+    warned = [problem for problem in check_fast(opened, Config()) if problem.message in opened.notes]
+    assert [problem.severity for problem in warned] == ["warning"] * len(opened.notes)
+
+
+def test_files_that_are_not_read_are_named(tmp_path: Path) -> None:
+    touch(tmp_path, "images/a.jpg")
+    write(tmp_path, "labels.xlsx", "PK")
+    assert "no tags found; put a tags.csv" in message(tmp_path)
+    assert "set data.tags ('labels.xlsx' is not read: save it as CSV in UTF-8)" in message(tmp_path)
+
+
+def test_labelme_may_be_yolo_too(tmp_path: Path) -> None:
+    touch(tmp_path, "images/a.jpg")
+    write(tmp_path, "images/a.json", {"shapes": [{"label": "cat"}], "imagePath": "a.jpg"})
+    write(tmp_path, "data.yaml", "names: [dog]\n")
+    opened = found(tmp_path)
+    assert opened.classes == ("cat",)
+    assert [note for note in opened.notes if "could also be YOLO labels; if so, set data.layout" in note]
 
 
 def test_every_layout_of_the_configuration_is_known() -> None:

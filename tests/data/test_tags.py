@@ -14,7 +14,8 @@ import pytest
 
 from afa.data.readers import table
 from afa.data.readers.base import TagEntry
-from afa.data.readers.tag_files import FoundTags, TagFile, read_tag_file, read_tags
+from afa.data.readers.places import TagFile
+from afa.data.readers.tag_files import FoundTags, read_tag_file, read_tags
 from layouts import write
 from mistakes import said
 from opened import reachable

@@ -21,6 +21,7 @@ from afa.data.dataset import ABSENT, PRESENT, UNKNOWN, MaskedImages, TaggedImage
 from afa.data.files import path_below, unadorned, walk_files
 from afa.data.images import IMAGE_SUFFIXES, image_name, read_image
 from afa.data.readers import folders, tag_files, voc
+from afa.data.readers.places import unread, words
 from afa.data.split import TEST, TRAIN, VALIDATION, choose_sides
 from afa.errors import AfaError, BrokenImageError, shown
 from afa.runtime import image_progress, read_ahead, say
@@ -64,7 +65,7 @@ def _read(root: Path, data: DataConfig) -> TagTable:
         return voc.read(root, data)
     table = None if layout == "imagefolder" else tag_files.read(root, data)
     if table is None and layout not in ("auto", "imagefolder"):
-        kind = tag_files.words(layout)
+        kind = words(layout)
         raise AfaError(f"{root}: no {kind} here; set data.tags to the file, or data.layout to what it is")
     table = table or folders.read(root, data)
     if table is not None:
@@ -74,7 +75,7 @@ def _read(root: Path, data: DataConfig) -> TagTable:
     what = "images" if layout == "imagefolder" else "tags"
     raise AfaError(
         f"{root}: no {what} found; put a tags.csv with the header file,tags there, sort the images into one folder for "
-        "each class, or set data.tags"
+        f"each class, or set data.tags{unread(root)}"
     )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
@@ -11,9 +14,16 @@ from afa.data.classes import check_classes, folded, stated_classes
 from afa.data.dataset import TagTable
 from afa.data.files import check_paths, image_folder, images_below
 from afa.data.readers.base import tag_rows
+from afa.data.readers.places import unread
 from afa.data.readers.tag_files import nothing_names
 from afa.data.split import SIDES, UNSTATED
 from afa.errors import AfaError, shown
+
+_NO_CLASS: Final = (
+    r"(train|training|val|valid|validation|dev|test|testing)[-_]?\d*|images?|imgs?|jpe?gimages|photos?|pictures?|frames|"
+    r"data|dataset|labels?|annotations?|tags|raw|masks?|output"
+)
+"""Names of folders that hold other things than a class more often than not."""
 
 
 def read(root: Path, data: DataConfig) -> TagTable | None:
@@ -71,4 +81,16 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
         declared=bool(listed.names),
         every_path=tuple(every_path),
         remarks=(*images.passed_over, *(f"no image in the folder {shown(path)}" for path in empty)),
+        notes=tuple(_doubts(root, met)),
     )
+
+
+def _doubts(root: Path, met: Sequence[str]) -> Iterator[str]:
+    """What else the folders may be, as far as their names tell."""
+    usual = [name for name in met if re.fullmatch(_NO_CLASS, name, re.I)]
+    if usual or unread(root):
+        names = f"({', '.join(met[:4])})" if not usual else f"of which one is named {shown(usual[0])}"
+        yield (
+            f"{root}: taken for folders of classes {names}, and could also be images whose tags are elsewhere"
+            f"{unread(root)}; if so, set data.tags"
+        )

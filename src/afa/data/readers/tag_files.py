@@ -1,100 +1,25 @@
-"""Finds and reads the files of tags in a folder, and finds the images of their entries."""
+"""Reads the files of tags of a folder, and finds the images of their entries."""
 
 from __future__ import annotations
 
 import itertools
-import os
-import re
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from afa.config import DataConfig
 from afa.data.classes import check_classes, folded, is_plain, stated_classes, unknown_class
 from afa.data.dataset import TagTable
-from afa.data.files import ImageFiles, check_paths, image_folder, images_below, path_below, plain_path, subfolders
+from afa.data.files import ImageFiles, check_paths, image_folder, images_below, path_below, plain_path
 from afa.data.images import image_name
-from afa.data.readers import coco, cvat, labelme, labelstudio, npy, table, voc_xml, yolo
-from afa.data.readers.base import Contents, TagEntry, drop_outlines, elements, entry_rows, load_json
+from afa.data.readers.base import TagEntry, entry_rows
+from afa.data.readers.places import READERS, TagFile, find_tag_files, words
 from afa.data.split import SIDES, UNSTATED, side_of
 from afa.errors import AfaError, shown
 
-
-class Reader(NamedTuple):
-    """How one kind of file is called, read (as `afa.data.readers.base` says) and chosen by `data.layout`."""
-
-    words: str
-    read: Callable[[Path, Any, Sequence[str]], Contents]
-    unit: str = "entry"
-    layout: str = "table"
-
-
-READERS: Final = {
-    "table": Reader("a table of tags", table.read, "line"),
-    "coco": Reader("COCO instances", coco.read, layout="coco"),
-    "labelstudio": Reader("a Label Studio export", labelstudio.read, layout="labelstudio"),
-    "cvat": Reader("a CVAT export", cvat.read, layout="cvat"),
-    "labelme": Reader("LabelMe files", labelme.read, "file", "labelme"),
-    "yolo": Reader("YOLO labels", yolo.read, "file", "yolo"),
-    "voc_xml": Reader("a folder of VOC XML", voc_xml.read, "annotation"),
-    "npy": Reader("a dictionary of one-hot vectors", npy.read),
-}
-"""Kinds of files of tags."""
-
-_SUFFIXES: Final = frozenset((".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xml", ".npy"))
-_FOLDERS: Final = ("", "lists", "annotations")
-_STEMS: Final = (
-    r"tags", r"cls_labels_onehot", r"labels", r"metadata", r"_classes", r"_annotations(\.coco)?", r"annotations",
-    r"instances.*", r"project-\d.*", r"(train|val|valid|validation|test)\w*",
-)  # fmt: skip
-"""Names of files of tags, the likeliest first; any other comes last."""
-_NO_TAGS: Final = re.compile(
-    r"classes|captions.*|person_keypoints.*|panoptic.*|stuff.*|image_info.*|shapes|dataset_infos?|package|config|README",
-    re.IGNORECASE,
-)
-_COCO_KEYS: Final = frozenset(("info", "licenses", "license", "images", "annotations", "categories", "type"))
 _MAX_IMAGE_NAME: Final = 4096  # characters
-
-
-@dataclass(frozen=True)
-class TagFile:
-    """A file or folder of tags; the side of all its images, where its place says it; its kind, where that is known."""
-
-    path: Path
-    side: int = UNSTATED
-    stated_kind: str = ""
-
-    @cached_property
-    def content(self) -> Any:
-        """Its contents if it is JSON, without the outlines of objects."""
-        return load_json(self.path, drop_outlines) if self.path.suffix.lower() == ".json" else None
-
-    @cached_property
-    def kind(self) -> str:
-        """Key in `READERS`, by its suffix and, of JSON, its first part; an `AfaError` if it is missing or no JSON."""
-        if self.stated_kind:
-            return self.stated_kind
-        if self.path.is_dir():
-            return _folder_kind(self.path)
-        if not self.path.is_file():
-            raise AfaError(f"{self.path}: no such tags file or folder; set data.tags")
-        if self.content is None:
-            kinds = {".npy": "npy", ".xml": "cvat", ".yaml": "yolo", ".yml": "yolo"}
-            return kinds.get(self.path.suffix.lower(), "table")
-        if isinstance(self.content, dict) and {"shapes", "imagePath"} <= self.content.keys():
-            return "labelme"
-        key, value = next(elements(self.content), ("", None))
-        if key in _COCO_KEYS:
-            return "coco"
-        if not key and isinstance(value, dict):
-            in_full = isinstance(value.get("data"), dict) and not labelstudio.TASK_KEYS.isdisjoint(value)
-            if in_full or not labelstudio.SHORT_KEYS.isdisjoint(value):
-                return "labelstudio"
-        return "table"
 
 
 class FoundTags(NamedTuple):
@@ -111,11 +36,6 @@ class FoundTags(NamedTuple):
     declared: bool
     entries: dict[str, TagEntry]
     notes: tuple[str, ...]
-
-
-def words(kind: str) -> str:
-    """What files of a kind or layout are, for messages."""
-    return "metadata.jsonl or metadata.csv" if kind == "hf" else READERS[kind].words.removeprefix("a ")
 
 
 def read_tags(path: Path, classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -168,7 +88,7 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
     Raises:
         AfaError: Several files may be the tags; as `read_tag_file`; an image is missing, there twice, or outside.
     """
-    files = _find_files(root, data)
+    files = find_tag_files(root, data)
     if not files:
         return None
     listed = stated_classes(data, root)
@@ -179,6 +99,38 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
     images = images_below(folder, root, data)
     known = {name for name in map(image_name, images.paths) if image_name(name) != name}
     contents = [read_tag_file(file, listed.names, data.negatives, known) for file in files]
+    entries, sides, missing = _place(files, contents, images, root, data)
+    is_hf = layout == "table" and is_metadata
+    origin = "Hugging Face metadata" if is_hf else words(files[0].kind)
+    if files[0].path != root:
+        origin += f" in {' and '.join(path_below(file.path, root) for file in files)}"
+    classes, notes = _merged_classes(files, contents)
+    if doubt := files[0].doubt or _class_folders(files[0], images):
+        notes.insert(0, f"{root}: taken for {origin}, and could also be {doubt}; if so, set data.layout or data.tags")
+    if missing:
+        notes.append(f"{folder}: {len(missing):,} images of the tags missing and left out ({shown(missing[0])}, ...)")
+    return TagTable(
+        kind="hf" if is_hf else layout,
+        origin=origin,
+        classes=classes,
+        tags=entry_rows(list(entries.values()), classes),
+        sides=np.array(sides, dtype=np.int8),
+        folder=folder,
+        paths=tuple(entries),
+        names=check_paths(entries, folder),
+        colors=listed.colors,
+        words=listed.words,
+        declared=any(content.declared for content in contents),
+        every_path=images.paths,
+        remarks=images.passed_over,
+        notes=(*notes, *(note for content in contents for note in content.notes)),
+    )
+
+
+def _place(
+    files: Sequence[TagFile], contents: Sequence[FoundTags], images: ImageFiles, root: Path, data: DataConfig
+) -> tuple[dict[str, TagEntry], list[int], list[str]]:
+    """The entry of each path, the side of each, and the images that are missing."""
     entries: dict[str, TagEntry] = {}
     sides: list[int] = []
     missing: list[str] = []
@@ -195,103 +147,13 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
                 )
             entries[path] = entry
             sides.append(_entry_side(entry) if file.side == UNSTATED else file.side)
-    is_hf = layout == "table" and is_metadata
-    places = " and ".join(path_below(file.path, root) for file in files)
-    kind = "Hugging Face metadata" if is_hf else words(files[0].kind)
-    classes, notes = _merged_classes(files, contents)
-    if missing:
-        notes.append(f"{folder}: {len(missing):,} images of the tags missing and left out ({shown(missing[0])}, ...)")
-    return TagTable(
-        kind="hf" if is_hf else layout,
-        origin=kind if files[0].path == root else f"{kind} in {places}",
-        classes=classes,
-        tags=entry_rows(list(entries.values()), classes),
-        sides=np.array(sides, dtype=np.int8),
-        folder=folder,
-        paths=tuple(entries),
-        names=check_paths(entries, folder),
-        colors=listed.colors,
-        words=listed.words,
-        declared=any(content.declared for content in contents),
-        every_path=images.paths,
-        remarks=images.passed_over,
-        notes=(*notes, *(note for content in contents for note in content.notes)),
-    )
+    return entries, sides, missing
 
 
-def _find_files(root: Path, data: DataConfig) -> list[TagFile]:
-    """The file or files of tags: one, or one for each side of a split; none where nothing looks like it."""
-    if data.tags:
-        path = root / data.tags
-        if path.is_dir() and _folder_kind(path) == "voc_xml" and not _list_files(path, {".xml"}):
-            return _best_files(data, _list_files(path, _SUFFIXES), path)
-        file = TagFile(path)
-        if data.layout not in ("auto", "hf", "table", file.kind):  # the kind says so where there is none
-            is_other = f"is {READERS[file.kind].words}, not {words(data.layout)}"
-            raise AfaError(f"{path}: {is_other}; correct data.layout or data.tags")
-        return [file]
-    found = [
-        file
-        for folder in (*(root / name for name in _FOLDERS), *subfolders(root, SIDES))
-        for file in _list_files(
-            folder, _SUFFIXES, SIDES.get(folder.name.lower(), UNSTATED) if folder != root else UNSTATED
-        )
-    ]
-    if data.layout in ("yolo", "labelme") or (data.layout == "auto" and not _has_usual(found)):
-        if data.layout != "yolo" and (place := labelme.find(root)):
-            return [TagFile(place, stated_kind="labelme")]
-        if data.layout != "labelme" and (place := yolo.find(root)):
-            return [TagFile(place, stated_kind="yolo")]
-    files = _best_files(data, found, root)
-    if not files and data.layout in ("auto", "table") and _list_files(root / "Annotations", {".xml"}):
-        return [TagFile(root / "Annotations")]
-    return files
-
-
-def _list_files(folder: Path, suffixes: Collection[str], side: int = UNSTATED) -> list[TagFile]:
-    """The files that may be tags, on the given side or that which their names say; none without the folder."""
-    if not folder.is_dir():
-        return []
-    names = [name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in suffixes and name[0] != "."]
-    files = [folder / name for name in sorted(names) if not _NO_TAGS.fullmatch(os.path.splitext(name)[0])]
-    return [TagFile(file, side_of(file.stem) if side == UNSTATED else side) for file in files if file.is_file()]
-
-
-def _best_files(data: DataConfig, found: Sequence[TagFile], folder: Path) -> list[TagFile]:
-    """The files with the likeliest name among those that may be tags."""
-    ranked: dict[int, list[TagFile]] = {}
-    for file in found:
-        if data.layout == "auto" or _fits(file, data.layout):
-            ranked.setdefault(_rank(file), []).append(file)
-    best = ranked[min(ranked)] if ranked else []
-    sides = {file.side for file in best}
-    if len(best) > 1 and (UNSTATED in sides or len(sides) < len(best)):
-        raise AfaError(
-            f"{folder}: {path_below(best[0].path, folder)} and {path_below(best[1].path, folder)} may both be the "
-            "tags; set data.tags to one of them"
-        )
-    return best
-
-
-def _rank(file: TagFile) -> int:
-    """How likely the name is that of tags, 0 first; `len(_STEMS)` of names that say nothing."""
-    return next((i for i, pattern in enumerate(_STEMS) if re.fullmatch(pattern, file.path.stem, re.I)), len(_STEMS))
-
-
-def _has_usual(files: Iterable[TagFile]) -> bool:
-    """Whether the name of a file says that these are tags; not of one image, as those of LabelMe."""
-    usual = sorted((file.path.suffix.lower() == ".json", file.path) for file in files if _rank(file) < len(_STEMS))
-    return any(not (is_json and labelme.fits(path)) for is_json, path in usual[:100])
-
-
-def _folder_kind(path: Path) -> str:
-    if _list_files(path, {".xml"}):
-        return "voc_xml"
-    return "labelme" if labelme.find(path) else "yolo" if yolo.find(path) else "voc_xml"
-
-
-def _fits(file: TagFile, layout: str) -> bool:
-    return file.path.stem.lower() == "metadata" if layout == "hf" else READERS[file.kind].layout == layout
+def _class_folders(file: TagFile, images: ImageFiles) -> str:
+    """What the images are, too, where the name of the file does not say that it holds tags: folders of classes."""
+    tops = {path.partition("/")[0] for path in images.paths if "/" in path} if not file.is_usual else set()
+    return f"folders of classes ({', '.join(sorted(tops)[:4])})" if len(tops) > 1 and not tops & SIDES.keys() else ""
 
 
 def _merged_classes(files: Sequence[TagFile], contents: Sequence[FoundTags]) -> tuple[tuple[str, ...], list[str]]:

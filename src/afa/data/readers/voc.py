@@ -13,7 +13,8 @@ from afa.data.dataset import UNKNOWN, TagTable
 from afa.data.files import ImageFiles
 from afa.data.images import image_name
 from afa.data.readers.base import entry_rows
-from afa.data.readers.tag_files import TagFile, read_tag_file
+from afa.data.readers.places import TagFile
+from afa.data.readers.tag_files import read_tag_file
 from afa.data.split import UNSTATED
 from afa.errors import AfaError
 
