@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from afa.config import DataConfig
+from afa.data.files import ImageFiles
 from afa.data.images import read_image, read_mask
 from afa.data.open import open_data
 from afa.errors import AfaError
-from layouts import table
+from layouts import table, write
 from mistakes import assert_one_line
 
 ODD_TEXT = st.text(
@@ -25,6 +26,7 @@ ODD_TEXT = st.text(
 )
 WORD_LIST = (
     'file tags image label , ; \n 00.png cat dog 1 0 -1 1e999 NaN null ../x / " [ ] { } : split val '
+    "names: train: labels: - 0: &a *a !!python 0.5 shapes imagePath http://x/00.png?a=b ..\\00.png C:\\ 0000- "
     '"images" "annotations" "categories" "id" "file_name" "data" <annotations> </annotations> </image> '
     '{"id":1,"name":"cat"} {"id":1,"file_name":"00.png"} {"image_id":1,"category_id":1} < > & <!DOCTYPE\tx> <name>'
 )
@@ -32,7 +34,7 @@ WORDS = WORD_LIST.split(" ")
 XML = ['<image name="00.png">', '<tag label="cat"/>']
 KEY_LIST = (
     "file tags images annotations categories id name file_name image_id category_id data result value choices label "
-    "image annotator split 00.png"
+    "image annotator split 00.png shapes imagePath flags supercategory names train"
 )
 PIECES = st.lists(st.sampled_from(WORDS + XML) | ODD_TEXT, max_size=24).map("".join)
 JSON = st.recursive(
@@ -60,7 +62,36 @@ GOOD = {
     '<image name="00.png" subset="train"><tag label="cat"/></image><image name="01.png"/></annotations>',
     "Annotations/00.xml": '<?xml version="1.0" encoding="utf-8"?><annotation><filename>a.jpg</filename><object>'
     "<name>cat</name><bndbox/></object><object><name>dog</name></object></annotation>",
+    "data.yaml": "path: ../x\ntrain: images\nval: [images/a, v.txt]\nnc: 2\nnames:\n  0: cat\n  1: dog\n",
+    "labels/00.txt": "0 0.5 0.5 0.2 0.2\r\n1.0 0.1 0.2 0.3 0.4 0.5 0.6\n",
+    "labelme/00.json": '{"version": "5.5.0", "flags": {"cat": true}, "shapes": [{"label": "dog", "points": [[1, 2]]}], '
+    '"imagePath": "..\\\\images\\\\00.png", "imageData": null}',
+    "windows.csv": "00.png,cat\r\n01.png,größe\r\n",
+    "utf16.csv": "file;tags\r\n00.png;cat\r\n01.png;größe\r\n",
 }
+TAGS = {"classes.txt": "tags.csv", "Annotations/00.xml": "Annotations"}
+TAGS |= {"labels/00.txt": "data.yaml", "labelme/00.json": "labelme"}
+"""File -> what `data.tags` is for it, unless it is the file."""
+ENCODINGS = ("utf-8", "utf-16", "utf-16-be", "utf-32", "cp1252", "shift-jis")
+NAMES = (
+    "..",
+    "/",
+    "\\",
+    "C:",
+    "http://",
+    "00.png",
+    "01",
+    "images",
+    "?",
+    "file=",
+    "&",
+    "%2F",
+    "%00",
+    "data",
+    "0a1b2c3d-",
+    ".",
+)
+MASKS = tuple(f"SegmentationClassAug/0{n}.png" for n in (0, 1))
 FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -72,6 +103,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / folder).mkdir()
     for name in ("00", "01"):
         Image.fromarray(np.ones((4, 6), dtype=np.uint8)).save(root / "SegmentationClassAug" / f"{name}.png")
+    for name in ("data.yaml", "labels/00.txt", "labelme/00.json"):
+        write(root, name, GOOD[name])
     for name in ("train.txt", "val.txt"):
         (root / "lists" / name).write_text("00\n01\n")
     return root
@@ -103,13 +136,39 @@ def open_everything(root: Path, tags: str, layout: str = "table") -> tuple[str, 
     return opened.classes
 
 
-@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.json", "t.jsonl", "t.xml", "t.npy", "classes.txt"])
+def good_bytes(name: str) -> bytes:
+    return GOOD[name].encode({"windows.csv": "cp1252", "utf16.csv": "utf-16"}.get(name, "utf-8"))
+
+
+def test_no_name_of_an_image_gives_a_traceback(root: Path) -> None:
+    @FUZZ
+    @given(text=PIECES | ODD_TEXT | st.lists(st.sampled_from(NAMES), max_size=6).map("".join))
+    def look_up(text: str) -> None:
+        for loose in (False, True):
+            try:
+                assert ImageFiles(root).find(text, "here", loose=loose) in (
+                    None,
+                    "images/00.png",
+                    "images/01.png",
+                    *MASKS,
+                )
+            except AfaError as error:
+                assert_one_line(str(error))
+
+    look_up()
+
+
+@pytest.mark.parametrize(
+    "name", ["t.csv", "t.tsv", "t.json", "t.jsonl", "t.xml", "t.npy", "classes.txt", *list(GOOD)[-5:-2]]
+)
 @FUZZ
-@given(content=PIECES | JSON | ODD_TEXT | st.binary(max_size=60))
-def test_no_content_gives_a_traceback(root: Path, name: str, content: str | bytes) -> None:
-    raw = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+@given(
+    content=PIECES | JSON | ODD_TEXT | st.binary(max_size=60), encoding=st.just("utf-8") | st.sampled_from(ENCODINGS)
+)
+def test_no_content_gives_a_traceback(root: Path, name: str, content: str | bytes, encoding: str) -> None:
+    raw = content if isinstance(content, bytes) else content.encode(encoding, "replace")
     with content_of(root / name, raw):
-        open_everything(root, "tags.csv" if name == "classes.txt" else name)
+        open_everything(root, TAGS.get(name, name))
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -120,16 +179,15 @@ def test_no_content_gives_a_traceback(root: Path, name: str, content: str | byte
     put=st.sampled_from(WORDS).map(str.encode) | st.binary(max_size=6),
 )
 def test_no_spoiled_file_gives_a_traceback(root: Path, name: str, place: int, length: int, put: bytes) -> None:
-    good = GOOD[name].encode()
+    good = good_bytes(name)
     with content_of(root / name, good[:place] + put + good[place + length :]):
-        open_everything(root, name.removesuffix("/00.xml"))
+        open_everything(root, TAGS.get(name, name))
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_what_is_spoiled_was_good(root: Path, name: str) -> None:
-    (root / name).write_text(GOOD[name], encoding="utf-8")
-    assert "cat" in open_everything(root, name.removesuffix("/00.xml"))
-    (root / name).unlink()
+    with content_of(root / name, good_bytes(name)):
+        assert "cat" in open_everything(root, TAGS.get(name, name))
 
 
 @pytest.mark.parametrize("name", ["train.txt", "val.txt"])
