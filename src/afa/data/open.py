@@ -20,7 +20,7 @@ from afa.data.classes import kept_classes, read_list
 from afa.data.dataset import ABSENT, PRESENT, UNKNOWN, MaskedImages, TaggedImages, TagTable
 from afa.data.files import path_below, unadorned, walk_files
 from afa.data.images import IMAGE_SUFFIXES, image_name, read_image
-from afa.data.readers import folders, tag_files, voc
+from afa.data.readers import folders, parquet, tag_files, voc
 from afa.data.readers.places import unread, words
 from afa.data.split import TEST, TRAIN, VALIDATION, choose_sides
 from afa.errors import AfaError, BrokenImageError, shown
@@ -64,6 +64,8 @@ def _read(root: Path, data: DataConfig) -> TagTable:
     if layout == "voc" or (layout == "auto" and voc.has_lists(root, data)):
         return voc.read(root, data)
     table = None if layout == "imagefolder" else tag_files.read(root, data)
+    if table is None and not data.tags and layout in ("auto", "hf"):
+        table = parquet.read(root, data)
     if table is None and layout not in ("auto", "imagefolder"):
         kind = words(layout)
         raise AfaError(f"{root}: no {kind} here; set data.tags to the file, or data.layout to what it is")

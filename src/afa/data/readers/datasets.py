@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def tagged_dataset(
         raise AfaError(f"the data set has no tag column {tag_column!r}; its columns: {', '.join(features)}")
     feature = features[tag_column]
     labels = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
-    rows = [_tags(value, labels, tag_column) for value in dataset.select_columns([tag_column])[:][tag_column]]
+    cells = dataset.select_columns([tag_column])[:][tag_column]
+    rows = [tag_entry(value, labels, f"column {tag_column!r}") for value in cells]
     classes = classes or tuple(labels or sorted({tag for entry in rows for tag in entry.tags}))
     check_classes(classes, f"column {tag_column!r}")
     check_count(classes, f"column {tag_column!r}")
@@ -94,7 +96,12 @@ def tagged_dataset(
     return DatasetImages(dataset, image_column, classes=classes, rows=kept, tags=matrix[kept], white_level=white_level)
 
 
-def _tags(value: Any, labels: list[str] | None, column: str) -> TagEntry:
+def tag_entry(value: Any, labels: Sequence[str] | None, where: str) -> TagEntry:
+    """The tags in a cell: texts, or numbers of `labels`, one or a list of them; unknown where there is no label.
+
+    Raises:
+        AfaError: A tag is neither; `where` begins the message.
+    """
     tags = []
     items = value if isinstance(value, list) else [value]
     is_known = items not in ([None], [-1])  # -1: no label
@@ -105,5 +112,5 @@ def _tags(value: Any, labels: list[str] | None, column: str) -> TagEntry:
         elif isinstance(item, str):
             tags.append(item)
         else:
-            raise AfaError(f"column {column!r} holds {shown(item)}; cast it to ClassLabel, or give the names")
+            raise AfaError(f"{where} holds {shown(item)}; cast it to ClassLabel, or give the names")
     return TagEntry("", "", tuple(tags), unknown=() if is_known else None)

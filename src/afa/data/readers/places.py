@@ -51,7 +51,7 @@ _STEMS: Final = (
 )  # fmt: skip
 """Names of files of tags, the likeliest first; any other comes last."""
 _NO_TAGS: Final = re.compile(
-    r"classes|captions.*|person_keypoints.*|panoptic.*|stuff.*|image_info.*|shapes|dataset_infos?|package|config|README",
+    r"classes|captions.*|person_keypoints.*|panoptic.*|stuff.*|image_info.*|shapes|dataset_infos?|dataset_dict|state|package|config|README",
     re.IGNORECASE,
 )
 _COCO_KEYS: Final = frozenset(("info", "licenses", "license", "images", "annotations", "categories", "type"))

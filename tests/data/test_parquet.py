@@ -1,0 +1,153 @@
+"""Data sets that the `datasets` library stored with the images within, read from the folder alone."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from afa.config import DataConfig
+from afa.data.open import DataSet, open_data
+from layouts import write
+from mistakes import said
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def found(root: Path, **keys: Any) -> DataSet:
+    return open_data(DataConfig(root=str(root), **keys))
+
+
+def tags_of(images: Any) -> list[tuple[str, ...]]:
+    return [tuple(images.classes[c] for c in np.flatnonzero(images.tags(i))) for i in range(len(images))]
+
+
+def picture(shade: int) -> Image.Image:
+    return Image.new("RGB", (6, 4), (shade, 0, 0))
+
+
+SINGLE = datasets.ClassLabel(names=["dog", "cat", "owl"])
+
+
+def stored(label: Any, values: list[Any], shade: int = 0) -> Any:
+    columns = {"image": [picture(shade + 10 * n) for n in range(len(values))], "label": values}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features({"image": datasets.Image(), "label": label}))
+
+
+def as_hub(root: Path, train: Any, other: Any) -> None:
+    (root / "data").mkdir(parents=True)
+    train.to_parquet(root / "data" / "train-00000-of-00001.parquet")
+    other.to_parquet(root / "data" / "validation-00000-of-00001.parquet")
+
+
+def as_saved(root: Path, train: Any, other: Any) -> None:
+    datasets.DatasetDict({"train": train, "validation": other}).save_to_disk(root)
+
+
+def as_files(root: Path, train: Any, other: Any) -> None:
+    root.mkdir()
+    train.to_parquet(root / "pets_train.parquet")
+    other.to_parquet(root / "pets_val.parquet")
+
+
+@pytest.mark.parametrize("store", [as_hub, as_saved, as_files])
+@pytest.mark.parametrize(
+    ("label", "values", "classes"),
+    [
+        (SINGLE, [0, 1, 1], ("dog", "cat", "owl")),
+        (datasets.List(SINGLE), [[0], [1], [0, 1]], ("dog", "cat", "owl")),
+        (datasets.Value("string"), ["dog", "cat", "cat"], ("cat", "dog")),
+    ],
+)
+def test_images_and_labels(tmp_path: Path, cache: Path, store: Any, label: Any, values: Any, classes: Any) -> None:
+    root = tmp_path / "pets"
+    store(root, stored(label, values), stored(label, values[:2], shade=100))
+    data = found(root)
+    assert (data.kind, data.classes) == ("hf", classes)
+    train = data.train()
+    assert tags_of(train)[:2] == [("dog",), ("cat",)]
+    assert set(tags_of(train)[2]) == ({"cat"} if values[2] in (1, "cat") else {"dog", "cat"})
+    assert [int(train.image(n)[0, 0, 0]) for n in range(3)] == [0, 10, 20]
+    assert [int(data.validation().image(n)[0, 0, 0]) for n in range(2)] == [100, 110]
+    assert "Hugging Face images in " in data.describe()
+    assert str(cache) in data.describe()
+    assert data.untagged == ()
+    assert not [path for path in root.rglob("*") if path.suffix in (".png", ".jsonl", ".jpg")]
+
+
+def test_images_are_unpacked_once_and_anew_when_the_files_change(tmp_path: Path, cache: Path) -> None:
+    root = tmp_path / "pets"
+    as_files(root, stored(SINGLE, [0, 1]), stored(SINGLE, [0]))
+    first = found(root).train().image_path(0)
+    written = first.stat().st_mtime_ns
+    assert found(root).train().image_path(0).stat().st_mtime_ns == written
+    assert [path.name for path in (cache / "afa" / "unpacked").iterdir() if path.name.startswith(".")] == []
+    as_files(tmp_path / "new", stored(SINGLE, [1, 1], shade=50), stored(SINGLE, [0]))
+    (tmp_path / "new" / "pets_train.parquet").replace(root / "pets_train.parquet")
+    again = found(root).train()
+    assert int(again.image(0)[0, 0, 0]) == 50
+    assert again.image_path(0) != first
+
+
+def plain(root: Path, **columns: Any) -> None:
+    """A file that other programs wrote: without the library's words on the columns."""
+    root.mkdir(exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), root / "x.parquet")
+
+
+def content(shade: int) -> bytes:
+    file = io.BytesIO()
+    picture(shade).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_files_of_other_programs(tmp_path: Path) -> None:
+    root = tmp_path / "pets"
+    plain(root, label=["cat", "dog", None], photo=[content(1), content(2), content(3)])
+    data = found(root)
+    assert [sorted({tag for tags in tags_of(data.tagged()) for tag in tags}), len(data.untagged)] == [["cat", "dog"], 1]
+    plain(root, label=[0, 1, 1], photo=[content(1), content(2), content(3)])
+    assert "label holds 0; cast it to ClassLabel, or give the names" in said(found, root)
+    write(root, "classes.txt", "ant\nbee\n")
+    assert found(root).classes == ("ant", "bee")
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        (
+            {"file": ["a.jpg"], "label": ["cat"]},
+            "x.parquet: no column of images (there are file, label); add it, or use",
+        ),
+        (
+            {"image": [content(1)], "kind": ["cat"]},
+            "x.parquet: no column of tags, such as label (there are image, kind)",
+        ),
+        ({"image": [{"bytes": None, "path": "a.jpg"}], "label": ["cat"]}, "no column of images"),
+        ({"image": [b""], "label": ["cat"]}, "x.parquet, row 0: holds no image; use the images"),
+        ({"image": [content(1)], "label": [1.5]}, "x.parquet: label holds 1.5; cast"),
+    ],
+)
+def test_mistakes(tmp_path: Path, cache: Path, columns: dict[str, Any], expected: str) -> None:
+    plain(tmp_path / "pets", **columns)
+    assert expected in said(found, tmp_path / "pets")
+    assert list((cache / "afa" / "unpacked").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
+@pytest.mark.parametrize("start", [b"", b"PAR1", b"ARROW1\0\0", b"\0" * 99])
+def test_broken_files(tmp_path: Path, name: str, start: bytes) -> None:
+    (tmp_path / name).write_bytes(start)
+    assert f"{tmp_path / name}: cannot be read (" in said(found, tmp_path)
