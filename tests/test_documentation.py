@@ -110,7 +110,7 @@ def test_pages_name_only_existing_configuration_keys(path: Path) -> None:
     known = {key.name for key in all_keys()}
     pattern = rf"(?<![\w./])({'|'.join(SECTIONS)})\.([a-z_0-9]+)\b(?!\()"
     for section, key in re.findall(pattern, path.read_text(encoding="utf-8")):
-        is_file = key in {"txt", "csv", "json", "jsonl", "toml", "md", "py", "npz", "png"}
+        is_file = key in {"txt", "csv", "yaml", "json", "jsonl", "toml", "md", "py", "npz", "png"}
         assert is_file or f"{section}.{key}" in known, f"{relative(path)} mentions {section}.{key}"
 
 

@@ -79,9 +79,9 @@ def test_yolo(tmp_path: Path, images: str, texts: str, names: str, content: str)
 @pytest.mark.parametrize(
     ("settings", "train", "validation"),
     [
-        ("path: /home/me/pets\ntrain: images/one\nval: images/two\n", {"one/a", "three/c"}, {"two/b"}),
+        ("path: /content/pets\ntrain: images/one\nval: images/two\n", {"one/a", "three/c"}, {"two/b"}),
         ("train: ../images/one\nval: [images/two, images/three]\n", {"one/a"}, {"two/b", "three/c"}),
-        ("train: /home/me/pets/images/one\nval: /home/me/pets/images/two\n", {"one/a", "three/c"}, {"two/b"}),
+        ("train: /content/pets/images/one\nval: /content/pets/images/two\n", {"one/a", "three/c"}, {"two/b"}),
         ("train: t.txt\nval: ./v.txt\n", {"one/a", "three/c"}, {"two/b"}),
         ("train: images\nval: images\n", None, None),
         ("", None, None),
