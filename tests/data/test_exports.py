@@ -43,7 +43,9 @@ def yolo(root: Path, images: str = "images/{}.jpg", texts: str = "labels/{}.txt"
         if text is not None:
             write(root, texts.format(name), text)
     stem = images.removeprefix("images/").removesuffix(".jpg")
-    return {stem.format(name): tags for name, tags in (("a", ("cat",)), ("b", ("cat", "dog")), ("c", ("dog",)))}
+    return {
+        stem.format(name): tags for name, tags in (("a", ("cat",)), ("b", ("cat", "dog")), ("c", ("dog",)), ("d", ()))
+    }
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,7 @@ def test_yolo(tmp_path: Path, images: str, texts: str, names: str, content: str)
     data = found(tmp_path, classes=())
     assert (data.kind, data.classes) == ("yolo", ("cat", "dog"))
     assert tags_of(data) == tags
+    assert [name.rpartition("/")[2][0] for name in data.untagged] == ["e"]
     assert "YOLO labels" in data.describe()
     assert found(tmp_path, layout="yolo").classes == ("cat", "dog")
     if names.endswith("ml"):
@@ -245,7 +248,7 @@ def test_afa_reads_the_tags_that_it_writes(tmp_path: Path, format: str, root: st
     write_made(format, tmp_path, masks, names=DOTTED)
     data = found(tmp_path / root, **keys)
     assert set(data.classes) == set(CLASSES)
-    tags = dict(zip(DOTTED, [("cat", "Straße"), ("potted plant",), ("Straße",), ("cat",)], strict=False))
+    tags = dict(zip(DOTTED, [("cat", "Straße"), ("potted plant",), ("Straße",), ("cat",), ()], strict=True))
     assert {name: set(each) for name, each in tags_of(data).items()} == {name: set(tags[name]) for name in tags}
 
 

@@ -455,6 +455,9 @@ def test_class_lists_that_differ_are_joined_by_name(tmp_path: Path) -> None:
     assert opened.classes == ("cat", "dog", "ant", "owl")
     assert tags_of(opened.train()) == {"train/train0": ("cat",), "train/train1": ("dog",), "train/train2": ("ant",)}
     assert tags_of(opened.validation()) == {"val/val0": ("dog",), "val/val1": ("cat",), "val/val2": ("owl",)}
+    # What only one file lists was not looked for in the images of the other.
+    assert [opened.train().targets(n).tolist() for n in range(2)] == [[1, 0, 0, -1], [0, 1, 0, -1]]
+    assert opened.validation().targets(0).tolist() == [0, 1, -1, 0]
     only = (
         "instances_train.json: class 'ant' is only listed here",
         "instances_val.json: class 'owl' is only listed here",

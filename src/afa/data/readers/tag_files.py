@@ -99,12 +99,13 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
     images = images_below(folder, root, data)
     known = {name for name in map(image_name, images.paths) if image_name(name) != name}
     contents = [read_tag_file(file, listed.names, data.negatives, known) for file in files]
+    classes, notes = _merged_classes(files, contents)
+    contents = [_with_unknown(content, classes) for content in contents]
     entries, sides, missing = _place(files, contents, images, root, data)
     is_hf = layout == "table" and is_metadata
     origin = "Hugging Face metadata" if is_hf else words(files[0].kind)
     if files[0].path != root:
         origin += f" in {' and '.join(path_below(file.path, root) for file in files)}"
-    classes, notes = _merged_classes(files, contents)
     if doubt := files[0].doubt or _class_folders(files[0], images):
         notes.insert(0, f"{root}: taken for {origin}, and could also be {doubt}; if so, set data.layout or data.tags")
     if missing:
@@ -176,6 +177,18 @@ def _merged_classes(files: Sequence[TagFile], contents: Sequence[FoundTags]) -> 
                 "leave the class out by data.class_subset"
             )
     return classes, notes
+
+
+def _with_unknown(content: FoundTags, classes: Sequence[str]) -> FoundTags:
+    """The contents with the classes that only other files list as unknown: their objects were not looked for here."""
+    lacking = tuple([name for name in classes if name not in content.classes]) if content.declared else ()
+    if not lacking:
+        return content
+    entries = {
+        name: entry if entry.unknown is None else entry._replace(unknown=(*entry.unknown, *lacking))
+        for name, entry in content.entries.items()
+    }
+    return content._replace(entries=entries)
 
 
 def _match(
