@@ -436,7 +436,7 @@ def test_missing_images_are_left_out_and_counted_where_that_is_asked_for(tmp_pat
     assert "leave them out by --skip-missing" in message(tmp_path)
     opened = found(tmp_path, skip_missing=True)
     assert everything(opened) == {"00": ("dog",), "01": ("dog",)}
-    assert opened.notes == (f"{tmp_path / 'images'}: 2 images of the tags missing and left out ('x.png', ...)",)
+    assert opened.notes == (f"{tmp_path / 'images'}: left out tags of missing images: 2 (such as 'x.png')",)
     path.write_text("file,tags\nx.png,cat\n")
     assert "'x.png' (1 of 1 images missing)" in message(tmp_path, skip_missing=True)
 

@@ -97,7 +97,8 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
     in_splits = any(file.path.parent != root and file.path.parent.name.lower() in SIDES for file in files)
     folder = image_folder(root, data, at_root=in_splits)
     images = images_below(folder, root, data)
-    known = {name for name in map(image_name, images.paths) if image_name(name) != name}
+    dotted = (image_name(path) for path in images.paths if path.count(".") > 1)
+    known = {name for name in dotted if image_name(name) != name}
     contents = [read_tag_file(file, listed.names, data.negatives, known) for file in files]
     classes, notes = _merged_classes(files, contents)
     contents = [_with_unknown(content, classes) for content in contents]
@@ -109,7 +110,7 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
     if doubt := files[0].doubt or _class_folders(files[0], images):
         notes.insert(0, f"{root}: taken for {origin}, and could also be {doubt}; if so, set data.layout or data.tags")
     if missing:
-        notes.append(f"{folder}: {len(missing):,} images of the tags missing and left out ({shown(missing[0])}, ...)")
+        notes.append(f"{folder}: left out tags of missing images: {len(missing):,} (such as {shown(missing[0])})")
     return TagTable(
         kind="hf" if is_hf else layout,
         origin=origin,
