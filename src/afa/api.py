@@ -357,6 +357,8 @@ def predict(
     overlay: bool = True,
     formats: str = "",
     resume: bool = False,
+    tiles: str | int = "off",
+    max_pixels: int | None = None,
     progress: bool = True,
     **overrides: Any,
 ) -> PredictSummary:
@@ -372,6 +374,8 @@ def predict(
         overlay: Also write the colored masks over the images.
         formats: Formats of other tools to write as well, names separated by commas.
         resume: Go on with the masks that are in `out` already.
+        tiles: As of `Predictor`.
+        max_pixels: As of `Predictor`.
         progress: Show progress on standard error.
         overrides: Keys of the run's configuration to change, none that only training reads.
 
@@ -388,7 +392,7 @@ def predict(
     loaded = load_run(run, pick_device(config.train.device))
     if crf:
         config = dataclasses.replace(config, evaluation=config.evaluation.with_crf(True))
-    predictor = Predictor(loaded.network, loaded.classes, config=config)
+    predictor = Predictor(loaded.network, loaded.classes, config=config, tiles=tiles, max_pixels=max_pixels)
     summary = prediction.predict_files(
         predictor,
         paths,
@@ -411,6 +415,8 @@ def pseudo_labels(
     kind: str = "refined",
     list_file: str | None = None,
     formats: str = "",
+    tiles: str | int = "off",
+    max_pixels: int | None = None,
     progress: bool = True,
     **overrides: Any,
 ) -> PredictSummary:
@@ -423,6 +429,9 @@ def pseudo_labels(
         kind: `refined`, `initial`, `propagated` or `cam`.
         list_file: Names of the images, one a line; None is what the data has to train on.
         formats: Formats of other tools to write as well, names separated by commas.
+        tiles: `auto` makes images of more than 1,024 pixels a side in tiles as large as the training crops; a number
+            is the side of the tiles, and larger images are tiled; `off` tiles none.
+        max_pixels: As of `Predictor`.
         progress: Show progress on standard error.
         overrides: Keys of the run's configuration to change, none that only training reads.
 
@@ -439,7 +448,10 @@ def pseudo_labels(
     device = pick_device(config.train.device)
     loaded = load_run(run, device)
     images = open_data(config.data).train(list_file=list_file)
-    summary = prediction.pseudo_files(loaded.network, images, out, config=config, kind=kind, progress=progress)
+    tiling = prediction.pseudo_tiling(loaded.network, config, tiles, max_pixels=max_pixels)
+    summary = prediction.pseudo_files(
+        loaded.network, images, out, config=config, kind=kind, tiling=tiling, progress=progress
+    )
     files = {name: images.image_path(index) for index, name in enumerate(images.names)} if names else {}
     return _with_formats(summary, names, files, images.classes, out, progress=progress)
 
@@ -452,6 +464,8 @@ def masks(
     list_file: str | None = None,
     formats: str = "",
     examples: int = 8,
+    tiles: str | int = "off",
+    max_pixels: int | None = None,
     progress: bool = True,
     **overrides: Any,
 ) -> MasksSummary:
@@ -464,6 +478,8 @@ def masks(
         list_file: Names of the images, one a line; None is every image with tags.
         formats: Formats of other tools to write as well, names separated by commas.
         examples: How many images the page OUT/masks.html shows.
+        tiles: As of `pseudo_labels`.
+        max_pixels: As of `Predictor`.
         progress: Show progress on standard error.
         overrides: Keys of the configuration that win.
 
@@ -483,8 +499,9 @@ def masks(
     images = opened.tagged() if list_file is None else opened.train(list_file=list_file)
     torch.manual_seed(config.train.seed)
     network = build_network(config.model, len(images.classes), words=opened.words).to(device).eval()
+    tiling = prediction.pseudo_tiling(network, config, tiles, max_pixels=max_pixels)
     written = prediction.pseudo_files(
-        network, images, out, config=config, kind="cam", refine=True, overlay=True, progress=progress
+        network, images, out, config=config, kind="cam", refine=True, overlay=True, tiling=tiling, progress=progress
     )
     files = {name: images.image_path(index) for index, name in enumerate(images.names)} if names else {}
     written = _with_formats(written, names, files, images.classes, out, progress=progress)

@@ -113,6 +113,10 @@ _SKIP = _argument(
     "--skip-missing", action="store_const", const="true", help="leave out, and count, tags whose image is missing"
 )
 
+_TILES = (
+    _argument("--tiles", default="off", metavar="auto|off|SIDE", help="show large images to the network in tiles"),
+    _argument("--max-pixels", type=int, metavar="N", help="limit of pixels of an image; 0 is none"),
+)
 _NETWORK = (
     _argument("--device", metavar="auto|cpu|cuda|mps", help="where to compute (default: auto)"),
     _argument("--seed", metavar="N", help="seed of everything random"),
@@ -233,10 +237,10 @@ def build_parser() -> argparse.ArgumentParser:
         ("demo", _demo, "train on generated images and write a report; a few minutes on a laptop", _DEMO + _NETWORK),
         ("check", _check, "look a data set over: tags, every image, what training would cost here", _CHECK + _NETWORK),
         ("train", _train, "train from tags, evaluate, report", _TRAIN + _NETWORK),
-        ("masks", _masks, "masks of tagged images without training, by the class names", _MASKS + _NETWORK),
+        ("masks", _masks, "masks of tagged images without training, by the class names", _MASKS + _TILES + _NETWORK),
         ("evaluate", _evaluate, "score a run against masks", _EVALUATE + _NETWORK),
-        ("predict", _predict, "segment images", _PREDICT + _NETWORK),
-        ("pseudo", _pseudo, "write pseudo labels of tagged images", _PSEUDO + _NETWORK),
+        ("predict", _predict, "segment images", _PREDICT + _TILES + _NETWORK),
+        ("pseudo", _pseudo, "write pseudo labels of tagged images", _PSEUDO + _TILES + _NETWORK),
         ("check-voc", _check_voc, "check an archive for PASCAL VOC's test server", _CHECK_VOC),
         ("export", _export, "write the network as a file for other programs", _EXPORT),
         ("report", _report, "write report.html and report.json anew", _REPORT),
@@ -347,7 +351,9 @@ def _evaluate(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 def _predict(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from afa.api import predict
 
-    named = _named(arguments, "tags", "scores", "crf", "resume") | {"overlay": not arguments.no_overlay}
+    named = _named(arguments, "tags", "scores", "crf", "resume", "tiles", "max_pixels") | {
+        "overlay": not arguments.no_overlay
+    }
     named["formats"] = arguments.format or ""
     return _told(predict(arguments.folder, arguments.images, arguments.out, **named, **overrides))
 
@@ -356,6 +362,7 @@ def _masks(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from afa.api import masks
 
     named = {"file": arguments.config, "list_file": arguments.list, "formats": arguments.format or ""}
+    named |= _named(arguments, "tiles", "max_pixels")
     summary = masks(arguments.data, arguments.out, examples=arguments.examples, **named, **overrides)
     for line in (summary, *summary.written.formats, f"open {arguments.out}/masks.html"):
         print(line)
@@ -366,6 +373,7 @@ def _pseudo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from afa.api import pseudo_labels
 
     named = {"kind": arguments.kind, "list_file": arguments.list, "formats": arguments.format or ""}
+    named |= _named(arguments, "tiles", "max_pixels")
     return _told(pseudo_labels(arguments.folder, arguments.data, arguments.out, **named, **overrides))
 
 

@@ -346,7 +346,7 @@ def test_reading_does_not_run_away_from_writing(tmp_path: Path, monkeypatch: pyt
     counts, lock = {"read": 0, "written": 0, "ahead": 0}, threading.Lock()
     read, write = predictor.read_image, masks.write_index_png
 
-    def count_read(path: Path, **settings: int) -> np.ndarray:
+    def count_read(path: Path, **settings: Any) -> np.ndarray:
         with lock:
             counts["read"] += 1
             counts["ahead"] = max(counts["ahead"], counts["read"] - counts["written"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,26 @@ def test_onnx_computes_what_the_evaluation_computes(onnx_file: tuple[AfaNetwork,
         shrunk = DeployedNetwork(network, max_side=160)(torch.from_numpy(large)).numpy()
     assert_close(found, shrunk)
     assert np.abs(found - expected_logits(network, large)).max() > 1e-2 * np.abs(found).max()
+
+
+def test_the_documented_tiles(onnx_file: tuple[AfaNetwork, Path]) -> None:
+    import onnxruntime
+
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(def starts.*?)```", page, re.DOTALL)
+    engine = onnxruntime.InferenceSession(onnx_file[1], providers=["CPUExecutionProvider"])
+    names: dict[str, Any] = {"np": np, "engine": engine, "classes": ["background", *CLASSES]}
+    exec(code, names)
+    image = np.ascontiguousarray(random_batch(1, 160, 150)[0].transpose(1, 2, 0))
+    expected = engine.run(None, {"image": image.transpose(2, 0, 1)[None]})[0][0].argmax(0)
+    np.testing.assert_array_equal(names["predict_in_tiles"](image, 160), expected)
+    large = np.tile(image, (3, 2, 1))
+    found = names["predict_in_tiles"](large, 160)
+    assert found.shape == large.shape[:2]
+    # The corner lies in one tile only.
+    corner = engine.run(None, {"image": np.ascontiguousarray(large[:160, :160].transpose(2, 0, 1)[None])})[0][0]
+    second = min(names["starts"](300, 160)[1], names["starts"](480, 160)[1])
+    np.testing.assert_array_equal(found[:second, :second], corner.argmax(0)[:second, :second])
 
 
 def test_onnx_says_what_goes_in_and_out(onnx_file: tuple[AfaNetwork, Path]) -> None:

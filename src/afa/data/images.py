@@ -9,13 +9,13 @@ import contextlib
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from afa.data.pixels import WHITE_LEVEL, PixelError, load_pixels, rgb_pixels
 from afa.errors import AfaError, BrokenImageError
@@ -25,6 +25,9 @@ IMAGE_SUFFIXES: Final = frozenset(
     ".pbm .pgm .png .pnm .ppm .qoi .tga .tif .tiff .webp".split()
 )
 """Suffixes of the files that count as images, lower case, with the dot."""
+
+MAX_PIXELS: Final = Image.MAX_IMAGE_PIXELS or 89_478_485
+"""Limit of images that are held in memory, if no other is stated: Pillow's, against decompression bombs."""
 
 _PLUGINS: Final = {
     "pillow_heif": ("HEIC", "pillow-heif"),
@@ -39,26 +42,36 @@ _SAMPLE_BYTES: Final = 64 * 2**20
 _HEIC: Final = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
 """Brands that files in HEIC and its relatives begin with."""
 
+_OPENED: Final[dict[bytes, Callable[..., ImageFile.ImageFile]]] = {
+    b"\x89PNG\r\n\x1a\n": PngImagePlugin.PngImageFile,
+    b"\xff\xd8\xff": JpegImagePlugin.jpeg_factory,
+    **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), TiffImagePlugin.TiffImageFile),
+}
+"""First bytes of a file -> what opens it: `Image.open` itself knows one limit for all images of a process."""
+
 _T = TypeVar("_T")
 
 # Pillow warns of oddities that it reads well nevertheless, such as broken EXIF. Images are decoded in threads, where a
 # filter cannot be set for one call only.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+# Without libtiff, Pillow takes the first half of 16-bit planes that are not packed for 8-bit planes.
+TiffImagePlugin.READ_LIBTIFF = True
 
 
-def read_image(path: Path, *, white_level: int = WHITE_LEVEL) -> NDArray[np.uint8]:
+def read_image(path: Path, *, white_level: int = WHITE_LEVEL, max_pixels: int | None = None) -> NDArray[np.uint8]:
     """Read an image of any common format, which its content says, as upright (H, W, 3) uint8 RGB.
 
     Args:
         path: The file.
         white_level: As of `rgb_pixels`, which says what becomes of the pixels.
+        max_pixels: Limit of pixels; 0 is none, None is `MAX_PIXELS`.
 
     Raises:
         BrokenImageError: The file is empty, truncated, not an image, or holds floating-point pixels.
-        AfaError: The file is missing, of a format that needs a package, or too large to be meant (Pillow's limit of
-            about 89 million pixels).
+        AfaError: The file is missing, of a format that needs a package, or of more pixels than the limit.
     """
-    return _decode(path, lambda image: rgb_pixels(image, white_level=white_level))
+    limit = MAX_PIXELS if max_pixels is None else max_pixels
+    return _decode(path, lambda image: rgb_pixels(image, white_level=white_level), limit)
 
 
 def read_levels(path: Path, *, white_level: int = WHITE_LEVEL) -> tuple[NDArray[np.uint8], int]:
@@ -143,14 +156,14 @@ def read_size(path: Path) -> tuple[int, int]:
 
 
 def read_mask(path: Path) -> NDArray[np.uint8]:
-    """Read an index PNG: (H, W) uint8, its palette indices or gray values.
+    """Read an index PNG or TIFF: (H, W) uint8, its palette indices or gray values.
 
     Raises:
-        AfaError: The file cannot be read (as `read_image`), or is not a PNG of mode P or L.
+        AfaError: The file cannot be read (as `read_image`), or is not a PNG or TIFF of mode P or L.
     """
 
     def indices(image: Image.Image) -> NDArray[np.uint8]:
-        if image.format != "PNG" or image.mode not in ("P", "L"):
+        if image.format not in ("PNG", "TIFF") or image.mode not in ("P", "L"):
             raise AfaError(f"{path}: is a {image.format} of mode {image.mode}; save masks as index PNG of mode P or L")
         return np.array(image, dtype=np.uint8)
 
@@ -167,22 +180,33 @@ def image_name(text: str) -> str:
     return stem if stem and dot + suffix.lower() in IMAGE_SUFFIXES else text
 
 
-def _decode(path: Path, read: Callable[[Image.Image], _T]) -> _T:
+def _decode(path: Path, read: Callable[[Image.Image], _T], max_pixels: int = MAX_PIXELS) -> _T:
     """Open `path` and apply `read`; whatever is wrong with the file becomes one line that says so."""
+    with reading(path), open_image(path) as image:
+        check_pixels(path, image.size, max_pixels)
+        return read(image)
+
+
+def check_pixels(path: Path, size: tuple[int, int], max_pixels: int) -> None:
+    """Raise an `AfaError` if an image has more pixels than the limit; 0 is none."""
+    if max_pixels and size[0] * size[1] > max_pixels:
+        raise AfaError(f"{path}: more than {max_pixels:,} pixels; scale it down, or see --tiles and --max-pixels")
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever is wrong with an image file into an `AfaError` of one line that says so."""
     if not path.is_file():
         kind = "is a folder, not an image" if path.is_dir() else "no such image"
         raise AfaError(f"{path}: {kind}; check the path")
     if path.stat().st_size == 0:
         raise BrokenImageError(f"{path}: the file is empty (0 bytes); replace it or leave it out")
     try:
-        with _open(path) as image:
-            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError
-            return read(image)
+        yield
     except AfaError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise AfaError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale the image down") from None
+        raise AfaError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; save it as PNG, TIFF or JPEG") from None
     except UnidentifiedImageError:
         raise BrokenImageError(f"{path}: not an image that Pillow can read; replace it or leave it out") from None
     except Exception as error:  # Decoders raise nearly anything on a broken file.
@@ -196,8 +220,16 @@ def _unreadable(where: str, error: Exception) -> BrokenImageError:
     return BrokenImageError(f"{where}: cannot be read as an image ({reason}); replace it or leave it out")
 
 
-def _open(path: Path) -> Image.Image:
-    """Open an image; a plug-in of Pillow is loaded when a file needs it."""
+def open_image(path: Path) -> ImageFile.ImageFile:
+    """Open an image file without its pixels; a plug-in of Pillow is loaded when a file needs it.
+
+    Only files other than PNG, TIFF and JPEG are bound to the limit of pixels of `Image.open`.
+    """
+    with path.open("rb") as file:
+        head = file.read(8)
+    for start, opened in _OPENED.items():
+        if head.startswith(start):
+            return opened(path)
     try:
         return Image.open(path)
     except UnidentifiedImageError:

@@ -21,6 +21,7 @@ from afa.errors import AfaError
 from afa.filtering.crf import CrfSettings, dense_crf
 from afa.model.backbone import Encoded
 from afa.model.network import AfaNetwork
+from afa.pseudo.cam import ScoreFunction, multi_scale_cam
 from afa.pseudo.pipeline import infer_pseudo
 from afa.runtime import autocast
 from afa.types import NetworkOutput, normalize_image
@@ -274,6 +275,7 @@ def pseudo_labels(
     *,
     kind: str,
     refine: bool = False,
+    limits: Tensor | None = None,
 ) -> list[Tensor]:
     """Make pseudo labels of tagged images that the network sees at the same size, all in one batch.
 
@@ -287,6 +289,7 @@ def pseudo_labels(
             `pseudo.background_cam` and `pseudo.background_propagated`; initial and refined are what training
             learns from, uncertain pixels included.
         refine: Refine cam or propagated labels with `pseudo.refinement`.
+        limits: (2, C), if the images are tiles of one image: what `cam_limits` returned of it.
 
     Returns:
         For each image (H, W) int64, 0..C, and 255 where initial and refined are uncertain; without tags all 0.
@@ -299,11 +302,6 @@ def pseudo_labels(
     """
     check_choice(kind, PSEUDO_LABELS, what="labels")
     device = next(network.parameters()).device
-
-    def score(view: Tensor, affinity: bool) -> NetworkOutput:
-        with autocast(device, config.train.precision):
-            return network.score(view, affinity)
-
     labels = [torch.zeros(image.shape[:2], dtype=torch.int64, device=device) for image in images]
     chosen = [i for i, each in enumerate(tags) if (each > 0).any()]
     if not chosen:
@@ -314,12 +312,44 @@ def pseudo_labels(
     batch_tags = batch_tags.to(device, non_blocking=device.type == "cuda")
     want = f"{kind}_label"
     finish = functools.partial(crf, config=config.evaluation) if config.pseudo.crf else None
-    made = infer_pseudo(score, view, batch_tags, config=config.pseudo, want=(want,), refined=refine, crf=finish)
+    if limits is not None:
+        limits = limits.to(device)[:, None, :, None, None].expand(-1, len(view), -1, -1, -1)  # (2, B, C, 1, 1)
+    score = _scorer(network, config)
+    made = infer_pseudo(
+        score, view, batch_tags, config=config.pseudo, want=(want,), refined=refine, crf=finish, limits=limits
+    )
     for i, label, image in zip(chosen, made[want], pixels, strict=True):
         if label.shape != image.shape[2:]:
             label = interpolate(label[None, None].float(), size=image.shape[2:], mode="nearest-exact")[0, 0].long()
         labels[i] = label
     return labels
+
+
+@torch.inference_mode()
+def cam_limits(network: AfaNetwork, images: Sequence[np.ndarray | Tensor], config: Config) -> Tensor:
+    """The range of the CAMs of tiles before these are scaled to [0, 1], so that one image has one range.
+
+    Args:
+        network, config: As for `pseudo_labels`.
+        images: (H, W, 3) uint8 RGB each, tiles of equal `pseudo_sizes`.
+
+    Returns:
+        (2, C) smallest and largest value of each class over the tiles.
+    """
+    device = next(network.parameters()).device
+    view = torch.cat([pseudo_view(image_tensor(image, device=device), config) for image in images])  # (B, 3, H', W')
+    unscaled = torch.tensor([0.0, 1 - 1e-5], device=device).view(2, 1, 1, 1, 1)
+    scales, mirrored = config.pseudo.scales, config.pseudo.mirror
+    made = multi_scale_cam(_scorer(network, config), view, scales=scales, mirrored=mirrored, limits=unscaled)
+    return torch.stack([made.cam.amin((0, 2, 3)), made.cam.amax((0, 2, 3))])
+
+
+def _scorer(network: AfaNetwork | OncePerView, config: Config) -> ScoreFunction:
+    def score(view: Tensor, affinity: bool) -> NetworkOutput:
+        with autocast(view.device, config.train.precision):
+            return network.score(view, affinity)
+
+    return score
 
 
 def pseudo_view(pixels: Tensor, config: Config) -> Tensor:

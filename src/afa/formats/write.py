@@ -113,17 +113,23 @@ def parse_formats(text: str) -> tuple[str, ...]:
     return names
 
 
+def mask_path(out_dir: Path, name: str) -> Path:
+    """The mask of an image in the output of `afa predict`: OUT/masks/NAME.tif if there is one, else NAME.png."""
+    tiff = out_dir / "masks" / f"{name}.tif"
+    return tiff if tiff.is_file() else out_dir / "masks" / f"{name}.png"
+
+
 def mask_items(images: Iterable[tuple[str, Path]], out_dir: Path) -> list[MaskItem]:
     """Pair images with the masks that `afa predict` and `afa pseudo` wrote.
 
     Args:
         images: Name and file of each.
-        out_dir: Their output; the mask of an image is OUT/masks/NAME.png.
+        out_dir: Their output; the mask of an image is its `mask_path`.
 
     Returns:
         The images that have a mask, in their order.
     """
-    items = (MaskItem(name, path, out_dir / "masks" / f"{name}.png") for name, path in images)
+    items = (MaskItem(name, path, mask_path(out_dir, name)) for name, path in images)
     return [item for item in items if item.mask_path.is_file()]
 
 

@@ -25,6 +25,7 @@ from afa.data.dataset import TaggedImages
 from afa.data.files import find_images
 from afa.data.images import image_name, level_warning, sample_peaks
 from afa.data.pixels import WHITE_LEVEL
+from afa.data.rows import Rows
 from afa.errors import AfaError
 from afa.evaluation.evaluate import resolve_batch_size
 from afa.evaluation.protocols import (
@@ -35,8 +36,10 @@ from afa.evaluation.protocols import (
     pseudo_sizes,
 )
 from afa.formats.write import FORMATS
+from afa.inference.big import Bands, Large
 from afa.inference.masks import Made, PredictSummary, Task, write_masks
-from afa.inference.predictor import Predictor, PreparedImage
+from afa.inference.predictor import MAX_SIDE, Predictor, PreparedImage
+from afa.inference.tiling import Tiling
 from afa.model.network import AfaNetwork
 from afa.runtime import say
 
@@ -89,6 +92,16 @@ def predict_files(
         kept = maps if scores else [None] * len(maps)
         return [Made(each.label(image.size), k) for each, image, k in zip(maps, images, kept, strict=True)]
 
+    def allowed(name: str) -> NDArray[np.bool_] | None:
+        return predictor.allowed(known.get(name), where=f"{files[name]}: ")
+
+    def opened(name: str) -> Rows:
+        allowed(name)  # before the image is read: a tag may be unknown
+        data = predictor.config.data
+        return Rows(files[name], max_pixels=predictor.tiling.max_pixels, white_level=data.white_level)
+
+    if scores and predictor.tiling.side:
+        raise AfaError("--scores are not written for tiles, they would fill the disk; leave out --scores or --tiles")
     task = Task(
         title="predict",
         stamp=_prediction_stamp(predictor, known, scores=scores),
@@ -100,6 +113,7 @@ def predict_files(
         skip_broken=predictor.config.data.skip_broken,
         otherwise="predict without --resume, or use another",
         go_on="the same command with --resume goes on",
+        large=_large(predictor.tiling, opened, lambda name, rows: predictor.tiling.labels(rows, allowed(name))),
     )
     return write_masks(task, out_dir, list(files), resume=resume, progress=progress)
 
@@ -113,6 +127,7 @@ def pseudo_files(
     kind: str = "refined",
     refine: bool = False,
     overlay: bool = False,
+    tiling: Tiling | None = None,
     progress: bool = True,
 ) -> PredictSummary:
     """Write pseudo labels of tagged images as OUT/masks/NAME.png, 255 where they are uncertain.
@@ -129,6 +144,7 @@ def pseudo_files(
         kind: `cam`, `propagated`, `initial` or `refined`, as `pseudo_labels` has it.
         refine: As `pseudo_labels`.
         overlay: Also write OUT/overlays/NAME.jpg.
+        tiling: Which images are made in tiles; None: none is.
         progress: Show a progress bar on standard error.
 
     Returns:
@@ -140,6 +156,8 @@ def pseudo_files(
     """
     check_choice(kind, PSEUDO_LABELS, what="labels")
     task = _pseudo_task(network, images, config, kind=kind, refine=refine, overlay=overlay)
+    if tiling is not None:
+        task = _pseudo_in_tiles(task, images, tiling, kind=kind, refine=refine)
     return write_masks(task, out_dir, images.names, resume=True, progress=progress)
 
 
@@ -187,6 +205,34 @@ def _pseudo_task(
     )
 
 
+def pseudo_tiling(network: AfaNetwork, config: Config, tiles: str | int, *, max_pixels: int | None) -> Tiling:
+    """Which images get their pseudo labels in tiles, of the size of the training crops for `auto`; as of `Tiling`."""
+    batch_size = resolve_batch_size(config.evaluation.batch_size, next(network.parameters()).device)
+    view = config.augment.crop_size
+    return Tiling(network, config, tiles, max_side=MAX_SIDE, batch_size=batch_size, view=view, max_pixels=max_pixels)
+
+
+def _pseudo_in_tiles(
+    task: Task[_TaggedImage], images: TaggedImages, tiling: Tiling, *, kind: str, refine: bool
+) -> Task[_TaggedImage]:
+    """The same task with large images in tiles."""
+    positions = {name: index for index, name in enumerate(images.names)}
+
+    def opened(name: str) -> Rows:
+        path = images.image_path(positions[name])
+        return Rows(path, max_pixels=tiling.max_pixels, white_level=images.white_level)
+
+    def bands(name: str, _: Rows) -> Bands:
+        return tiling.pseudo_labels(lambda: opened(name), images.tags(positions[name]), kind=kind, refine=refine)
+
+    stamp = {**task.stamp, **({"tiles": tiling.side} if tiling.side else {})}
+    return dataclasses.replace(task, stamp=stamp, large=_large(tiling, opened, bands))
+
+
+def _large(tiling: Tiling, opened: Callable[[str], Rows], bands: Callable[[str, Rows], Bands]) -> Large | None:
+    return Large(tiling, opened, bands) if tiling.side else None
+
+
 def _prediction_stamp(predictor: Predictor, tags: Mapping[str, Sequence[str]], *, scores: bool) -> dict[str, Any]:
     config = predictor.config.evaluation
     views = ("long_side", "scales") if config.multiscale else ("short_side",)
@@ -206,6 +252,7 @@ def _prediction_stamp(predictor: Predictor, tags: Mapping[str, Sequence[str]], *
         ),
         "tags": hashlib.sha256(json.dumps(known).encode()).hexdigest() if known else None,
         "scores": scores,
+        **({"tiles": predictor.tiling.side} if predictor.tiling.side else {}),
     }
 
 

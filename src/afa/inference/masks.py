@@ -27,10 +27,13 @@ from afa.data.dataset import TaggedImages
 from afa.data.images import read_mask
 from afa.data.palette import overlay as lay_over
 from afa.data.palette import write_index_png
+from afa.data.rows import Rows
+from afa.data.tiff import TILE
 from afa.errors import AfaError, BrokenImageError
 from afa.evaluation.evaluate import group_by_size
 from afa.evaluation.protocols import LogitMaps
-from afa.formats.write import FormatResult
+from afa.formats.write import FormatResult, mask_path
+from afa.inference.big import Large
 from afa.inference.predictor import PreparedImage
 from afa.runs.files import write_whole
 from afa.runtime import Advance, image_progress, read_ahead, say
@@ -127,12 +130,11 @@ def summarize_masks(written: PredictSummary, images: TaggedImages, out_dir: Path
         images: The images; one without a mask is passed over.
         out_dir: Folder that has the masks.
     """
-    folder = out_dir / "masks"
-    indices = [index for index, name in enumerate(images.names) if (folder / f"{name}.png").is_file()]
+    indices = [index for index, name in enumerate(images.names) if mask_path(out_dir, name).is_file()]
     nothing: dict[str, list[str]] = {}
     covered = total = 0
-    for index, reading in read_ahead(lambda index: read_mask(folder / f"{images.names[index]}.png"), indices):
-        counts = np.bincount(reading.result().reshape(-1), minlength=256)
+    for index, reading in read_ahead(lambda index: _count_values(mask_path(out_dir, images.names[index])), indices):
+        counts = reading.result()
         missed = np.flatnonzero(images.tagged[index] & (counts[1 : 1 + len(images.classes)] == 0))
         if missed.size:
             nothing[images.names[index]] = [images.classes[place] for place in missed]
@@ -140,6 +142,17 @@ def summarize_masks(written: PredictSummary, images: TaggedImages, out_dir: Path
     summary = MasksSummary(written, 100 * covered / max(1, total), nothing, len(indices))
     write_whole(out_dir / "masks.json", json.dumps(summary.to_json(), indent=1) + "\n")
     return summary
+
+
+def _count_values(path: Path) -> NDArray[np.int64]:
+    """(256,) how many pixels of a mask have each value."""
+    if path.suffix == ".png":
+        return np.bincount(read_mask(path).reshape(-1), minlength=256)
+    counts = np.zeros(256, np.int64)
+    with Rows(path, max_pixels=0, convert=np.asarray) as rows:
+        while (band := rows.take(TILE)).size:
+            counts += np.bincount(band.reshape(-1), minlength=256)
+    return counts
 
 
 class Made:
@@ -183,6 +196,7 @@ class Task(Generic[_Image]):
         skip_broken: Whether images that cannot be read are no failure.
         otherwise: What to do about masks that something else made.
         go_on: How to go on after a failure.
+        large: For images that are made in tiles, and then not read by `read`.
     """
 
     title: str
@@ -195,6 +209,7 @@ class Task(Generic[_Image]):
     skip_broken: bool
     otherwise: str
     go_on: str
+    large: Large | None = None
 
     def write(self, out_dir: Path, name: str, pixels: NDArray[np.uint8], made: Made) -> None:
         """Write a mask and what belongs to it."""
@@ -237,8 +252,14 @@ def write_masks(
     started, skipped = time.monotonic(), len(names) - len(missing)
     failed: list[str] = []
     broken: list[str] = []
+    large: list[str] = []
     writing: deque[Future[None]] = deque()
     written = 0
+
+    def leave_out(error: AfaError) -> None:
+        is_left_out = task.skip_broken and isinstance(error, BrokenImageError)
+        (broken if is_left_out else failed).append(str(error))
+        say(f"skipped: {error}")
 
     def finish(waiting: int) -> None:
         nonlocal written
@@ -251,13 +272,22 @@ def write_masks(
         with (
             ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="afa-write") as writers,
             image_progress(task.title, total=len(missing), enabled=progress) as advance,
-            closing(_readable(task, missing, failed, broken, advance)) as images,
+            closing(_readable(task, missing, leave_out, advance, large)) as images,
         ):
             for group in group_by_size(images, sizes=lambda item: item[1].sizes, batch_size=task.batch_size):
                 for (name, image), made in zip(group, task.infer([image for _, image in group]), strict=True):
                     writing.append(writers.submit(task.write, out_dir, name, image.pixels, made))
                 finish(_WRITE_BEHIND + len(group))
             finish(0)
+        for name in large:
+            assert task.large is not None
+            if name == large[0]:
+                task.large.announce(large)
+            try:
+                task.large.write(out_dir, name, title=task.title, overlay=task.overlay, progress=progress)
+                written += 1
+            except BrokenImageError as error:
+                leave_out(error)
     except AfaError as error:
         done = skipped + written + sum(future.exception() is None for future in writing)
         left = len(names) - done
@@ -267,16 +297,22 @@ def write_masks(
 
 
 def _readable(
-    task: Task[_Image], names: Sequence[str], failed: list[str], broken: list[str], advance: Advance
+    task: Task[_Image], names: Sequence[str], leave_out: Callable[[AfaError], None], advance: Advance, large: list[str]
 ) -> Generator[tuple[str, _Image], None, None]:
-    """Names and images in their order; of those that cannot be read, the reason goes to `failed` or `broken`."""
-    for name, reading in read_ahead(task.read, names):
+    """Names and images in their order, but for those that cannot be read; those made in tiles go to `large`."""
+
+    def read(name: str) -> _Image | None:
+        return None if task.large and task.large.has(name) else task.read(name)
+
+    for name, reading in read_ahead(read, names):
         try:
             image = reading.result()
         except AfaError as error:
-            is_left_out = task.skip_broken and isinstance(error, BrokenImageError)
-            (broken if is_left_out else failed).append(str(error))
-            say(f"skipped: {error}")
+            leave_out(error)
+            advance(1)
+            continue
+        if image is None:
+            large.append(name)
             advance(1)
         else:
             yield name, image
@@ -310,7 +346,7 @@ def _missing(
                 words = f"the masks that are there were made {how} {key}"
             raise AfaError(f"{path}: {words}; {otherwise} folder")
         since = path.stat().st_mtime_ns
-        missing = [name for name in names if _modified(masks / f"{name}.png") < since]
+        missing = [name for name in names if _modified(mask_path(out_dir, name)) < since]
         if len(missing) < len(names):
             say(f"{masks}: {len(names) - len(missing)} of {len(names)} masks are there already and left as they are")
         return missing

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast, overload
+from typing import Any, Final, TypeVar, cast, overload
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from afa.errors import AfaError
 from afa.evaluation.evaluate import group_by_size, resolve_batch_size
 from afa.evaluation.protocols import PROTOCOLS, LogitMaps, check_choice, group_sizes, host_tensor, logit_maps
 from afa.inference.hub import find_pretrained, load_pretrained, push_to_hub, save_pretrained
+from afa.inference.tiling import Tiling
 from afa.model.network import AfaNetwork
 from afa.runs.network import LoadedRun, load_run
 from afa.runtime import pick_device, read_ahead
@@ -33,6 +34,9 @@ from afa.runtime import pick_device, read_ahead
 ImageLike = str | Path | Image.Image | NDArray[np.uint8]
 """An image file, a Pillow image, or an (H, W, 3) uint8 RGB array."""
 
+
+MAX_SIDE: Final = 1024
+"""Longer side above which images are scaled down for the network or tiled, pixels."""
 
 _Image = TypeVar("_Image", bound=ImageLike)
 
@@ -130,13 +134,25 @@ class Predictor:
         max_side: Larger images are scaled to this longer side for the network, pixels; masks keep the size of
             the image. Far above the training crops objects look unlike anything seen, and memory grows with
             the area.
+        tiles: `auto` shows the network images beyond `max_side` in tiles that overlap, at native resolution
+            (`evaluation.short_side` and `long_side` do not apply); a number is the side of the tiles, and larger images
+            are tiled; `off` tiles none. The side of `auto` is `evaluation.short_side` or, without it, `max_side`.
+        max_pixels: Limit of pixels of an image file; 0 is none, None is that of `afa.data.images`, or in tiles of
+            `afa.data.rows`.
 
     Raises:
-        AfaError: Unknown protocol.
+        AfaError: Unknown protocol, or `tiles` is nothing of these.
     """
 
     def __init__(
-        self, network: AfaNetwork, classes: Sequence[str], *, config: Config | None = None, max_side: int = 1024
+        self,
+        network: AfaNetwork,
+        classes: Sequence[str],
+        *,
+        config: Config | None = None,
+        max_side: int = MAX_SIDE,
+        tiles: str | int = "off",
+        max_pixels: int | None = None,
     ) -> None:
         assert len(classes) == network.num_classes, (len(classes), network.num_classes)
         self.network = network
@@ -147,11 +163,20 @@ class Predictor:
         self.max_side = max_side
         self.device = next(network.parameters()).device
         self.batch_size = resolve_batch_size(self.config.evaluation.batch_size, self.device)
+        self.tiling = Tiling(
+            network, self.config, tiles, max_side=max_side, batch_size=self.batch_size, max_pixels=max_pixels
+        )
         self.loaded: LoadedRun | None = None
 
     @classmethod
     def from_run(
-        cls, run: str | Path, *, device: str = "auto", protocol: str | None = None, precision: Precision = "fp32"
+        cls,
+        run: str | Path,
+        *,
+        device: str = "auto",
+        protocol: str | None = None,
+        precision: Precision = "fp32",
+        tiles: str | int = "off",
     ) -> Predictor:
         """Load the network of a run folder, finished or not.
 
@@ -160,15 +185,22 @@ class Predictor:
             device: `auto`, `cpu`, `cuda` or `mps`.
             protocol: One of `PROTOCOLS`; None is that of the run's configuration.
             precision: Arithmetic of the network.
+            tiles: As of `Predictor`.
 
         Raises:
             AfaError: Not a run folder, no usable weights in it, no such device, or unknown protocol.
         """
-        return cls._from(load_run, Path(run), device=device, protocol=protocol, precision=precision)
+        return cls._from(load_run, Path(run), device=device, protocol=protocol, precision=precision, tiles=tiles)
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, device: str = "auto", protocol: str | None = None, precision: Precision = "fp32"
+        cls,
+        source: str | Path,
+        *,
+        device: str = "auto",
+        protocol: str | None = None,
+        precision: Precision = "fp32",
+        tiles: str | int = "off",
     ) -> Predictor:
         """Load a network from a folder of `save_pretrained`, the Hugging Face hub, or a run folder.
 
@@ -177,12 +209,13 @@ class Predictor:
             device: `auto`, `cpu`, `cuda` or `mps`.
             protocol: One of `PROTOCOLS`; None is that of the network's configuration.
             precision: Arithmetic of the network.
+            tiles: As of `Predictor`.
 
         Raises:
             AfaError: As `afa.inference.hub.load_pretrained`; no such device, or unknown protocol.
         """
         folder = find_pretrained(source)
-        return cls._from(load_pretrained, folder, device=device, protocol=protocol, precision=precision)
+        return cls._from(load_pretrained, folder, device=device, protocol=protocol, precision=precision, tiles=tiles)
 
     @classmethod
     def _from(
@@ -193,6 +226,7 @@ class Predictor:
         device: str,
         protocol: str | None,
         precision: Precision,
+        tiles: str | int,
     ) -> Predictor:
         loaded = load(folder, pick_device(device))
         evaluation, train = loaded.config.evaluation, replace(loaded.config.train, precision=precision)
@@ -200,7 +234,7 @@ class Predictor:
             check_choice(protocol, PROTOCOLS, what="protocol")
             evaluation = replace(evaluation, protocol=cast(Any, protocol))
         config = replace(loaded.config, evaluation=evaluation, train=train)
-        predictor = cls(loaded.network, loaded.classes, config=config)
+        predictor = cls(loaded.network, loaded.classes, config=config, tiles=tiles)
         predictor.loaded = loaded
         return predictor
 
@@ -269,7 +303,7 @@ class Predictor:
         return [predictions[index] for index in range(len(image))]
 
     def prepare(self, image: ImageLike, tags: Sequence[str] | None = None) -> PreparedImage:
-        """Read an image, check its tags and scale it to `max_side`; any thread may do it.
+        """Read an image, check its tags and scale it to `max_side` unless it is tiled; any thread may do it.
 
         Args:
             image: Image file, Pillow image, or (H, W, 3) uint8 RGB array.
@@ -278,16 +312,16 @@ class Predictor:
         Raises:
             AfaError: The image is unreadable or an array of another kind; a tag is none of the classes.
         """
-        pixels = view = image_array(image, white_level=self.config.data.white_level)
+        pixels = view = image_array(image, white_level=self.config.data.white_level, max_pixels=self.tiling.max_pixels)
         height, width = pixels.shape[:2]
         shrink = self.max_side / max(height, width)
-        if shrink < 1:
+        if shrink < 1 and not self.tiling.covers((height, width)):
             size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
             view = np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
         return PreparedImage(
             pixels,
             host_tensor(view, device=self.device),
-            self._allowed(tags, where=f"{image}: " if isinstance(image, str | Path) else ""),
+            self.allowed(tags, where=f"{image}: " if isinstance(image, str | Path) else ""),
             group_sizes((view.shape[0], view.shape[1]), self.config),
         )
 
@@ -309,16 +343,25 @@ class Predictor:
         )
 
     def _predict(self, images: Sequence[PreparedImage]) -> list[Prediction]:
+        names = ("background", *self.classes)
+        if self.tiling.covers(images[0].size):
+            return [
+                Prediction(
+                    self.tiling.label(each.pixels, each.allowed),
+                    partial(self.tiling.scores, each.pixels, each.allowed),
+                    names,
+                )
+                for each in images
+            ]
         maps = self.segment(images)
         labels = [each.label(image.size) for each, image in zip(maps, images, strict=True)]
-        names = ("background", *self.classes)
         return [
             Prediction(label.cpu().numpy(), partial(_scores, each, image.size), names, self.config.data.white_level)
             for label, each, image in zip(labels, maps, images, strict=True)
         ]
 
-    def _allowed(self, tags: Sequence[str] | None, *, where: str) -> NDArray[np.bool_] | None:
-        """(K,) which channels the tags leave."""
+    def allowed(self, tags: Sequence[str] | None, *, where: str = "") -> NDArray[np.bool_] | None:
+        """(K,) which channels the tags leave, None for all; an `AfaError` that begins with `where` for another tag."""
         if tags is None:
             return None
         for tag in tags:
@@ -327,14 +370,16 @@ class Predictor:
         return np.array([True, *(name in tags for name in self.classes)])
 
 
-def image_array(image: ImageLike, *, white_level: int = WHITE_LEVEL) -> NDArray[np.uint8]:
+def image_array(
+    image: ImageLike, *, white_level: int = WHITE_LEVEL, max_pixels: int | None = None
+) -> NDArray[np.uint8]:
     """Turn any kind of image that `Predictor` takes into (H, W, 3) uint8 RGB, the same for a file and a picture of it.
 
     Raises:
         AfaError: The file or picture is unreadable, or the array is not an RGB image.
     """
     if isinstance(image, (str, Path)):
-        return read_image(Path(image), white_level=white_level)
+        return read_image(Path(image), white_level=white_level, max_pixels=max_pixels)
     if isinstance(image, Image.Image):
         return picture_pixels(image, "the picture", white_level=white_level)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:

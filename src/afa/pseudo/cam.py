@@ -89,7 +89,9 @@ class CamResult:
     walk: NetworkOutput | None = None
 
 
-def fuse_scores(scores: Sequence[Tensor], size: tuple[int, int], *, mirrored: bool = True) -> Tensor:
+def fuse_scores(
+    scores: Sequence[Tensor], size: tuple[int, int], *, mirrored: bool = True, limits: Tensor | None = None
+) -> Tensor:
     """Fuse raw class scores of several scales into one CAM.
 
     The scores of each scale are enlarged. The larger score of an image and its mirror image counts, if positive.
@@ -99,6 +101,7 @@ def fuse_scores(scores: Sequence[Tensor], size: tuple[int, int], *, mirrored: bo
         scores: Of each scale (2B, C, h, w) raw class scores: B of the plain images, then B of the flipped ones.
         size: (H, W) of the CAM.
         mirrored: Off, there are B of the plain images alone.
+        limits: As of `normalize_cam`.
 
     Returns:
         (B, C, H, W) in [0, 1].
@@ -116,20 +119,23 @@ def fuse_scores(scores: Sequence[Tensor], size: tuple[int, int], *, mirrored: bo
             positive = resize(score, size).relu()  # (B, C, H, W)
         total = positive if total is None else total + positive
     assert total is not None
-    return normalize_cam(total)
+    return normalize_cam(total, limits)
 
 
-def normalize_cam(cam: Tensor) -> Tensor:
+def normalize_cam(cam: Tensor, limits: Tensor | None = None) -> Tensor:
     """Scale each class of each image to [0, 1] over its positions.
 
     Args:
         cam: (B, C, H, W) any range.
+        limits: (2, B, C, 1, 1), smallest and largest value of the image that `cam` is a tile of; None are its own.
 
     Returns:
         (B, C, H, W): cam minus its spatial minimum, divided by the spatial maximum of that difference + 1e-5.
     """
-    shifted = cam - cam.amin((2, 3), keepdim=True)  # minus (B, C, 1, 1)
-    return shifted / (shifted.amax((2, 3), keepdim=True) + 1e-5)
+    low = cam.amin((2, 3), keepdim=True) if limits is None else limits[0]  # (B, C, 1, 1)
+    shifted = cam - low
+    span = shifted.amax((2, 3), keepdim=True) if limits is None else limits[1] - low  # (B, C, 1, 1)
+    return shifted / (span + 1e-5)
 
 
 @torch.no_grad()
@@ -142,6 +148,7 @@ def multi_scale_cam(
     affinity: bool = False,
     plain_scores: Tensor | None = None,
     pick: Callable[[Tensor], Tensor] | None = None,
+    limits: Tensor | None = None,
 ) -> CamResult:
     """Run the encoder over all scales and flips and fuse the class scores.
 
@@ -154,6 +161,7 @@ def multi_scale_cam(
         plain_scores: (B, C, h, w) class scores of the unflipped image at scale 1, if a pass made them already.
         pick: (B, C, h, w) -> (B, P, h, w), picks the channels that are wanted before any is enlarged. Each channel is
             fused and scaled on its own, so it does not depend on the others. None: all C.
+        limits: (2, B, C, 1, 1), as of `normalize_cam`, of all C.
 
     Returns:
         CAM at the size of the image.
@@ -180,4 +188,6 @@ def multi_scale_cam(
             grid = (plain.shape[2], plain.shape[3])
         scores.append(torch.cat(sides if pick is None else [pick(side) for side in sides]))  # (B or 2B, P, h, w)
     size = (image.shape[2], image.shape[3])
-    return CamResult(cam=fuse_scores(scores, size, mirrored=mirrored), grid=grid, walk=walk)
+    if limits is not None and pick is not None:
+        limits = torch.stack([pick(each) for each in limits])  # (2, B, P, 1, 1)
+    return CamResult(cam=fuse_scores(scores, size, mirrored=mirrored, limits=limits), grid=grid, walk=walk)

@@ -114,6 +114,7 @@ def infer_pseudo(
     refined: bool = False,
     crf: CrfFunction | None = None,
     num_slots: int | None = None,
+    limits: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Make CAMs and pseudo labels of whole images.
 
@@ -126,6 +127,7 @@ def infer_pseudo(
         refined: Also put `cam_label` and `propagated_label` through the low-level refinement.
         crf: Refines the scores of all labels last; None: nothing does.
         num_slots: 1 + the largest number of tags of an image, if known on the host.
+        limits: (2, B, C, 1, 1), for tiles: the range of the CAMs of their image, as of `normalize_cam`.
 
     Returns:
         By name: `cam` (B, C, H, W) in [0, 1], absent classes 0; `propagated` (B, K, H, W) scores after the walk;
@@ -137,7 +139,13 @@ def infer_pseudo(
     present = present_classes(tags, num_slots=num_slots)
     foreground = present.foreground
     picked = multi_scale_cam(
-        score, image, scales=config.scales, mirrored=config.mirror, affinity=walks, pick=foreground.gather
+        score,
+        image,
+        scales=config.scales,
+        mirrored=config.mirror,
+        affinity=walks,
+        pick=foreground.gather,
+        limits=limits,
     )
     refiner = Refiner(image, config)
     box = _whole_box(*refiner.size, image.device).expand(image.shape[0], -1)  # (B, 4)

@@ -54,7 +54,9 @@ def write_whole(
                 file.flush()
                 os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise AfaError(f"{path}: cannot be written ({error.strerror or error}); {remedy}") from None

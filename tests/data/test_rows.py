@@ -1,0 +1,207 @@
+"""Images in rows: the pixels of `read_image`, whatever the format; TIFF masks; limits and broken files."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from afa.data import rows as rows_module
+from afa.data.images import read_image, read_mask
+from afa.data.palette import voc_palette
+from afa.data.rows import Rows
+from afa.data.tiff import write_label_tiff
+from mistakes import refused
+
+GEO = {33550: (12, (0.5, 0.5, 0.0)), 33922: (12, (0.0, 0.0, 0.0, 7.0, 8.0, 0.0)), 34735: (3, (1, 1, 0, 0))}
+
+KINDS = ((0, 1, (1, 2, 4, 8, 16)), (2, 3, (8, 16)), (3, 1, (1, 2, 4, 8)), (4, 2, (8, 16)), (6, 4, (8, 16)))
+"""Color type of a PNG, its samples a pixel, and its depths."""
+
+
+@pytest.fixture(autouse=True)
+def small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several bands in a small image."""
+    monkeypatch.setattr(rows_module, "_BAND_BYTES", 1500)
+
+
+def smooth(height: int, width: int, channels: int, *, kind: Any = np.uint8) -> np.ndarray:
+    """Slopes and noise, for which PNG writers choose all kinds of differences."""
+    noise = np.random.default_rng(0).integers(0, 9, (height, width, channels))
+    slope = np.add.outer(3 * np.arange(height), 2 * np.arange(width))[:, :, None] + 9 * np.arange(channels)
+    factor = 1 if kind == np.uint8 else 97
+    return ((slope + noise) * factor % (np.iinfo(kind).max + 1)).astype(kind)
+
+
+def assert_same_pixels(path: Path, *, is_streamed: bool = True) -> None:
+    expected = read_image(path)
+    with Rows(path) as rows:
+        assert rows.size == expected.shape[:2]
+        assert rows.is_streamed == is_streamed
+        found = []
+        while len(part := rows.take(13)):
+            found.append(part)
+    assert {len(part) for part in found[:-1]} <= {13}
+    np.testing.assert_array_equal(np.concatenate(found), expected)
+
+
+def png_bytes(width: int, height: int, depth: int, kind: int, rows: bytes, *, interlace: int = 0) -> bytes:
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, interlace))]
+    if kind == 3:
+        chunks += [(b"PLTE", voc_palette().tobytes()[: 3 * 2**depth]), (b"tRNS", b"\0\x80")]
+    packed = zlib.compress(rows)
+    half = len(packed) // 2
+    chunks += [(b"tEXt", b"a\0b"), (b"IDAT", packed[:half]), (b"IDAT", packed[half:]), (b"IEND", b"")]
+    found = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + found
+
+
+@pytest.mark.parametrize(
+    ("depth", "kind", "channels"),
+    [(depth, kind, channels) for kind, channels, depths in KINDS for depth in depths],
+)
+def test_png_of_every_kind(tmp_path: Path, depth: int, kind: int, channels: int) -> None:
+    width, height = 37, 61
+    stored = np.random.default_rng(0).integers(0, 256, (height, 1 + (width * depth * channels + 7) // 8), np.uint8)
+    stored[:, 0] %= 5  # the kind of differences of a row
+    path = tmp_path / "a.png"
+    path.write_bytes(png_bytes(width, height, depth, kind, stored.tobytes()))
+    assert_same_pixels(path)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_png_of_pillow(tmp_path: Path, mode: str) -> None:
+    image = Image.fromarray(smooth(77, 93, 4)).convert("L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(smooth(77, 93, 1, kind=np.uint16)[:, :, 0])
+    image.save(tmp_path / "a.png")
+    assert_same_pixels(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_striped_tiff(tmp_path: Path, mode: str, compression: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compression == "jpeg" and mode in ("P", "RGBA", "I;16"):
+        return
+    monkeypatch.setattr("PIL.TiffImagePlugin.STRIP_SIZE", 2000)
+    image = Image.fromarray(smooth(77, 93, 4)).convert("L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(smooth(77, 93, 1, kind=np.uint16)[:, :, 0])
+    image.save(tmp_path / "a.tif", compression=compression)
+    assert_same_pixels(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize("tile", [None, (32, 48)])
+def test_tiff_of_another_writer(tmp_path: Path, kind: Any, planar: Any, tile: Any) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="tifffile writes the TIFFs of this test")
+    pixels, path = smooth(77, 93, 3, kind=kind), tmp_path / "a.tif"
+    stored = pixels if planar == "contig" else np.moveaxis(pixels, 2, 0)
+    for settings in (
+        {"byteorder": "<"},
+        {"byteorder": ">"},
+        {"bigtiff": True},
+        {"compression": "zlib", "predictor": True},
+    ):
+        tifffile.imwrite(path, stored, photometric="rgb", planarconfig=planar, tile=tile, **settings)
+        np.testing.assert_array_equal(read_image(path), pixels if kind == np.uint8 else pixels >> 8)
+        assert_same_pixels(path)
+
+
+def test_other_images_are_read_whole(tmp_path: Path) -> None:
+    image = Image.fromarray(smooth(40, 50, 3))
+    image.save(tmp_path / "a.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("turned.jpg", "turned.png", "turned.tif"):
+        image.save(tmp_path / name, exif=exif)
+    (tmp_path / "interlaced.png").write_bytes(png_bytes(1, 1, 8, 0, b"\0\x07", interlace=1))
+    for path in tmp_path.iterdir():
+        assert_same_pixels(path, is_streamed=False)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_cut_off_file(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.TiffImagePlugin.STRIP_SIZE", 2000)
+    path = tmp_path / f"a.{suffix}"
+    content = io.BytesIO()
+    Image.fromarray(smooth(90, 80, 3)).save(content, format="png" if suffix == "png" else "tiff")
+    path.write_bytes(content.getvalue()[: len(content.getvalue()) * 2 // 3])
+    with Rows(path) as rows:
+        assert len(rows.take(10)) == 10
+        with refused(f"{path}: cannot be read as an image (the file is truncated after row ", " of 90); replace it"):
+            rows.take(80)
+
+
+def test_damaged_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(smooth(90, 80, 3)).save(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 :: 40] = b"\xff" * len(content[len(content) // 2 :: 40])
+    path.write_bytes(content)
+    with Rows(path) as rows, refused(f"{path}: cannot be read as an image ("):
+        rows.take(90)
+
+
+def test_the_limit_of_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png_bytes(70_000, 70_000, 8, 0, b""))
+    with refused(f"{path}: more than 4,294,967,296 pixels", "--max-pixels"):
+        Rows(path)
+    with Rows(path, max_pixels=0) as rows:
+        assert rows.size == (70_000, 70_000)
+    with refused(f"{path}: more than 5 pixels"):
+        Rows(path, max_pixels=5)
+    Image.new("L", (4, 4)).save(tmp_path / "b.jpg")
+    with refused("b.jpg: more than 15 pixels"):
+        read_image(tmp_path / "b.jpg", max_pixels=15)
+    assert read_image(tmp_path / "b.jpg", max_pixels=16).shape == (4, 4, 3)
+
+
+def label_tiff(path: Path, label: np.ndarray, *, band: int, geo: Any = None) -> None:
+    with path.open("wb") as file:
+        bands = (label[top : top + band] for top in range(0, len(label), band))
+        write_label_tiff(file, (label.shape[0], label.shape[1]), bands, geo or {})
+
+
+@pytest.mark.parametrize("size", [(1, 1), (511, 600), (1024, 512), (1100, 30)])
+def test_tiff_masks(tmp_path: Path, size: tuple[int, int]) -> None:
+    label = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    path = tmp_path / "mask.tif"
+    label_tiff(path, label, band=300)
+    np.testing.assert_array_equal(read_mask(path), label)
+    with Image.open(path) as image:
+        assert image.getpalette() == voc_palette().ravel().tolist()
+    with Rows(path, convert=np.asarray) as rows:
+        np.testing.assert_array_equal(rows.take(700), label[:700])
+        assert rows.take(700).size == label[700:].size
+    assert_same_pixels(path)
+
+
+def test_where_on_earth_is_kept(tmp_path: Path) -> None:
+    source = tmp_path / "a.tif"
+    Image.fromarray(smooth(60, 40, 3)).save(source, tiffinfo={tag: value for tag, (_, value) in GEO.items()})
+    with Rows(source) as rows:
+        label_tiff(tmp_path / "mask.tif", np.zeros(rows.size, np.uint8), band=60, geo=rows.geo)
+    with Image.open(tmp_path / "mask.tif") as mask:
+        assert {tag: mask.tag_v2[tag] for tag in GEO} == {tag: value for tag, (_, value) in GEO.items()}
+    with Rows(tmp_path / "mask.tif") as rows:
+        assert set(rows.geo) == set(GEO)
+
+
+def test_other_readers_find_where_on_earth(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="tifffile reads the mask of this test")
+    label = np.random.default_rng(0).integers(0, 256, (600, 700), dtype=np.uint8)
+    label_tiff(tmp_path / "mask.tif", label, band=600, geo=GEO)
+    with tifffile.TiffFile(tmp_path / "mask.tif") as file:
+        page = file.pages[0]
+        assert page.is_tiled
+        assert page.geotiff_tags["ModelPixelScale"] == [0.5, 0.5, 0.0]
+        np.testing.assert_array_equal(page.asarray(), label)
