@@ -253,6 +253,9 @@ def test_pseudo_labels_in_tiles(tmp_path: Path, untrained: Path) -> None:
         assert set(np.unique(mask)) <= {0, 1, 3}
     found = summarize_masks(summary, images, out)
     assert found.num_images == 2
+    limited = pseudo_tiling(network, config, 160, max_pixels=12_799)
+    failed = pseudo_files(network, images, tmp_path / "no", config=config, tiling=limited, progress=False).failed
+    assert [line.partition(" more than ")[2][:6] for line in failed] == ["12,799"] * 2
     assert pseudo_tiling(network, config, "auto", max_pixels=None).side == 160
     (out / "masks" / "large.png").rename(out / "masks" / "kept.png")
     label = read_mask(out / "masks" / "kept.png")

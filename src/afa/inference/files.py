@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from afa.config import Config, EvaluationConfig
 from afa.data.dataset import TaggedImages
 from afa.data.files import find_images
-from afa.data.images import image_name, level_warning, sample_peaks
+from afa.data.images import image_name, level_warning, read_image, sample_peaks
 from afa.data.pixels import WHITE_LEVEL
 from afa.data.rows import Rows
 from afa.errors import AfaError
@@ -155,7 +155,8 @@ def pseudo_files(
             written (all others of the call that were made are there).
     """
     check_choice(kind, PSEUDO_LABELS, what="labels")
-    task = _pseudo_task(network, images, config, kind=kind, refine=refine, overlay=overlay)
+    limit = tiling.max_pixels if tiling else None
+    task = _pseudo_task(network, images, config, kind=kind, refine=refine, overlay=overlay, max_pixels=limit)
     if tiling is not None:
         task = _pseudo_in_tiles(task, images, tiling, kind=kind, refine=refine)
     return write_masks(task, out_dir, images.names, resume=True, progress=progress)
@@ -167,14 +168,27 @@ class _TaggedImage(PreparedImage):
 
 
 def _pseudo_task(
-    network: AfaNetwork, images: TaggedImages, config: Config, *, kind: str, refine: bool, overlay: bool
+    network: AfaNetwork,
+    images: TaggedImages,
+    config: Config,
+    *,
+    kind: str,
+    refine: bool,
+    overlay: bool,
+    max_pixels: int | None,
 ) -> Task[_TaggedImage]:
     device = next(network.parameters()).device
     pseudo, evaluation = config.pseudo, config.evaluation
     positions = {name: index for index, name in enumerate(images.names)}
 
     def read(name: str) -> _TaggedImage:
-        pixels, tags = images.image(positions[name]), images.tags(positions[name])
+        index = positions[name]
+        if max_pixels is None:
+            pixels = images.image(index)
+        else:
+            path = images.image_path(index)
+            pixels = read_image(path, white_level=images.white_level, max_pixels=max_pixels)
+        tags = images.tags(index)
         sizes = pseudo_sizes((pixels.shape[0], pixels.shape[1]), config)
         return _TaggedImage(pixels, host_tensor(pixels, device=device), None, sizes, tags)
 
