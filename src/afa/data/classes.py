@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from afa.config import DataConfig
-from afa.data.encoding import marked_encoding
+from afa.data.encoding import open_text
 from afa.data.images import image_name
 from afa.errors import AfaError, shown
 from afa.types import IGNORE_INDEX
@@ -108,7 +108,8 @@ def read_lines(path: Path) -> tuple[str, ...]:
         AfaError: The file is no text in UTF-8.
     """
     try:
-        text = path.read_text(encoding=marked_encoding(path))
+        with open_text(path) as file:
+            text = file.read()
     except UnicodeDecodeError:
         raise AfaError(f"{path}: not a text file in UTF-8; write one name a line") from None
     except OSError as error:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import io
 import re
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final, TextIO
 
 from afa.errors import AfaError
 
@@ -21,10 +22,15 @@ _KINDS: Final = (
 _WESTERN: Final = "ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜßàáâãäåæçèéêëìíîïñòóôõöøùúûüÿœŒ"
 
 
-def marked_encoding(path: Path) -> str:
-    """The encoding that the first bytes of a text file state; UTF-8 where they state none."""
-    with path.open("rb") as file:
-        start = file.read(64)
+def open_text(path: Path) -> TextIO:
+    """Open a text file in the encoding that its first bytes state, UTF-8 where they state none."""
+    file = path.open("rb")
+    encoding = _marked_encoding(file.read(64))
+    file.seek(0)
+    return io.TextIOWrapper(file, encoding=encoding, newline="")
+
+
+def _marked_encoding(start: bytes) -> str:
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-32" if start.startswith(codecs.BOM_UTF32_LE) else "utf-16"
     for bytes_of_zero, others, name in ((start[1::2], start[::2], "utf-16-le"), (start[::2], start[1::2], "utf-16-be")):
@@ -33,30 +39,43 @@ def marked_encoding(path: Path) -> str:
     return "utf-8-sig"
 
 
-def text_encoding(path: Path) -> tuple[str, str]:
-    """The encoding of a text file, and a text to show where it is a guess.
+def open_guessed(path: Path) -> tuple[TextIO, str]:
+    """Open a text file in its encoding, and tell a text to show where that is a guess.
 
     Files of single bytes are taken for Windows' cp1252 where all that is not ASCII are letters of Western Europe, never
     three in a row: other encodings give other characters, or whole words of such letters.
 
     Returns:
-        Name of the codec; the first word that the guess changed, empty where the encoding is certain.
+        The file; the first word that the guess changed, empty where the encoding is certain.
 
     Raises:
         AfaError: The file is no text, or of an unknown encoding.
     """
-    encoding = marked_encoding(path)
-    decoder = codecs.getincrementaldecoder(encoding)()
+    file = path.open("rb")
     try:
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                decoder.decode(block)
-            decoder.decode(b"", final=True)
+        encoding, guessed = _guess_encoding(path, file)
+    except BaseException:
+        file.close()
+        raise
+    file.seek(0)
+    return io.TextIOWrapper(file, encoding=encoding, newline=""), guessed
+
+
+def _guess_encoding(path: Path, file: BinaryIO) -> tuple[str, str]:
+    encoding = _marked_encoding(file.read(64))
+    decoder = codecs.getincrementaldecoder(encoding)()
+    file.seek(0)
+    try:
+        while block := file.read(2**20):
+            decoder.decode(block)
+        decoder.decode(b"", final=True)
         return encoding, ""
     except UnicodeDecodeError as error:
         if not encoding.startswith("utf-8"):
             raise AfaError(f"{path}: not a text in {encoding} ({error.reason}); save it in UTF-8") from None
-        raw, reason = path.read_bytes(), error.reason
+        reason = error.reason
+    file.seek(0)
+    raw = file.read()
     for start, kind in _KINDS:
         if raw.startswith(start):
             raise AfaError(f"{path}: is {kind}, not a text; save it as CSV in UTF-8")

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afa.data.dataset import ABSENT, PRESENT, UNKNOWN
-from afa.data.encoding import marked_encoding
+from afa.data.encoding import open_text
 from afa.errors import AfaError, shown
 
 _OUTLINES: Final = ("segmentation", "bbox", "rle", "points")
@@ -73,7 +73,7 @@ def load_json(path: Path, shrink: Callable[[dict[str, Any]], object]) -> Any:
         return found
 
     try:
-        with path.open(encoding=marked_encoding(path)) as file:
+        with open_text(path) as file:
             content = json.load(file, object_pairs_hook=to_dict)
     except AfaError:
         raise

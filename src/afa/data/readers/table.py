@@ -14,9 +14,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TextIO
 
-from afa.data.encoding import text_encoding
+from afa.data.encoding import open_guessed
 from afa.data.images import image_name
 from afa.data.readers.base import Contents, TagEntry, elements
 from afa.errors import AfaError, shown
@@ -78,12 +78,13 @@ def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:
     if suffix == ".json":
         return _entries(path, _object_rows(_json_objects(path, content)), classes)
     try:
-        encoding, guessed = text_encoding(path)
-        lines = _lines(path, encoding)
-        if suffix in (".jsonl", ".ndjson"):
-            found = _entries(path, _object_rows(_line_objects(path, lines)), classes)
-        else:
-            found = _read_csv(path, lines, classes)
+        file, guessed = open_guessed(path)
+        with file:
+            lines = _lines(path, file)
+            if suffix in (".jsonl", ".ndjson"):
+                found = _entries(path, _object_rows(_line_objects(path, lines)), classes)
+            else:
+                found = _read_csv(path, lines, classes)
     except OSError as error:
         raise AfaError(f"{path}: cannot be read ({error.strerror})") from None
     if guessed:
@@ -93,15 +94,14 @@ def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:
     return found
 
 
-def _lines(path: Path, encoding: str) -> Iterator[str]:
+def _lines(path: Path, file: TextIO) -> Iterator[str]:
     """The lines of a text file, with a limit on their length."""
-    with path.open(encoding=encoding, newline="") as file:
-        for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE + 1), ""), start=1):
-            if len(line) > _MAX_LINE:
-                raise AfaError(f"{path}, line {number}: longer than {_MAX_LINE:,} characters; write one image a line")
-            if "\0" in line:
-                raise AfaError(f"{path}, line {number}: holds a NUL byte; save the file as plain text in UTF-8")
-            yield line.removeprefix("\ufeff") if number == 1 else line
+    for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE + 1), ""), start=1):
+        if len(line) > _MAX_LINE:
+            raise AfaError(f"{path}, line {number}: longer than {_MAX_LINE:,} characters; write one image a line")
+        if "\0" in line:
+            raise AfaError(f"{path}, line {number}: holds a NUL byte; save the file as plain text in UTF-8")
+        yield line.removeprefix("\ufeff") if number == 1 else line
 
 
 def _read_csv(path: Path, lines: Iterator[str], known_classes: Sequence[str]) -> Contents:
