@@ -81,6 +81,10 @@ class DataConfig:
     """Memory for decoded images, GiB over all processes of a machine: those that fit are decoded once. -1 takes up to
     a quarter of what is free at the start (Linux; elsewhere none), 0 decodes each time. Results are the same."""
 
+    large_gib: Annotated[float, Meta(ge=0.0, le=1e6)] = 20.0
+    """Disk for images of more than 16 megapixels, GiB: they are decoded once, into the folder `pixels` of the run, and
+    a crop reads its part alone. Images beyond that are decoded each time, as all are with 0."""
+
     feature_dir: str = ""
     """Folder of the feature cache, on a fast disk; runs may share it. Empty: the folder `features` of the run."""
 

@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from afa.data.large import LargeImages
 from afa.errors import AfaError
 
 _GIB: Final = 2**30
@@ -29,8 +30,8 @@ class PixelCache:
     more often than others. Threads may share a cache.
     """
 
-    def __init__(self, num_images: int, max_bytes: int) -> None:
-        """Reserve at most `max_bytes` for the images of a set; 0 caches nothing.
+    def __init__(self, num_images: int, max_bytes: int, *, large: LargeImages | None = None) -> None:
+        """Reserve at most `max_bytes` for the images of a set; 0 caches nothing. `large` has those that stay on disk.
 
         Raises:
             AfaError: The system does not give that much.
@@ -43,6 +44,7 @@ class PixelCache:
         self._placed = [False] * num_images
         self._used = 0
         self._lock = threading.Lock()
+        self._large = large
 
     @property
     def used_bytes(self) -> int:
@@ -59,6 +61,9 @@ class PixelCache:
         cached = self._images[index]
         if cached is not None:
             return cached
+        large = None if self._large is None else self._large.image(index)
+        if large is not None:
+            return large
         pixels = read(index)
         with self._lock:
             start = self._used

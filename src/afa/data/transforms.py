@@ -128,7 +128,11 @@ def resample_image(
     """
     rows, columns = plan.rows, plan.columns
     size = (columns.end - columns.start, rows.end - rows.start)
-    box = (columns.first, rows.first, columns.last, rows.last)
+    (top, bottom), (left, right) = (0, rows.length), (0, columns.length)
+    if isinstance(image, np.memmap):  # of a file, no more than the crop reads
+        (top, bottom), (left, right) = rows.window, columns.window
+        image = np.ascontiguousarray(image[top:bottom, left:right])
+    box = (columns.first - left, rows.first - top, columns.last - left, rows.last - top)
     pixels = np.asarray(Image.fromarray(image).resize(size, resampling, box=box))
     pixels = pixels[:, ::-1] if plan.flip else pixels
     place = canvas[..., rows.start : rows.end, columns.start : columns.end]

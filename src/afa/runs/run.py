@@ -28,6 +28,7 @@ class Run:
         self.thresholds = self.path / "thresholds"
         self.figures = self.path / "figures"
         self.features = self.path / "features"
+        self.pixels = self.path / "pixels"  # of large images
         self.tensorboard = self.path / "tensorboard"
         self.weights = self.path / "model.safetensors"
         self.page = self.path / "report.html"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import shutil
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch import Tensor
 from afa import __version__
 from afa.config import SUPERVISION_NAMES, Config, DataConfig, config_to_dict
 from afa.data.dataset import MaskedImages, TaggedImages
+from afa.data.large import LargeImages
 from afa.data.loader import train_batches
 from afa.data.open import DataSet
 from afa.data.pixel_cache import PixelCache, resolve_cache
@@ -119,7 +121,8 @@ def train(
     processes.wait()
     engine = TrainingEngine(network, config, device=device, processes=processes, compute=compute)
     start, seconds = _restore(run, engine) if resume else (0, 0.0)
-    cache = PixelCache(len(images), resolve_cache(config.data.cache_gib, processes=processes.count))
+    large = LargeImages(images, Run(run).pixels, int(config.data.large_gib * 2**30))
+    cache = PixelCache(len(images), resolve_cache(config.data.cache_gib, processes=processes.count), large=large)
     if config.train.feature_cache:
         engine.features = prepare_features(
             network, images, config, run, processes=processes, cache=cache, progress=progress
@@ -130,6 +133,7 @@ def train(
         seconds = loop.run(_batches(engine, images, start, cache))
     network.eval()
     if processes.is_main:
+        shutil.rmtree(Run(run).pixels, ignore_errors=True)
         save_weights(Run(run).weights, network)
         _write_environment(run, engine, seconds)
     processes.wait()
