@@ -1,8 +1,12 @@
-"""No file of a data set gives a traceback: reading it succeeds, or fails with one line that can be printed."""
+"""No file gives a traceback: reading it succeeds, or fails with one line that can be printed.
+
+Each test tries 100 inputs, or as many as AFA_FUZZ says.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from afa.config import DataConfig
+from afa.config import DataConfig, load_config
 from afa.data.files import ImageFiles
 from afa.data.images import read_image, read_mask
 from afa.data.open import open_data
+from afa.data.rows import Rows
 from afa.errors import AfaError
 from layouts import table, write
 from mistakes import assert_one_line
@@ -92,7 +97,16 @@ NAMES = (
     ".",
 )
 MASKS = tuple(f"SegmentationClassAug/0{n}.png" for n in (0, 1))
-FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SETTINGS = [
+    *"[data] [train] [data.x] preset= = root tags workers seed precision scales crop_size [ ] , 1 -1 0.5 1e999".split(),
+    *'true nan \'x\' "demo" {} # """ model.backbone \'mit_tiny\' 1979-05-27 paper'.split(),
+    "\n",
+]
+FUZZ = settings(
+    max_examples=int(os.environ.get("AFA_FUZZ", "100")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 @pytest.fixture(scope="module")
@@ -202,12 +216,43 @@ def test_lists_that_are_not_spoiled_are_good(root: Path) -> None:
     assert "cat" in open_everything(root, "tags.csv", "voc")
 
 
-@pytest.mark.parametrize("name", ["images/00.png", "SegmentationClassAug/00.png"])
+PIXELS = {
+    "rgb.png": ("RGB", {}), "mask.png": ("P", {}), "deep.png": ("I;16", {}), "clear.png": ("RGBA", {}),
+    "a.jpg": ("RGB", {}), "plain.tif": ("RGB", {}), "packed.tif": ("RGB", {"compression": "tiff_deflate"}), "deep.tif": ("I;16", {}),
+    "a.gif": ("P", {}), "a.bmp": ("RGB", {}), "a.webp": ("RGB", {}), "a.ppm": ("RGB", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PIXELS)
 @FUZZ
-@given(place=st.integers(0, 400), length=st.integers(0, 40), put=st.binary(max_size=8))
-def test_no_pixels_give_a_traceback(root: Path, name: str, place: int, length: int, put: bytes) -> None:
-    good = (root / name).read_bytes()
+@given(place=st.integers(0, 4000), length=st.integers(0, 40), put=st.binary(max_size=8))
+def test_no_pixels_give_a_traceback(
+    tmp_path_factory: pytest.TempPathFactory, name: str, place: int, length: int, put: bytes
+) -> None:
+    mode, options = PIXELS[name]
+    path = tmp_path_factory.getbasetemp() / name
+    Image.new(mode, (9, 7), 3).save(path, **options)
+    good = path.read_bytes()
     place %= len(good)
-    with content_of(root / name, good[:place] + put + good[place + length :]):
-        read_image(root / name)
-        read_mask(root / name)
+    for read in (read_image, read_mask, read_rows):
+        with content_of(path, good[:place] + put + good[place + length :]):
+            read(path)
+
+
+def read_rows(path: Path) -> None:
+    with Rows(path) as rows:
+        while len(rows.take(3)):
+            pass
+
+
+@FUZZ
+@given(
+    text=st.lists(
+        st.sampled_from(SETTINGS) | ODD_TEXT,
+        max_size=20,
+    ).map(" ".join)
+)
+def test_no_configuration_gives_a_traceback(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "config.toml"
+    with content_of(path, text.encode("utf-8", "replace")):
+        load_config(path)
