@@ -97,11 +97,11 @@ NAMES = (
     ".",
 )
 MASKS = tuple(f"SegmentationClassAug/0{n}.png" for n in (0, 1))
-SETTINGS = [
-    *"[data] [train] [data.x] preset= = root tags workers seed precision scales crop_size [ ] , 1 -1 0.5 1e999".split(),
-    *'true nan \'x\' "demo" {} # """ model.backbone \'mit_tiny\' 1979-05-27 paper'.split(),
-    "\n",
-]
+SETTING_LIST = (
+    "[data] [train] [data.x] preset= = root tags workers seed precision scales crop_size [ ] , 1 -1 0.5 1e999 \n true "
+    'nan \'x\' "demo" {} # """ model.backbone \'mit_tiny\' 1979-05-27 paper'
+)
+SETTINGS = SETTING_LIST.split(" ")
 FUZZ = settings(
     max_examples=int(os.environ.get("AFA_FUZZ", "100")),
     deadline=None,
@@ -218,7 +218,8 @@ def test_lists_that_are_not_spoiled_are_good(root: Path) -> None:
 
 PIXELS = {
     "rgb.png": ("RGB", {}), "mask.png": ("P", {}), "deep.png": ("I;16", {}), "clear.png": ("RGBA", {}),
-    "a.jpg": ("RGB", {}), "plain.tif": ("RGB", {}), "packed.tif": ("RGB", {"compression": "tiff_deflate"}), "deep.tif": ("I;16", {}),
+    "a.jpg": ("RGB", {}), "plain.tif": ("RGB", {}), "deep.tif": ("I;16", {}),
+    "packed.tif": ("RGB", {"compression": "tiff_deflate"}),
     "a.gif": ("P", {}), "a.bmp": ("RGB", {}), "a.webp": ("RGB", {}), "a.ppm": ("RGB", {}),
 }  # fmt: skip
 
