@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from afa.api import check_data, run_demo
+from afa.api import check_data, run_demo, train_and_report
 from afa.config import Config, DataConfig, PseudoConfig, ScheduleConfig, TrainConfig
 from afa.data.dataset import TaggedImages
 from afa.data.loader import Order
@@ -22,6 +24,7 @@ from afa.pseudo.pipeline import training_labels
 from afa.types import NetworkOutput
 from layouts import touch, write
 from mistakes import refused
+from tiny import tiny_config
 
 COCO = {
     "images": [{"id": i, "file_name": f"{name}.jpg"} for i, name in enumerate("abc")],
@@ -197,3 +200,17 @@ def test_the_demo_of_one_class_runs(tmp_path: Path) -> None:
     assert data.classes == ("disk",)
     assert 0.3 < data.train().negative.mean() < 0.7
     assert data.masked().negative.any()
+
+
+@pytest.mark.slow
+def test_a_run_without_masks_on_data_with_negatives_ends_with_its_report(tiny_data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(tiny_data, root, ignore=shutil.ignore_patterns("SegmentationClassAug"))
+    names = (root / "lists" / "val.txt").read_text().split()
+    tags = (root / "lists" / "tags.csv").read_text().splitlines()
+    tags = [f"{line.split(',')[0]}," if line.split(",")[0] in names[:3] else line for line in tags]
+    (root / "lists" / "tags.csv").write_text("\n".join(tags))
+    train_and_report(tiny_config(root, {"schedule.max_steps": 1}), tmp_path / "run", progress=False)
+    worth = json.loads((tmp_path / "run" / "worth.json").read_text())
+    assert worth["negatives"]["images"] == 3
+    assert "hold none of the classes" in (tmp_path / "run" / "report.html").read_text()

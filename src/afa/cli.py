@@ -106,7 +106,7 @@ def _minutes(text: str) -> float:
 _RUN = _argument("folder", metavar="RUN", help="run folder")
 _OUT_RUN = _argument("--out", type=_folder, required=True, metavar="RUN", help="run folder")
 _DATA = _argument("--data", required=True, metavar="DIR", help="folder of the data set")
-_PRESET = _argument("--preset", metavar="NAME", help="starting values: paper, paper_coco, rrm or demo")
+_PRESET = _argument("--preset", metavar="NAME", help="starting values: paper, paper_coco, rrm, frozen or demo")
 _JSON = _argument("--json", metavar="FILE", help="also write the figures here; - is standard output")
 _FORMATS = _argument("--format", metavar="NAMES", help=_FORMAT_HELP)
 _SKIP = _argument(
@@ -246,7 +246,9 @@ def build_parser() -> argparse.ArgumentParser:
         ("report", _report, "write report.html and report.json anew", _REPORT),
         ("keys", _keys, "list the keys of the configuration: default, range, unit, source", _KEYS),
     ):
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        takes_keys = _NETWORK[0] in arguments
+        more = "Any key is a flag, such as --model.weights FOLDER: afa keys lists them." if takes_keys else None
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=more)
         command.set_defaults(run=run)
         for names, settings in arguments:
             command.add_argument(*names, **settings)

@@ -261,9 +261,9 @@ def progress_bar(*, enabled: bool = True, extra: str = "") -> Progress:
 
 @contextlib.contextmanager
 def image_progress(
-    description: str, *, total: int, done: int = 0, images: int = 1, enabled: bool = True, lines: bool = False
+    description: str, *, total: int, done: int = 0, images: int = 1, enabled: bool = True, unit: str = "images"
 ) -> Iterator[Advance]:
-    """Show images done, rate and time left on standard error.
+    """Show images done, rate and time left on standard error: as a bar, or without a terminal a line now and then.
 
     Args:
         description: What is going on.
@@ -271,7 +271,7 @@ def image_progress(
         done: How many of them are done already.
         images: Images of each.
         enabled: False shows nothing.
-        lines: Where there is no terminal for a bar, say a line every ten seconds.
+        unit: What is done.
 
     Yields:
         Function that takes how many were done since its last call; then, if they are known, images per second, else
@@ -288,9 +288,9 @@ def image_progress(
             now = time.monotonic()
             if rate is None:
                 rate = (done - first) * images / max(now - began, 1e-6)
-            bar.update(task, completed=done, rate=f"{rate:.1f} images/s" if rate else "", words=words)
-            if enabled and lines and rate and not bar.console.is_terminal and now - told > _TOLD_SECONDS:
-                parts = [f"{description} {done}/{total}", f"{rate:.1f} images/s", *([words] if words else [])]
+            bar.update(task, completed=done, rate=f"{rate:.3g} {unit}/s" if rate else "", words=words)
+            if enabled and rate and not bar.console.is_terminal and now - told > _TOLD_SECONDS:
+                parts = [f"{description} {done}/{total}", f"{rate:.3g} {unit}/s", *([words] if words else [])]
                 say("  ".join([*parts, f"{duration((total - done) * images / rate)} left"]))
                 told = now
 

@@ -111,12 +111,14 @@ def test_pictures_and_index(tmp_path: Path, network: FakeNetwork, draw: Draw) ->
     network.train()
     folder = draw(open_images(tmp_path, [[1, 0], [0, 0], [0, 1]], masks=True), 5)
     assert network.training
-    assert network.modes == [False, False]
+    assert network.modes == [False, False, False]
     assert json.loads((folder / "index.json").read_text()) == [
         {"name": "image0", "tags": ["cat"], "folder": "000"},
         {"name": "image2", "tags": ["dog"], "folder": "001"},
+        {"name": "image1", "tags": [], "folder": "002"},
     ]
-    assert {path.name for path in folder.iterdir()} == {"000", "001", "index.json", "sheet.png"}
+    assert {path.name for path in folder.iterdir()} == {"000", "001", "002", "index.json", "sheet.png"}
+    assert (read(folder / "002" / "cam.png")[:, :, 0] < 140).all()  # no class, nothing hot
     for number in ("000", "001"):
         found = {path.stem: read(path) for path in (folder / number).iterdir()}
         assert found.keys() == PICTURES.keys()

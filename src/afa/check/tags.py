@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
@@ -24,7 +25,9 @@ FEW_IMAGES: Final = 20
 NEAR_EMPTY: Final = 5
 """A class with fewer training images is as good as absent."""
 
-LIKE_NOTHING: Final = frozenset(("normal", "good", "ok", "okay", "healthy", "clean", "empty", "nothing", "no defect"))
+LIKE_NOTHING: Final = re.compile(
+    r"normal|good|okay|ok|healthy|clean|empty|nothing|others?|rest|misc|unlabell?ed|(no|not|non|without)[ _-].+"
+)
 """Names of classes that may mean that an image holds none of them."""
 
 FEW_APART: Final = 3
@@ -156,11 +159,11 @@ def check_tags(opened: OpenedData, config: Config) -> Iterator[Problem]:
     data, train, batch_size = opened.data, opened.train, config.schedule.batch_size
     yield from (Problem("warning", note) for note in data.notes)
     for name in data.classes:
-        if folded(name) in LIKE_NOTHING and len(data.classes) > 1:
+        if LIKE_NOTHING.fullmatch(folded(name)) and len(data.classes) > 1:
             message = f"class {name!r}: does it mean that an image holds none of the classes? Then add it to "
             yield Problem("warning", message + "data.negatives; else its masks will cover whole images")
     if train is not None:
-        yield from _check_counts(data.classes, opened.train_tags)
+        yield from _check_counts(data.classes, opened.train_tags, by_words=config.model.classifier == "text")
         yield from _check_pairs(data.classes, opened.train_tags)
         if len(train) < batch_size:
             message = f"schedule.batch_size is {batch_size}, with {len(train)} training images: each is in a step "
@@ -182,7 +185,7 @@ def check_tags(opened: OpenedData, config: Config) -> Iterator[Problem]:
         yield Problem("warning" if count > used else "note", message)
 
 
-def _check_counts(classes: Sequence[str], tags: NDArray[np.bool_]) -> Iterator[Problem]:
+def _check_counts(classes: Sequence[str], tags: NDArray[np.bool_], *, by_words: bool) -> Iterator[Problem]:
     """Classes with too few images or too many, and images that tell nothing."""
     counts = tags.sum(axis=0)
     if (tags == tags[0]).all():
@@ -190,7 +193,15 @@ def _check_counts(classes: Sequence[str], tags: NDArray[np.bool_]) -> Iterator[P
         message = f"all {len(tags)} training images have the same tags ({names}): nothing can be learned without "
         yield Problem("warning", message + f"images that lack a class; {_ADD}")
         return
-    leave_out = "tag more images, or leave out classes by data.class_subset"
+    leave_out = "tag more images" + (", or leave out classes by data.class_subset" if len(classes) > 1 else "")
+    if by_words:  # the text encoder knows the classes before
+        few = [f"{name} {count}" for name, count in zip(classes, counts, strict=True) if count < NEAR_EMPTY]
+        if few:
+            message = (
+                f"fewer than {NEAR_EMPTY} training images: {_some(few)}: their masks rest on the class names alone"
+            )
+            yield Problem("note", message)
+        return
     empty = _chosen(classes, counts == 0)
     if empty:
         yield Problem("warning", f"no training image has {_some(empty)}: never learned; {leave_out}")

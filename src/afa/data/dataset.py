@@ -93,7 +93,14 @@ class TaggedImages:
         """Some of the images, in the order of `indices`, by their tags alone."""
         rows = list(indices)
         names, paths = tuple(self.names[i] for i in rows), [self._paths[i] for i in rows]
-        return TaggedImages(classes=self.classes, names=names, paths=paths, tags=self._tags[rows], folder=self._folder)
+        return TaggedImages(
+            classes=self.classes,
+            names=names,
+            paths=paths,
+            tags=self._tags[rows],
+            folder=self._folder,
+            white_level=self.white_level,
+        )
 
     @property
     def tagged(self) -> NDArray[np.bool_]:

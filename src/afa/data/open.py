@@ -53,6 +53,8 @@ def data_root(data: DataConfig) -> Path:
     if not data.root:
         raise AfaError("data.root is empty; set it to the folder of the data set")
     root = Path(data.root)
+    if root.is_file():
+        raise AfaError(f"{root}: is a file; name the folder that has it and the images, and the file as data.tags")
     if not root.is_dir():
         raise AfaError(f"{root}: no such folder; set data.root to the folder of the data set")
     return root

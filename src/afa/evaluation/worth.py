@@ -34,6 +34,7 @@ _THRESHOLD_IMAGES: Final = 24
 _UNCERTAIN: Final = 8
 _STEP: Final = 0.1
 _OFTEN: Final = 0.5
+_FEW: Final = 3
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,25 @@ class Coverage:
     """Of a class's map, over the images that are tagged with it.
 
     Attributes:
+        images: How many there are.
         mean: Percent of the pixels, mean over the images.
         nothing: Images of which it covers less than `NOTHING`.
         everything: Images of which it covers more than `EVERYTHING`.
     """
 
+    images: int
     mean: float
     nothing: int
     everything: int
+
+    @classmethod
+    def of(cls, shares: np.ndarray) -> Coverage:
+        """That of the shares of N images.
+
+        Args:
+            shares: (N,) percent.
+        """
+        return cls(len(shares), float(shares.mean()), int((shares < NOTHING).sum()), int((shares > EVERYTHING).sum()))
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,7 @@ class Worth:
         num_images: Images that were looked at.
         agreement: Mean IoU of CAM and prediction over background and classes, percent.
         classes: The classes that an image is tagged with.
+        negatives: Images that hold none of the classes: coverage of the prediction by any class; None without such.
         uncertain: Name of the images whose prediction is least certain, and mean softmax of its classes, percent.
         thresholds: Initial labels at three pairs of background scores.
     """
@@ -104,6 +117,7 @@ class Worth:
     num_images: int
     agreement: float
     classes: tuple[ClassWorth, ...]
+    negatives: Coverage | None
     uncertain: tuple[tuple[str, float], ...]
     thresholds: tuple[Threshold, ...]
 
@@ -112,16 +126,18 @@ class Worth:
         return dataclasses.asdict(self) | {"failures": list(self.failures())}
 
     def failures(self) -> Iterator[str]:
-        """A line for each map that covers nothing, or everything, in half of its images or more."""
+        """A line for each map that covers nothing, or everything, in half of its images or more, of at least three."""
         for each in self.classes:
+            if each.images < _FEW:
+                continue
             for what, found in (("CAM", each.cam), ("prediction", each.prediction)):
-                if found.nothing >= max(1, _OFTEN * each.images):
+                if found.nothing >= _OFTEN * each.images:
                     yield (
                         f"class {each.name!r}: its {what} covers nothing in {found.nothing} of {each.images} images; "
                         f"try {'lower background scores' if what == 'CAM' else 'more steps'}, more images, or other "
                         "words for the class"
                     )
-                if found.everything >= max(1, _OFTEN * each.images):
+                if found.everything >= _OFTEN * each.images:
                     yield (
                         f"class {each.name!r}: its {what} covers everything in {found.everything} of {each.images} "
                         "images; try higher background scores, or images without the class"
@@ -183,6 +199,7 @@ def measure_worth(network: AfaNetwork, images: TaggedImages, config: Config, *, 
         num_images=len(images),
         agreement=100 * confusion.miou(),
         classes=tuple(_by_class(images, 100 * shares, confusion.per_class_iou())),
+        negatives=Coverage.of(100 - 100 * shares[1, images.negative, 0]) if images.negative.any() else None,
         uncertain=tuple(
             (images.names[i], 100 * certainty[i]) for i in np.argsort(certainty, kind="stable")[:_UNCERTAIN]
         ),
@@ -217,9 +234,6 @@ def _by_class(images: TaggedImages, shares: np.ndarray, ious: list[float | None]
         tagged = images.tagged[:, place]
         if not tagged.any():
             continue
-        cam, prediction = (
-            Coverage(float(part.mean()), int((part < NOTHING).sum()), int((part > EVERYTHING).sum()))
-            for part in shares[:, tagged, place + 1]
-        )
+        cam, prediction = map(Coverage.of, shares[:, tagged, place + 1])
         iou = ious[place + 1]
         yield ClassWorth(name, int(tagged.sum()), cam, prediction, None if iou is None else 100 * iou)

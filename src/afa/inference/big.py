@@ -57,7 +57,9 @@ class Large:
         """Make and write the mask of an image."""
         with self.open(name) as rows:
             down, _ = self.tiling.count(rows.size)
-            with image_progress(f"{title}: rows of tiles of {name}", total=down, enabled=progress) as advance:
+            with image_progress(
+                f"{title}: rows of tiles of {name}", total=down, enabled=progress, unit="rows"
+            ) as advance:
 
                 def counted() -> Bands:
                     for band in self.bands(name, rows):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ from afa.inference.predictor import MAX_SIDE, Predictor, PreparedImage
 from afa.inference.tiling import Tiling
 from afa.model.network import AfaNetwork
 from afa.runtime import say
+
+_MUCH_SMALLER: Final = 4.0
+"""Images that the network sees so many times smaller are told of: small objects in them are lost."""
 
 
 def predict_files(
@@ -86,6 +89,14 @@ def predict_files(
         say(remark)
     known = _image_tags(files, tags)
 
+    shrunk: list[tuple[str, tuple[int, int], tuple[int, int]]] = []
+
+    def read(name: str) -> PreparedImage:
+        image = predictor.prepare(files[name], known.get(name))
+        if max(image.size) > _MUCH_SMALLER * max(image.sizes[0]):
+            shrunk.append((name, image.size, image.sizes[0]))
+        return image
+
     def infer(images: Sequence[PreparedImage]) -> list[Made]:
         maps = predictor.segment(images)
         # The CRF's maps are large, so they are kept only if needed.
@@ -105,7 +116,7 @@ def predict_files(
     task = Task(
         title="predict",
         stamp=_prediction_stamp(predictor, known, scores=scores),
-        read=lambda name: predictor.prepare(files[name], known.get(name)),
+        read=read,
         infer=infer,
         batch_size=predictor.batch_size,
         classes=predictor.classes,
@@ -115,7 +126,14 @@ def predict_files(
         go_on="the same command with --resume goes on",
         large=_large(predictor.tiling, opened, lambda name, rows: predictor.tiling.labels(rows, allowed(name))),
     )
-    return write_masks(task, out_dir, list(files), resume=resume, progress=progress)
+    summary = write_masks(task, out_dir, list(files), resume=resume, progress=progress)
+    if shrunk:
+        name, (height, width), (seen_height, seen_width) = min(shrunk)
+        say(
+            f"{len(shrunk)} images, such as {name} of {width} x {height} pixels, were shown to the network at "
+            f"{seen_width} x {seen_height}; if objects are small in them, use --tiles auto"
+        )
+    return summary
 
 
 def pseudo_files(

@@ -168,7 +168,7 @@ def _text_encoder(backbone: str, weights: str) -> tuple[Any, Any]:
     import transformers
 
     family = TOKEN_FAMILIES[TOKEN_SIZES[backbone].family]
-    otherwise = "pass model.text_embeddings FOLDER, or weights with a text encoder and its tokenizer"
+    otherwise = "pass model.text_embeddings FOLDER, or a folder with all files of the hub's: config, weights, tokenizer"
     if not weights:
         raise AfaError(f"model.weights is empty, so there is no text encoder for the class names; {otherwise}")
     try:

@@ -83,12 +83,13 @@ def blend_heat(image: Pixels, scores: Tensor) -> Pixels:
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        scores: (classes, h, w), any range: their maximum is drawn, stretched to the whole range of colors.
+        scores: (classes, h, w), any range: their maximum is drawn, stretched to the whole range of colors; without a
+            class, nothing is hot.
 
     Returns:
         (H, W, 3) uint8.
     """
-    heat = scores.float().amax(0)[None, None]
+    heat = scores.float().amax(0)[None, None] if len(scores) else scores.new_zeros(1, 1, 1, 1, dtype=torch.float32)
     heat = interpolate(heat, size=image.shape[:2], mode="bilinear", align_corners=False, antialias=True)[0, 0]
     heat = heat - heat.min()
     stretched: NDArray[np.float64] = (heat / heat.max().clamp(min=1e-6)).cpu().double().numpy()

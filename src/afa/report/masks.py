@@ -41,7 +41,8 @@ def write_masks_page(
     Returns:
         Path of the page.
     """
-    write_examples(network, images, out, config=config, device=device, count=count, trained=False)
+    doubtful = [images.names.index(name) for name in list(summary.nothing)[: count // 2]]
+    write_examples(network, images, out, config=config, device=device, count=count, trained=False, first=doubtful)
     examples = read_examples(Run(out).examples)
     page = out / "masks.html"
     values = {

@@ -69,6 +69,7 @@ def write_examples(
     device: torch.device,
     count: int,
     trained: bool = True,
+    first: Sequence[int] = (),
 ) -> None:
     """Write RUN/examples: a folder of pictures for each of some evenly spaced images, sheet.png and index.json.
 
@@ -83,12 +84,14 @@ def write_examples(
         config: Its `pseudo` and `evaluation` sections apply.
         device: Where the network runs.
         count: How many examples; fewer when there are fewer images with tags.
+        first: Positions of images that come first; the others are evenly spaced.
         trained: Off, the pictures are image, CAM and pseudo label alone: decoder and affinity have learned nothing.
     """
     draw = _example_pictures if trained else _untrained_pictures
     was_training = network.training
     network.eval()
-    picks = _opened(images, evenly_spaced(images, count), config, device)
+    others = [i for i in evenly_spaced(images, count, negatives=count // 4) if i not in first]
+    picks = _opened(images, [*first, *others][:count], config, device)
     drawn = ((i, draw(network, config, seen)) for i, seen in picks)
     _write_pictures(Run(run).examples, images, drawn)
     network.train(was_training)
@@ -217,12 +220,14 @@ def draw_sheet(folders: Sequence[Path]) -> Image.Image:
     return lay_out(rows, [captions[key] for key in keys])
 
 
-def evenly_spaced(images: TaggedImages, count: int) -> list[int]:
-    """Positions of at most `count` images with tags, from the first to the last."""
+def evenly_spaced(images: TaggedImages, count: int, *, negatives: int = 0) -> list[int]:
+    """Positions of at most `count` images with tags, from the first to the last, then some that hold no class."""
     known = images.has_tags if isinstance(images, MaskedImages) else lambda _: True
     tagged = [i for i in range(len(images)) if known(i) and images.tags(i).any()]
-    picks = np.linspace(0, len(tagged) - 1, min(count, len(tagged))).round().astype(int)
-    return [tagged[pick] for pick in picks]
+    empty = np.flatnonzero(images.negative)
+    few = empty[np.linspace(0, len(empty) - 1, min(negatives, len(empty))).round().astype(int)].tolist()
+    picks = np.linspace(0, len(tagged) - 1, min(count - len(few), len(tagged))).round().astype(int)
+    return [*(tagged[pick] for pick in picks), *few]
 
 
 _Row = list[Image.Image | None]
@@ -283,10 +288,11 @@ class _Seen:
 def _example_pictures(network: AfaNetwork, config: Config, seen: _Seen) -> dict[str, Pixels]:
     """The pictures of an example by name, all of one size."""
     pseudo = seen.infer(network, config.pseudo, "cam", "propagated", "refined_label")
+    walked = blend_heat(seen.picture, _shares(pseudo["propagated"])[seen.present])
     drawn = {
         "image": seen.picture,
         "cam": blend_heat(seen.picture, pseudo["cam"][seen.present]),
-        "propagated": blend_heat(seen.picture, _shares(pseudo["propagated"])[seen.present]),
+        **({} if config.pseudo.propagation == "none" else {"propagated": walked}),
         "pseudo": blend_label(seen.picture, pseudo["refined_label"]),
         "prediction": blend_label(seen.picture, seen.segment(network, config, crf=config.evaluation.crf)),
     }

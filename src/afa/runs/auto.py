@@ -187,7 +187,8 @@ def _choose_frozen(
     chosen["model.freeze_blocks"] = TOKEN_SIZES[chosen["model.backbone"]].depth
     base = load_config(None, chosen | stated, preset=preset)
     batch_size = base.schedule.batch_size
-    most = min(_FROZEN_MAX_STEPS, max(MIN_STEPS, round(FROZEN_EPOCHS * num_images / batch_size)))
+    tried = min(_FROZEN_MAX_STEPS, max(MIN_STEPS, round(FROZEN_EPOCHS * num_images / batch_size)))
+    most = base.schedule.max_steps if "schedule.max_steps" in stated else tried
     num_scored = 0
     if base.data.val_list and layout.has_validation:
         num_scored = len(layout.validation())
@@ -202,10 +203,11 @@ def _choose_frozen(
                        len(layout.classes), device)  # fmt: skip
         plans = [_plan(pace, each, sides[0], num_images, num_scored, most, limit) for each in sides]
         plan = next((each for each in plans if each.fits), plans[-1])
-        side, steps, words = plan.side, plan.steps, plan.describe(limit, plans[0], most)
+        side, steps, words = plan.side, plan.steps, plan.describe(limit, plans[0], max(most, tried))
     short = round(side * 0.75)
     chosen |= {"augment.crop_size": side, "augment.short_side": short, "evaluation.short_side": short}
-    chosen |= {"schedule.max_steps": steps, "schedule.refined_steps": round(steps / 3)}
+    phases = {"refined_steps": round(steps / 3), "warmup_steps": min(base.schedule.warmup_steps, round(steps / 10))}
+    chosen |= {"schedule.max_steps": steps} | {f"schedule.{key}": value for key, value in phases.items()}
     config = load_config(None, chosen | stated, preset=preset)
     schedule = config.schedule
     epochs = schedule.max_steps * schedule.batch_size / num_images
@@ -234,7 +236,10 @@ class _Plan:
         return self.cache + self.training + self.scoring
 
     def describe(self, limit: float | None, largest: _Plan, most: int) -> str:
-        parts = f"{self.cache:.0f} for the features, {self.training:.0f} training, {self.scoring:.0f} scoring"
+        spans = ("the features", self.cache), ("training", self.training), ("scoring", self.scoring)
+        parts = ", ".join(
+            f"{minutes:.0f} for {what}" if minutes >= 1 else f"under 1 for {what}" for what, minutes in spans
+        )
         words = f"; about {max(1, self.minutes):.0f} min here: {parts}"
         if not self.fits:
             return f"{words}; that is more than {limit:g} min: fewer images or --augment.crop_size would shorten it"
@@ -253,9 +258,10 @@ def _plan(
     area = (side / measured) ** 2
     cache, scoring = (count * pace.image * area / 60 for count in (num_images, num_scored))
     step = pace.step * area / 60
+    least = min(MIN_STEPS, most)
     steps = most if limit is None else min(most, int((limit - cache - scoring) / step))
-    fits = steps >= MIN_STEPS
-    steps = max(MIN_STEPS, steps)
+    fits = steps >= least
+    steps = max(least, steps)
     return _Plan(side, steps, cache, steps * step, scoring, fits)
 
 

@@ -220,7 +220,7 @@ def _fill(
     views = whole_views(images, config, multiple, start=done, batch_size=batch_size, processes=processes, cache=cache)
     began = committed = time.perf_counter()
     first, pending, tell = done, 0, progress
-    bar = image_progress("feature cache", total=store.num_rows, done=done, enabled=progress, lines=True)
+    bar = image_progress("feature cache", total=store.num_rows, done=done, enabled=progress)
     with bar as advance, interrupts() as asked_to_stop:
         for batch in views:
             for row in _rows(network, batch, config, device):

@@ -217,7 +217,7 @@ class _Loop:
         train, processes = self.config.train, self.engine.processes
         total, batch_size = self.config.schedule.max_steps, self.config.schedule.batch_size
         self.engine.network.train()
-        bar = image_progress("step", total=total, done=self.step, images=batch_size, enabled=self.progress, lines=True)
+        bar = image_progress("step", total=total, done=self.step, images=batch_size, enabled=self.progress)
         # An error keeps this frame alive, and with it the threads that prepare batches, unless they are stopped here.
         with bar as advance, interrupts() as asked_to_stop, contextlib.closing(batches):
             for batch in batches:
