@@ -164,8 +164,17 @@ def test_resuming_with_other_settings_names_the_key(tiny_data: Path, tmp_path: P
     section, name = key.split(".")
     old = getattr(getattr(config, section), name)
     (tmp_path / "config.toml").write_text(config_to_toml(config))
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
     with refused(f"{tmp_path}: ", f"{key} = {old}, not {value}; resume", "--out"):
         train_tiny(tiny_config(tiny_data, {key: value}), tmp_path, resume=True)
+
+
+def test_what_ended_before_its_first_step_is_started_anew(tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(config_to_toml(tiny_config(tiny_data, {"schedule.batch_size": 3})))
+    (tmp_path / "metrics.jsonl").write_text("")
+    train_tiny(tiny_config(tiny_data, {"schedule.max_steps": 1}), tmp_path)
+    with refused(f"{tmp_path}: holds a run already"):
+        train_tiny(tiny_config(tiny_data, {"schedule.max_steps": 1}), tmp_path)
 
 
 def test_resuming_elsewhere_and_with_other_logging_is_fine(tiny_data: Path, tmp_path: Path) -> None:

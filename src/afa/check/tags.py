@@ -188,6 +188,10 @@ def check_tags(opened: OpenedData, config: Config) -> Iterator[Problem]:
 def _check_counts(classes: Sequence[str], tags: NDArray[np.bool_], *, by_words: bool) -> Iterator[Problem]:
     """Classes with too few images or too many, and images that tell nothing."""
     counts = tags.sum(axis=0)
+    if not counts.any():
+        message = f"all {len(tags)} training images hold none of the classes ({_some(classes)}): "
+        yield Problem("error", message + "nothing can be learned; add images that have them")
+        return
     if (tags == tags[0]).all():
         names = ", ".join(_chosen(classes, tags[0]))
         message = f"all {len(tags)} training images have the same tags ({names}): nothing can be learned without "

@@ -339,14 +339,15 @@ class DataSet:
 
         Where all masks are named alike in another way, such as NAME_mask.png, that is seen.
         """
+        chosen = set(rows.tolist())
         masks = unadorned([self._table.names[row] for row in rows.tolist()], walk_files(folder, {".png"}))
         row_of: dict[str, int] = {}
-        for row in rows.tolist():
-            name = self._table.names[row]
+        # Of all images, so that the sides of a split do not decide whether names are clear.
+        for row, name in enumerate(self._table.names):
             parts = name.split("/")
             cuts = range(1 if self._table.listed else len(parts))
             stem = next((stem for cut in cuts if (stem := "/".join(parts[cut:])) in masks), None)
-            if stem in row_of:
+            if stem in row_of and chosen & {row, row_of[stem]}:
                 other = self._table.names[row_of[stem]]
                 raise AfaError(
                     f"{folder / masks[stem]}: images {shown(other)} and {shown(name)} would share this mask; put "
@@ -354,7 +355,7 @@ class DataSet:
                 )
             if stem is not None:
                 row_of[stem] = row
-        return {row: masks[stem] for stem, row in row_of.items()}
+        return {row: masks[stem] for stem, row in row_of.items() if row in chosen}
 
     def _describe_lists(self) -> list[str]:
         parts = []

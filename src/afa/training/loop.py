@@ -327,9 +327,11 @@ def open_validation(config: Config, data: DataSet, *, tell: bool = False) -> Mas
 
 def _prepare_run(run: Path, config: Config, classes: tuple[str, ...], *, resume: bool) -> None:
     folder = Run(run)
-    if folder.exists and not resume:
+    # What a wrong setting ended before its first step is no run.
+    began = folder.exists and (folder.is_complete or bool(folder.metrics()) or folder.latest_checkpoint() is not None)
+    if began and not resume:
         raise AfaError(f"{run}: holds a run already; pass --resume to go on with it, or another --out")
-    if folder.exists:
+    if began:
         stored, wanted = _flat(folder.config()), _flat(config)
         for key, value in wanted.items():
             if key not in _FREE_KEYS and stored[key] != value:
