@@ -374,6 +374,10 @@ def test_predict_with_tags_keeps_to_them(tiny_run: Path, tiny_data: Path, tmp_pa
     assert not (tmp_path / "out" / "overlays").exists()
     free = command("predict", tiny_run, image, "--out", tmp_path / "free", "--no-overlay")
     assert free.status == 0
+    tags.write_text("image,tags\nval_00000,none\n")
+    negative = command("predict", tiny_run, image, "--out", tmp_path / "none", "--tags", tags, "--no-overlay")
+    assert negative.status == 0, negative.err
+    assert not read_mask(tmp_path / "none" / "masks" / "val_00000.png").any()
     other = tiny_data / "JPEGImages" / "val_00001.jpg"
     missing = command("predict", tiny_run, other, "--out", tmp_path / "out", "--tags", tags)
     assert_mistake(missing, "the tags have no entry for 'val_00001'")

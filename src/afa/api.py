@@ -368,7 +368,7 @@ def predict(
         run: Run folder.
         images: Image files and folders that are walked.
         out: Folder of the results.
-        tags: File of tags of the images: only tagged classes are predicted.
+        tags: File of tags of the images: only tagged classes, and those that it does not know, are predicted.
         scores: Also write class scores.
         crf: Refine the masks by the dense CRF, whatever the run's protocol.
         overlay: Also write the colored masks over the images.
@@ -397,7 +397,7 @@ def predict(
         predictor,
         paths,
         out,
-        tags=read_tags(Path(tags), predictor.classes) if tags is not None else None,
+        tags=None if tags is None else read_tags(Path(tags), predictor.classes, config.data.negatives),
         scores=scores,
         overlay=overlay,
         resume=resume,

@@ -72,6 +72,19 @@ def test_tags_come_in_the_order_of_the_classes(tmp_path: Path) -> None:
     assert read_tags(path, CLASSES) == {"a": ("dog",), "b": ("bird", "dog"), "c d": ("cat",), "e": ()}
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "allowed"),
+    [
+        ("t.csv", "file,bird,cat,dog\na,1,?,0\nb,?,?,?\nc,0,0,0\n", [("bird", "cat"), CLASSES, ()]),
+        ("t.json", {"a": ["cat"], "b": None, "c": []}, [("cat",), CLASSES, ()]),
+        ("t.csv", "file,tags\na,cat\nb,None\nc,dog normal\n", [("cat",), (), ("dog",)]),
+    ],
+)
+def test_what_images_may_show(tmp_path: Path, name: str, content: Any, allowed: list[tuple[str, ...]]) -> None:
+    path = write(tmp_path, name, content)
+    assert list(read_tags(path, CLASSES, ("none", "normal")).values()) == allowed
+
+
 @pytest.mark.parametrize("column", ["label", "tags"])
 def test_one_label_keeps_its_spaces(tmp_path: Path, column: str) -> None:
     path = write(tmp_path, "t.csv", f"file,{column}\na.jpg,traffic light\nb.jpg,stop sign; cat\n")

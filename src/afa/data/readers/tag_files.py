@@ -38,21 +38,25 @@ class FoundTags(NamedTuple):
     notes: tuple[str, ...]
 
 
-def read_tags(path: Path, classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Image name, without suffix, to its tags in the order of `classes`, each once; possibly none.
+def read_tags(path: Path, classes: Sequence[str], negatives: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
+    """Image name, without suffix, to the classes that it may show: its tags and what the file does not know of it.
 
-    Of a name that begins elsewhere (as `plain_path` says) the last part is taken.
+    The classes come in the order of `classes`, each once. Of a name that begins elsewhere (as `plain_path` says) the
+    last part is taken. `negatives` as of `read_tag_file`.
 
     Raises:
         AfaError: As `read_tag_file`; two names have the same last part.
     """
     found: dict[str, tuple[str, ...]] = {}
-    for name, entry in read_tag_file(TagFile(path), classes).entries.items():
+    for name, entry in read_tag_file(TagFile(path), classes, negatives).entries.items():
         inside, is_foreign = plain_path(entry.image)
         name = image_name(inside.rpartition("/")[2]) if is_foreign else name
         if name in found:
             raise AfaError(f"{entry.where}: image {shown(name)} is there a second time; keep one entry of it")
-        found[name] = entry.tags
+        if entry.unknown:
+            found[name] = tuple([each for each in classes if each in entry.tags or each in entry.unknown])
+        else:
+            found[name] = tuple(classes) if entry.unknown is None else entry.tags
     return found
 
 
