@@ -57,7 +57,10 @@ def negatives(data: DataSet) -> list[str]:
         ("tags.csv", "file,label\na.jpg,crack\nb.jpg,Background\n", ["b"], ["c", "d"]),
         ("tags.csv", "file,crack\na.jpg,1\nb.jpg,0\nc.jpg,?\n", ["b"], ["c", "d"]),
         ("tags.csv", "file,crack,background\na.jpg,1,0\nb.jpg,0,1\nc.jpg,-1,0\n", ["b"], ["c", "d"]),
+        ("tags.csv", "file,tags\na.jpg,crack\nb.jpg,\nc.jpg,?\nd.jpg,NaN\n", ["b"], ["c", "d"]),
+        ("tags.csv", "file,label\na.jpg,crack\nb.jpg,None\nc.jpg,-1\nd.jpg,null\n", ["b"], ["c", "d"]),
         ("tags.json", {"a.jpg": ["crack"], "b.jpg": [], "c.jpg": None}, ["b"], ["c", "d"]),
+        ("tags.json", {"a.jpg": "crack", "b.jpg": "none", "c.jpg": -1, "d.jpg": [None]}, ["b"], ["c", "d"]),
         ("tags.jsonl", '{"file": "a.jpg", "tags": ["crack"]}\n{"file": "b.jpg", "tags": []}\n{"file": "c.jpg"}', ["b"],
          ["c", "d"]),
         ("instances.json", COCO, ["b", "c"], ["d"]),
@@ -79,6 +82,16 @@ def test_a_folder_of_negatives(tmp_path: Path, folder: str, keys: dict[str, Any]
     data = opened(tmp_path, "crack/a.jpg", f"{folder}/b.jpg", **keys)
     assert data.classes == ("crack",)
     assert negatives(data) == [f"{folder}/b"]
+
+
+@pytest.mark.parametrize("content", ["a.jpg,crack\nb.jpg,rust;?\n", "a.jpg,crack\nb.jpg,rust\nb.jpg,?\n"])
+def test_a_mark_beside_tags_says_nothing_of_the_other_classes(tmp_path: Path, content: str) -> None:
+    write(tmp_path, "tags.csv", f"file,label\n{content}")
+    data = opened(tmp_path, "a.jpg", "b.jpg")
+    assert data.classes == ("crack", "rust")
+    assert [data.tagged().targets(index).tolist() for index in range(2)] == [[1, 0], [-1, 1]]
+    write(tmp_path, "classes.txt", "crack\nrust\n?\n")
+    assert opened(tmp_path).tagged().targets(1).tolist() == [0, 1, 1]
 
 
 def test_a_stated_class_is_a_class_whatever_its_name(tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ class TagEntry(NamedTuple):
         image: The image as the file writes it.
         tags: Its tags as the file writes them.
         split: Where it belongs, as the file writes it; empty where it does not say.
-        unknown: Classes of which the file says that it does not know them; None where it says nothing of the image.
-            An image without tags and unknown classes holds none of the classes.
+        unknown: Classes of which the file says that it does not know them; None where it knows the tags at most. An
+            image without tags and unknown classes holds none of the classes.
     """
 
     where: str
@@ -148,9 +148,10 @@ def entry_rows(entries: Sequence[TagEntry], classes: Sequence[str]) -> NDArray[n
     rows = tag_rows([entry.tags for entry in entries], classes)
     for row, entry in enumerate(entries):
         if entry.unknown is None:
-            rows[row] = UNKNOWN
+            rows[row, rows[row] != PRESENT] = UNKNOWN
         elif entry.unknown:
-            rows[row, [place for place, name in enumerate(classes) if name in entry.unknown]] = UNKNOWN
+            lacking = set(entry.unknown).difference(entry.tags)
+            rows[row, [place for place, name in enumerate(classes) if name in lacking]] = UNKNOWN
     return rows
 
 

@@ -39,7 +39,8 @@ SPLIT_COLUMNS: Final = ("split", "subset", "set")
 _MAX_LINE: Final = 1_000_000  # characters; the longest row of 254 classes is far below
 _TRUE: Final = frozenset(("1", "1.0", "true", "yes"))
 _FALSE: Final = frozenset(("", "0", "0.0", "false", "no"))
-_UNKNOWN: Final = frozenset(("-1", "-1.0", "?", "null", "none", "nan", "unknown"))
+_NO_TAG: Final = frozenset(("-1", "-1.0", "?", "null", "nan"))  # unless a class list has it
+_UNKNOWN: Final = _NO_TAG | {"none", "unknown"}
 
 
 class _Tags(NamedTuple):
@@ -225,10 +226,11 @@ def _entries(path: Path, rows: Iterable[_Row], classes: Sequence[str]) -> Conten
     places: dict[str, int] = {}
     entries: list[TagEntry] = []
     for where, image, value, split, single in found:
-        tags = _Tags(split_cell(value, single)) if isinstance(value, str) else _listed_tags(value, where)
+        tags = split_cell(value, single) if isinstance(value, str) else _listed_tags(value, where, classes)
         if single and image in places:
             earlier = entries[places[image]]
-            unknown = tags.unknown if earlier.unknown is None else earlier.unknown
+            unknown = earlier.unknown
+            unknown = None if unknown is None or tags.unknown is None else (*unknown, *tags.unknown)
             entries[places[image]] = earlier._replace(tags=(*earlier.tags, *tags.present), unknown=unknown)
         else:
             places[image] = len(entries)
@@ -260,7 +262,7 @@ def _one_names(counts: Mapping[str, int], path: Path) -> Iterator[str]:
         )
 
 
-def _cell_splitter(texts: Iterable[str], classes: Sequence[str], path: Path) -> Callable[[str, bool], tuple[str, ...]]:
+def _cell_splitter(texts: Iterable[str], classes: Sequence[str], path: Path) -> Callable[[str, bool], _Tags]:
     """What splits texts into tags, all texts of a file in the same way; the flag says that a text is a single tag."""
     plain = {text for text in texts if not text.lstrip().startswith("[")}
     separator = next((mark for mark in "|;," if any(mark in text for text in plain)), None)
@@ -283,16 +285,21 @@ def _cell_splitter(texts: Iterable[str], classes: Sequence[str], path: Path) -> 
         return parts
 
     @functools.cache  # one tuple for all equal texts
-    def split(text: str, single: bool) -> tuple[str, ...]:
-        return tuple([sys.intern(tag) for part in parts_of(text.strip(), single) if (tag := part.strip())])
+    def split(text: str, single: bool) -> _Tags:
+        return _known_tags(parts_of(text.strip(), single), classes)
 
     return split
 
 
-def _listed_tags(value: Any, where: str) -> _Tags:
+def _known_tags(texts: Iterable[str], classes: Sequence[str]) -> _Tags:
+    """Texts without those that say that a tag is unknown: then nothing is known of the other classes."""
+    tags = [sys.intern(tag) for text in texts if (tag := text.strip())]
+    known = tuple([tag for tag in tags if tag.lower() not in _NO_TAG or tag in classes])
+    return _Tags(known, () if len(known) == len(tags) else None)
+
+
+def _listed_tags(value: Any, where: str, classes: Sequence[str]) -> _Tags:
     """Tags of a value that is no text."""
-    if value is None:
-        return _Tags((), None)
     if isinstance(value, _Tags):
         return value
     if isinstance(value, dict):
@@ -303,10 +310,12 @@ def _listed_tags(value: Any, where: str) -> _Tags:
             if abs(item) > 10**9:
                 raise AfaError(f"{where}: the tag is a number of many digits; write the names of the classes")
             item = str(item)
+        elif item is None or item != item:  # NaN
+            item = "?"
         if not isinstance(item, str):
             raise AfaError(f"{where}: the tag {shown(item)} is no text; write the names of the classes")
-        tags.append(sys.intern(item.strip()))
-    return _Tags(tuple(tag for tag in tags if tag))
+        tags.append(item)
+    return _known_tags(tags, classes)
 
 
 def _one_hot(values: Iterable[tuple[str, Any]], where: str) -> _Tags:
