@@ -94,6 +94,18 @@ def test_a_mark_beside_tags_says_nothing_of_the_other_classes(tmp_path: Path, co
     assert opened(tmp_path).tagged().targets(1).tolist() == [0, 1, 1]
 
 
+def test_negatives_without_any_class_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "background/a.jpg", "none/b.jpg")
+    with refused(f"{tmp_path}: 0 classes", "data.negatives", "tag at least one image"):
+        opened(tmp_path)
+    write(tmp_path, "tags.csv", "file,crack,rust\na.jpg,0,1\n")
+    with refused("tags.csv: 0 classes", "data.negatives", "tag at least one image"):
+        opened(tmp_path, negatives=("rust", "crack"))
+    write(tmp_path, "classes.txt", "\n")
+    with refused("classes.txt: 0 classes; write one a line"):
+        opened(tmp_path)
+
+
 def test_a_stated_class_is_a_class_whatever_its_name(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("crack\nnone")
     data = opened(tmp_path, "crack/a.jpg", "none/b.jpg")

@@ -124,6 +124,11 @@ def test_files_of_other_programs(tmp_path: Path) -> None:
     assert found(root).classes == ("ant", "bee")
 
 
+def test_files_without_any_class(tmp_path: Path) -> None:
+    plain(tmp_path, label=["none", ""], photo=[content(1), content(2)])
+    assert f"{tmp_path / 'x.parquet'}: 0 classes; each image is without a tag, or its tags" in said(found, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [

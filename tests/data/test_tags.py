@@ -178,7 +178,7 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("t.csv", 'file,tags\n"a\nb",cat\n', "line 3: the image name 'a\\nb' has control characters"),
     ("t.csv", "file,tags\na,Cat\nb,cat\n", "classes 'Cat' and 'cat' differ in case"),
     ("t.csv", "file,tags\na,background\n", "leave 'background' out"),
-    ("t.csv", "file,tags\na,\n", "0 classes; give 1 to 254"),
+    ("t.csv", "file,tags\na,\n", "0 classes; each image is without a tag, or its tags"),
     ("t.csv", f"file,label\na,{'x' * 300}\n", "more than 200; rename"),
     ("t.json", "", "not valid JSON near character 0: Expecting value; save"),
     ("t.json", '{"a": ["cat"]', "not valid JSON near character 13: Expecting ',' delimiter; save"),
@@ -214,7 +214,7 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("t.xml", "<annotation/>", "is <annotation>, not <annotations>; export"),
     ("t.xml", '<annotations><image id="0"/></annotations>', "image 1 has no name"),
     ("t.xml", '<!DOCTYPE a [<!ENTITY b "c">]><annotations/>', "(a); remove the DOCTYPE"),
-    ("t.xml", "<annotations/>", "0 classes; give 1 to 254"),
+    ("t.xml", "<annotations/>", "0 classes; each image is without a tag, or its tags"),
 ]
 
 

@@ -29,6 +29,12 @@ VOC_CLASSES: Final[tuple[str, ...]] = (
 MAX_CLASSES: Final = IGNORE_INDEX - 1
 """Largest number of classes that a network learns: masks have values of 8 bits."""
 
+NO_TAG: Final = (
+    "each image is without a tag, or its tags and folder are in data.negatives and mean none of the classes; tag "
+    "at least one image"
+)
+"""What `check_classes` says where the classes are the tags that occur."""
+
 _COLOR: Final = re.compile(r"\s*#([0-9a-fA-F]{6})$|\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})$")
 _MAX_CLASS_NAME: Final = 200  # characters
 _SHOWN: Final = 100  # names in a message
@@ -145,12 +151,13 @@ def read_list(root: Path, list_file: str, *, key: str, known: Container[str] = (
     return names
 
 
-def check_classes(classes: Sequence[str], origin: str) -> None:
+def check_classes(classes: Sequence[str], origin: str, *, none: str = "write one a line") -> None:
     """Check that names can be the foreground classes of a network.
 
     Args:
         classes: Names in index order.
         origin: Where they come from, for messages.
+        none: What to say and do where there are none.
 
     Raises:
         AfaError: There are none; one is there twice or in two ways of writing it, is the
@@ -159,7 +166,7 @@ def check_classes(classes: Sequence[str], origin: str) -> None:
     if len(set(classes)) != len(classes):
         raise AfaError(f"{origin}: class {shown(first_twice(classes))} is there twice; keep one")
     if not classes:
-        raise AfaError(f"{origin}: 0 classes; give 1 to {MAX_CLASSES}")
+        raise AfaError(f"{origin}: 0 classes; {none}")
     if "background" in classes:
         raise AfaError(f"{origin}: leave 'background' out of the classes; it always has mask value 0")
     seen: dict[str, str] = {}

@@ -83,7 +83,7 @@ def tagged_dataset(
     cells = dataset.select_columns([tag_column])[:][tag_column]
     rows = [tag_entry(value, labels, f"column {tag_column!r}") for value in cells]
     classes = classes or tuple(labels or sorted({tag for entry in rows for tag in entry.tags}))
-    check_classes(classes, f"column {tag_column!r}")
+    check_classes(classes, f"column {tag_column!r}", none="each row is without a tag; name another column")
     check_count(classes, f"column {tag_column!r}")
     for row, entry in enumerate(rows):
         for tag in entry.tags:

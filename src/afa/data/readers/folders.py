@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from afa.config import DataConfig
-from afa.data.classes import check_classes, folded, stated_classes
+from afa.data.classes import NO_TAG, check_classes, folded, stated_classes
 from afa.data.dataset import TagTable
 from afa.data.files import check_paths, image_folder, images_below
 from afa.data.readers.base import tag_rows
@@ -64,7 +64,7 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
             f"{', '.join(listed.names)}, or add the class"
         )
     if not listed.names:
-        check_classes(met, str(folder))
+        check_classes(met, str(folder), none=NO_TAG)
     classes = listed.names or met
     paths = tuple([path for path, _ in split])
     return TagTable(

@@ -67,7 +67,10 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
                 "XDG_CACHE_HOME to another folder"
             ) from None
     plain = replace(data, tags="", layout="hf", image_dir=DataConfig().image_dir)
-    table = tag_files.read(folder, plain)
+    try:
+        table = tag_files.read(folder, plain)
+    except AfaError as error:  # of the file that users know
+        raise AfaError(str(error).replace(str(folder / "metadata.jsonl"), str(files[0]))) from None
     assert table is not None, folder
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
     return replace(table, origin=f"Hugging Face images in {path_below(files[0], root)}{more}, unpacked to {folder}")

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from afa.config import DataConfig
-from afa.data.classes import check_classes, folded, is_plain, stated_classes, unknown_class
+from afa.data.classes import NO_TAG, check_classes, folded, is_plain, stated_classes, unknown_class
 from afa.data.dataset import TagTable
 from afa.data.files import ImageFiles, check_paths, image_folder, images_below, path_below, plain_path
 from afa.data.images import image_name
@@ -79,7 +79,7 @@ def read_tag_file(
     declared, found = _without(nothing_names(negatives, classes), declared, found)
     chosen = tuple(classes) or declared or tuple(sorted({tag for entry in found for tag in entry.tags}))
     if not classes:
-        check_classes(chosen, str(file.path))
+        check_classes(chosen, str(file.path), none=NO_TAG)
     return FoundTags(chosen, bool(classes or declared), _by_name(found, chosen, file.kind, known), notes)
 
 
