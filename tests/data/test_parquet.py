@@ -122,6 +122,8 @@ def test_files_of_other_programs(tmp_path: Path) -> None:
     assert "label holds 0; cast it to ClassLabel, or give the names" in said(found, root)
     write(root, "classes.txt", "ant\nbee\n")
     assert found(root).classes == ("ant", "bee")
+    plain(root, label=[0, 1, 2], photo=[content(1), content(2), content(3)])
+    assert "x.parquet, row 2: label holds 2, and the 2 names have numbers from 0; correct" in said(found, root)
 
 
 def test_files_without_any_class(tmp_path: Path) -> None:
@@ -142,7 +144,7 @@ def test_files_without_any_class(tmp_path: Path) -> None:
         ),
         ({"image": [{"bytes": None, "path": "a.jpg"}], "label": ["cat"]}, "no column of images"),
         ({"image": [b""], "label": ["cat"]}, "x.parquet, row 0: holds no image; use the images"),
-        ({"image": [content(1)], "label": [1.5]}, "x.parquet: label holds 1.5; cast"),
+        ({"image": [content(1)], "label": [1.5]}, "x.parquet, row 0: label holds 1.5; cast"),
     ],
 )
 def test_mistakes(tmp_path: Path, cache: Path, columns: dict[str, Any], expected: str) -> None:

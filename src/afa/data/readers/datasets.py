@@ -81,7 +81,7 @@ def tagged_dataset(
     feature = features[tag_column]
     labels = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
     cells = dataset.select_columns([tag_column])[:][tag_column]
-    rows = [tag_entry(value, labels, f"column {tag_column!r}") for value in cells]
+    rows = [tag_entry(value, labels, f"row {row}: column {tag_column!r}") for row, value in enumerate(cells)]
     classes = classes or tuple(labels or sorted({tag for entry in rows for tag in entry.tags}))
     check_classes(classes, f"column {tag_column!r}", none="each row is without a tag; name another column")
     check_count(classes, f"column {tag_column!r}")
@@ -100,14 +100,19 @@ def tag_entry(value: Any, labels: Sequence[str] | None, where: str) -> TagEntry:
     """The tags in a cell: texts, or numbers of `labels`, one or a list of them; unknown where there is no label.
 
     Raises:
-        AfaError: A tag is neither; `where` begins the message.
+        AfaError: A tag is neither, or a number without a name; `where` begins the message.
     """
     tags = []
     items = value if isinstance(value, list) else [value]
     is_known = items not in ([None], [-1])  # -1: no label
     for item in items if is_known else ():
         if labels is not None and isinstance(item, int):
-            if 0 <= item < len(labels):
+            if not -1 <= item < len(labels):
+                raise AfaError(
+                    f"{where} holds {item}, and the {len(labels)} names have numbers from 0; correct it, or write -1 "
+                    "for no label"
+                )
+            if item >= 0:
                 tags.append(labels[item])
         elif isinstance(item, str):
             tags.append(item)

@@ -132,7 +132,7 @@ def _unpack_file(file: Path, folder: Path, side: str, rows: IO[str], names: Sequ
                 )
             name = f"{side or 'images'}/{file.stem}-{place:06d}{_SUFFIXES.get(content[:4], '.jpg')}"
             (folder / name).write_bytes(content)
-            found = tag_entry(tag, labels or names or None, f"{file}: {tags}")
+            found = tag_entry(tag, labels or names or None, f"{file}, row {place}: {tags}")
             known = None if found.unknown is None else found.tags
             rows.write(json.dumps({"file_name": name, "labels": known, "split": side}) + "\n")
             place += 1
