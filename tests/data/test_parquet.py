@@ -87,6 +87,25 @@ def test_images_and_labels(tmp_path: Path, cache: Path, store: Any, label: Any, 
     assert not [path for path in root.rglob("*") if path.suffix in (".png", ".jsonl", ".jpg")]
 
 
+def test_names_that_mean_none_of_the_classes(tmp_path: Path) -> None:
+    root, label = tmp_path / "pets", datasets.ClassLabel(names=["None", "cat", "normal"])
+    as_files(root, stored(label, [0, 1, 2, -1]), stored(label, [1]))
+    for negatives, classes, expected in (
+        (("none",), ("cat", "normal"), [False, False, True]),
+        (("none", "normal"), ("cat",), [True, False, True]),
+        ((), ("None", "cat", "normal"), [False, False, False]),
+    ):
+        data = found(root, negatives=negatives)
+        assert data.classes == classes
+        assert sorted(data.train().negative.tolist()) == sorted(expected)
+        assert len(data.untagged) == 1
+    assert len(list((tmp_path / "cache" / "afa" / "unpacked").iterdir())) == 1
+    write(root, "classes.txt", "normal #ff8000\ncat\nNone\n")
+    data = found(root)
+    assert (data.classes, data.colors) == (("normal", "cat", "None"), {"normal": (255, 128, 0)})
+    assert not data.train().negative.any()
+
+
 def test_images_are_unpacked_once_and_anew_when_the_files_change(tmp_path: Path, cache: Path) -> None:
     root = tmp_path / "pets"
     as_files(root, stored(SINGLE, [0, 1]), stored(SINGLE, [0]))

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from afa.config import DataConfig
-from afa.data.classes import stated_classes
+from afa.data.classes import check_classes, folded, stated_classes
 from afa.data.dataset import TagTable
 from afa.data.files import path_below, subfolders
 from afa.data.readers import tag_files
@@ -30,6 +30,7 @@ from afa.data.split import SIDES, UNSTATED, side_of
 from afa.errors import AfaError, first_line
 
 _PLACES: Final = frozenset(("data", "default", *SIDES))
+_NAMES: Final = "names.json"  # of ClassLabel
 _BATCH: Final = 64  # rows that are in memory at once
 _SUFFIXES: Final = {b"\x89PNG": ".png", b"RIFF": ".webp", b"GIF8": ".gif", b"II*\0": ".tif", b"MM\0*": ".tif"}
 
@@ -47,14 +48,14 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
     files = _find_files(root)
     if not files:
         return None
-    names = stated_classes(data, root).names
-    folder = _cache_folder(files, names)
+    stated = stated_classes(data, root)
+    folder = _cache_folder(files, stated.names)
     if not folder.is_dir():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
             try:
-                _unpack(files, partial, names)
+                _unpack(files, partial, stated.names)
                 partial.rename(folder)
             except OSError:
                 if not folder.is_dir():  # else another process was faster
@@ -66,14 +67,20 @@ def read(root: Path, data: DataConfig) -> TagTable | None:
                 f"{folder}: the images of {files[0]} cannot be unpacked there ({error.strerror}); free space, or set "
                 "XDG_CACHE_HOME to another folder"
             ) from None
-    plain = replace(data, tags="", layout="hf", image_dir=DataConfig().image_dir)
+    nothing = tag_files.nothing_names(data.negatives, stated.names)
+    names = json.loads((folder / _NAMES).read_bytes())
+    classes = data.classes or (*stated.names, *(name for name in names if folded(name) not in nothing))
+    if classes:
+        check_classes(classes, str(files[0]))
+    plain = replace(data, classes=classes, tags="", layout="hf", image_dir=DataConfig().image_dir)
     try:
         table = tag_files.read(folder, plain)
     except AfaError as error:  # of the file that users know
         raise AfaError(str(error).replace(str(folder / "metadata.jsonl"), str(files[0]))) from None
     assert table is not None, folder
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-    return replace(table, origin=f"Hugging Face images in {path_below(files[0], root)}{more}, unpacked to {folder}")
+    origin = f"Hugging Face images in {path_below(files[0], root)}{more}, unpacked to {folder}"
+    return replace(table, origin=origin, colors=stated.colors, words=stated.words)
 
 
 def _find_files(root: Path) -> list[Path]:
@@ -85,14 +92,14 @@ def _find_files(root: Path) -> list[Path]:
 def _cache_folder(files: Sequence[Path], names: Sequence[str]) -> Path:
     """Where the images are unpacked to: another folder for other contents."""
     states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    key = hashlib.sha256(json.dumps([1, states, list(names)]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([2, states, list(names)]).encode()).hexdigest()[:16]
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "afa" / "unpacked" / key
 
 
 def _unpack(files: Sequence[Path], folder: Path, names: Sequence[str]) -> None:
-    """Write the images, metadata.jsonl and, if they are known, the classes."""
-    classes: dict[str, None] = dict.fromkeys(names)
+    """Write the images, metadata.jsonl, and the names that the files state beside those that are known."""
+    stated: dict[str, None] = {}
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as rows:
         console, quiet = Console(stderr=True), not sys.stderr.isatty()
         for file in track(files, "Unpacking images", console=console, disable=quiet):
@@ -101,13 +108,12 @@ def _unpack(files: Sequence[Path], folder: Path, names: Sequence[str]) -> None:
             )
             word = next((name for name, each in SIDES.items() if each == side), "")
             try:
-                classes |= dict.fromkeys(_unpack_file(file, folder, word, rows, names))
+                stated |= dict.fromkeys(_unpack_file(file, folder, word, rows, names))
             except (AfaError, OSError):
                 raise
             except Exception as error:  # pyarrow raises nearly anything on a broken file
                 raise AfaError(f"{file}: cannot be read ({first_line(error)}); download it anew") from None
-    if classes:
-        (folder / "classes.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+    (folder / _NAMES).write_text(json.dumps([name for name in stated if name not in names]), encoding="utf-8")
 
 
 def _unpack_file(file: Path, folder: Path, side: str, rows: IO[str], names: Sequence[str]) -> Sequence[str]:
