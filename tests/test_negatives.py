@@ -61,6 +61,10 @@ def negatives(data: DataSet) -> list[str]:
         ("tags.csv", "file,label\na.jpg,crack\nb.jpg,None\nc.jpg,-1\nd.jpg,null\n", ["b"], ["c", "d"]),
         ("tags.json", {"a.jpg": ["crack"], "b.jpg": [], "c.jpg": None}, ["b"], ["c", "d"]),
         ("tags.json", {"a.jpg": "crack", "b.jpg": "none", "c.jpg": -1, "d.jpg": [None]}, ["b"], ["c", "d"]),
+        ("tags.jsonl", '{"file": "a.jpg", "crack": 1}\n{"file": "b.jpg", "crack": 0}\n'
+         '{"file": "c.jpg", "crack": null}\n{"file": "d.jpg"}', ["b"], ["c", "d"]),
+        ("tags.json", [{"file": "a.jpg", "objects": {"category": ["crack"]}}, {"file": "b.jpg", "objects": []},
+         {"file": "c.jpg", "objects": {"bbox": []}}], ["b"], ["c", "d"]),
         ("tags.jsonl", '{"file": "a.jpg", "tags": ["crack"]}\n{"file": "b.jpg", "tags": []}\n{"file": "c.jpg"}', ["b"],
          ["c", "d"]),
         ("instances.json", COCO, ["b", "c"], ["d"]),

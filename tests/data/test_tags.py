@@ -56,6 +56,12 @@ TWO = {"a.jpg": ("cat", "dog"), "b/c.png": ("cat",)}
         ("t.json", '{"a.jpg": "cat dog", "b/c.png": {"cat": 1, "dog": 0}}'),
         ("t.json", '{"a.jpg": {"labels": ["cat", "dog"]}, "b/c.png": {"label": "cat"}}'),
         ("t.json", '[{"file": "a.jpg", "tags": ["cat", "dog"]}, {"image": "b/c.png", "label": "cat", "x": {}}]'),
+        ("t.json", '[{"file": "a.jpg", "cat": true, "dog": 1}, {"file": "b/c.png", "cat": "yes", "split": "val"}]'),
+        (
+            "t.jsonl",
+            '{"file": "a.jpg", "objects": {"bbox": [[1]], "categories": ["cat", "dog"]}}\n'
+            '{"file": "b/c.png", "objects": [{"category": "cat"}]}',
+        ),
         (
             "t.jsonl",
             '\ufeff{"file_name": "a.jpg", "labels": ["cat", "dog"]}\n\n{"filename": "b/c.png", "class": "cat"}',
@@ -116,11 +122,12 @@ def test_splits_and_empty_tags(tmp_path: Path) -> None:
     ("name", "text", "classes", "declared"),
     [
         ("t.csv", "image,zebra,cat\na,0,1\n", ("zebra", "cat"), True),
+        ("t.json", [{"image": "a", "zebra": 0}, {"image": "b", "cat": 1, "zebra": None}], ("zebra", "cat"), True),
         ("t.csv", "image,tags\na,zebra cat\n", ("cat", "zebra"), False),
         ("t.xml", '<annotations><image name="a.jpg"><tag label="b"/></image></annotations>', ("b",), False),
     ],
 )
-def test_order_of_the_classes(tmp_path: Path, name: str, text: str, classes: tuple[str, ...], declared: bool) -> None:
+def test_order_of_the_classes(tmp_path: Path, name: str, text: Any, classes: tuple[str, ...], declared: bool) -> None:
     tags = found(tmp_path, name, text)
     assert (tags.classes, tags.declared) == (classes, declared)
 
@@ -174,6 +181,7 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("t.csv", f"file,tags\na,{'x' * 200_000}\n", "field larger than field limit"),
     ("t.csv", f"file,tags\na,{'x,' * 600_000}\n", "line 2: longer than 1,000,000 characters; write"),
     ("t.csv", "file,cat\na,maybe\n", "line 2, column 'cat': the value is 'maybe'; write 0 or 1"),
+    ("t.csv", "file,cat,width\na,1,64\n", "column 'width': the value is '64'; write 0 or 1, ? for unknown, remove the"),
     ("t.csv", "file,cat,cat\na,1,1\n", "two columns have the same name"),
     ("t.csv", 'file,tags\n"a\nb",cat\n', "line 3: the image name 'a\\nb' has control characters"),
     ("t.csv", "file,tags\na,Cat\nb,cat\n", "classes 'Cat' and 'cat' differ in case"),
@@ -193,6 +201,7 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("t.json", "5", "is neither a list nor an object; write"),
     ("t.json", '{"a": ["cat"], "a": ["dog"]}', "'a' is there a second time; keep"),
     ("t.json", f'{{"a": {"1" * 5000}}}', "cannot be decoded (Exceeds the limit"),
+    ("t.jsonl", '{"file": "a", "text": "a car"}', "line 1, column 'text': the value is 'a car'; write 0 or 1, ? for"),
     ("t.jsonl", "[1]\n", "line 1: is [1]; write objects"),
     ("t.jsonl", '{"file": "a"\n', "line 1: not valid JSON"),
     ("t.jsonl", "[" * 100_000, "line 1: not valid JSON"),

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import csv
 import functools
-import itertools
 import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TextIO
 
@@ -58,6 +58,10 @@ class _Row(NamedTuple):
     tags: Any
     split: str
     single: bool
+
+
+class _Keys(dict[str, Any]):
+    """Keys and values of an object that has no tags: classes, if no object of the file has any."""
 
 
 class _Columns(NamedTuple):
@@ -113,12 +117,12 @@ def _read_csv(path: Path, lines: Iterator[str], known_classes: Sequence[str]) ->
         return csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
 
     try:
-        rows = rows_of(itertools.chain([first], lines))
+        rows = rows_of(chain([first], lines))
         header = [cell.strip() for cell in next(rows, [])]
         notes: tuple[str, ...] = ()
         if rows.line_num == 1 and (stated := _absent_header(path, header)):
             note = f"{path}: has no header; read as {stated[0]},{stated[1]}, from {shown(first.strip())} on"
-            header, rows, notes = stated, rows_of(itertools.chain([first], lines)), (note,)
+            header, rows, notes = stated, rows_of(chain([first], lines)), (note,)
         columns = _columns(header)
         if columns.image is None or len(header) < 2:
             raise AfaError(f"{path}: the first line is {shown(','.join(header))}; write the header image,tags")
@@ -190,7 +194,7 @@ def _line_objects(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]
 
 
 def _object_rows(objects: Iterable[tuple[str, Any]]) -> Iterator[_Row]:
-    """Rows of objects; one without a key of tags is an image without tags."""
+    """Rows of objects."""
     keys: tuple[str, ...] | None = None
     for where, values in objects:
         if not isinstance(values, dict):
@@ -198,10 +202,23 @@ def _object_rows(objects: Iterable[tuple[str, Any]]) -> Iterator[_Row]:
         if tuple(values) != keys:
             keys = tuple(values)
             columns = _columns(keys)
-        image, tags, split = (None if key is None else values[key] for key in columns[:3])
+        image, split = (None if key is None else values[key] for key in (columns.image, columns.split))
         if not isinstance(image, str):
             raise AfaError(f"{where}: no text that names the image; add one of {', '.join(IMAGE_COLUMNS[:4])}")
-        yield _Row(where, image.strip(), tags, split.strip() if isinstance(split, str) else "", columns.single)
+        side = split.strip() if isinstance(split, str) else ""
+        yield _Row(where, image.strip(), _stated_tags(values, columns), side, columns.single)
+
+
+def _stated_tags(values: dict[str, Any], columns: _Columns) -> Any:
+    """The tags of an object, perhaps in parts named `objects`, as of the `datasets` library; else the other keys."""
+    if columns.tags is not None:
+        return values[columns.tags]
+    if isinstance(objects := values.get("objects"), (dict, list)):
+        parts = objects if isinstance(objects, list) else [objects]
+        usual = TAG_COLUMNS + SINGLE_TAG_COLUMNS
+        found = [next((part[key] for key in usual if key in part), None) for part in parts if isinstance(part, dict)]
+        return [tag for tags in found for tag in (tags if isinstance(tags, list) else [tags])]
+    return _Keys((key, value) for key, value in values.items() if key not in (columns.image, columns.split))
 
 
 def _columns(keys: Iterable[str]) -> _Columns:
@@ -216,7 +233,7 @@ def _columns(keys: Iterable[str]) -> _Columns:
 
 def _entries(path: Path, rows: Iterable[_Row], classes: Sequence[str]) -> Contents:
     """Entries of rows, with the cells of all of them split in the same way."""
-    found = list(rows)
+    found, declared = _one_hot_rows(list(rows))
     texts = Counter(row.tags.strip() for row in found if isinstance(row.tags, str))
     split_cell = _cell_splitter(texts, classes, path)
     notes = []
@@ -235,7 +252,15 @@ def _entries(path: Path, rows: Iterable[_Row], classes: Sequence[str]) -> Conten
         else:
             places[image] = len(entries)
             entries.append(TagEntry(where, image, tags.present, split, tags.unknown))
-    return Contents((), entries, tuple(notes))
+    return Contents(declared, entries, tuple(notes))
+
+
+def _one_hot_rows(rows: list[_Row]) -> tuple[list[_Row], tuple[str, ...]]:
+    """Rows whose keys are classes, and these classes; where other rows have tags, nothing is known of such rows."""
+    keyed = [row.tags for row in rows if isinstance(row.tags, _Keys)]
+    if len(keyed) < len(rows):
+        return [row._replace(tags=None) if isinstance(row.tags, _Keys) else row for row in rows], ()
+    return [row if row.tags else row._replace(tags=None) for row in rows], tuple(dict.fromkeys(chain(*keyed)))
 
 
 def _one_names(counts: Mapping[str, int], path: Path) -> Iterator[str]:
@@ -250,7 +275,7 @@ def _one_names(counts: Mapping[str, int], path: Path) -> Iterator[str]:
             return
         cell = text.split()
         words.update(dict.fromkeys(cell, count))
-        pairs.update(dict.fromkeys(itertools.pairwise(cell), count))
+        pairs.update(dict.fromkeys(pairwise(cell), count))
     after = {one: other for (one, other), count in pairs.items() if count == words[one] == words[other] > 1}
     for start in sorted(after.keys() - after.values()):
         run = [start]
@@ -330,6 +355,6 @@ def _one_hot(values: Iterable[tuple[str, Any]], where: str) -> _Tags:
         elif text not in _FALSE:
             raise AfaError(
                 f"{where}, column {shown(name)}: the value is {shown(value)}; write 0 or 1, ? "
-                "for unknown, or put the tags into one column named tags"
+                "for unknown, remove the column, or put the tags into one column named tags"
             )
     return _Tags(tuple(tags), tuple(unknown))
