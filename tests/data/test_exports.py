@@ -117,6 +117,36 @@ def test_sides_of_yolo_by_folders(tmp_path: Path) -> None:
         write(tmp_path, "data.yaml", "names: [cat]\n")
 
 
+def test_texts_beside_labels_are_no_labels(tmp_path: Path) -> None:
+    names = ("one/a", "two/my_classes", "two/readme")
+    for name in names:
+        touch(tmp_path, f"images/{name}.jpg")
+        write(tmp_path, f"labels/{name}.txt", f"0 {BOX}")
+    write(tmp_path, "classes.txt", "cat\ndog\n")
+    write(tmp_path, "labels/one/classes.txt", "cat\ndog\n")
+    write(tmp_path, "labels/README.txt", "made by hand\n")
+    assert tags_of(found(tmp_path)) == dict.fromkeys(names, ("cat",))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_labels_in_encodings_of_windows(tmp_path: Path, encoding: str) -> None:
+    tags = yolo(tmp_path)
+    write(tmp_path, "classes.txt", "cat\ndog\n")
+    for label in (tmp_path / "labels").iterdir():
+        label.write_text(label.read_text(), encoding=encoding)
+    assert tags_of(found(tmp_path)) == tags
+
+
+def test_a_broken_file_of_labels_is_named_without_settings(tmp_path: Path) -> None:
+    yolo(tmp_path)
+    write(tmp_path, "classes.txt", "cat\ndog\n")
+    write(tmp_path, "labels/a.txt", f"cat {BOX}")
+    assert "labels/a.txt, line 1: is 'cat 0.5 0.5 0.2 0.2'; write class" in said(found, tmp_path)
+    for name in "abc":
+        write(tmp_path, f"labels/{name}.txt", "a red car")
+    assert f"{tmp_path}: no tags found" in said(found, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("place", "content", "expected"),
     [

@@ -30,6 +30,11 @@ def open_text(path: Path) -> TextIO:
     return io.TextIOWrapper(file, encoding=encoding, newline="")
 
 
+def decoded(content: bytes) -> str:
+    """A text in the encoding that its first bytes state, UTF-8 where they state none; U+FFFD where it is broken."""
+    return content.decode(_marked_encoding(content[:64]), errors="replace")
+
+
 def _marked_encoding(start: bytes) -> str:
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-32" if start.startswith(codecs.BOM_UTF32_LE) else "utf-16"

@@ -387,11 +387,11 @@ def subfolders(root: Path, names: Collection[str]) -> list[Path]:
     return [root / name for name in sorted(found)]
 
 
-def first_in(folder: Path, suffix: str, *, but: str = "", deep: bool = False) -> Path | None:
-    """The first file in a folder, or `deep` below it, with a suffix, unless the pattern `but` has its whole name."""
+def files_in(folder: Path, suffix: str, *, but: str = "", deep: bool = False) -> Iterator[Path]:
+    """The files in a folder, or `deep` below it, with a suffix, unless the pattern `but` has the whole name."""
     names = walk_files(folder, {suffix}) if deep else sorted(os.listdir(folder))
     fitting = (folder / name for name in names if name.lower().endswith(suffix) and not is_litter(name))
-    return next((path for path in fitting if not re.fullmatch(but, path.name, re.I) and path.is_file()), None)
+    return (path for path in fitting if not re.fullmatch(but, path.name, re.I) and path.is_file())
 
 
 def is_mask_folder(name: str) -> bool:

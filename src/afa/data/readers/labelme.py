@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from afa.data.files import first_in, is_mask_folder, plain_path, subfolders, walk_files
+from afa.data.files import files_in, is_mask_folder, plain_path, subfolders, walk_files
 from afa.data.readers.base import Contents, TagEntry, load_json
 from afa.data.split import SIDES
 from afa.errors import AfaError
@@ -25,8 +26,8 @@ def fits(path: Path) -> bool:
 def find(root: Path) -> Path | None:
     """The folder, if it or one in it has a file of LabelMe."""
     places = (root, *subfolders(root, {"images", "jpegimages", *SIDES}), *subfolders(root, _PLACES))
-    firsts = (first_in(folder, ".json", deep=folder.name.lower() in _PLACES and folder != root) for folder in places)
-    return root if any(first is not None and fits(first) for first in firsts) else None
+    found = (files_in(folder, ".json", deep=folder.name.lower() in _PLACES and folder != root) for folder in places)
+    return root if any(fits(first) for files in found for first in islice(files, 1)) else None
 
 
 def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:

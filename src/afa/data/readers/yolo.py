@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import yaml
 
 from afa.data.classes import read_lines, split_words
-from afa.data.files import first_in, is_mask_folder, plain_path, subfolders, walk_files
+from afa.data.encoding import decoded
+from afa.data.files import files_in, is_mask_folder, plain_path, subfolders, walk_files
 from afa.data.images import image_name
 from afa.data.readers.base import Contents, TagEntry
 from afa.data.split import SIDES
@@ -22,8 +23,10 @@ from afa.errors import AfaError, first_line, shown
 
 _NAME_FILES: Final = ("classes.txt", "obj.names", "labels/classes.txt", "images/classes.txt", "../classes.txt")
 _NO_LABELS: Final = r"(.*[-_])?(classes|labels|train|val|valid|test|readme.*|notes|license)\.txt"
+_BESIDE_LABELS: Final = r"(.*[-_])?(classes|readme.*|notes|license)\.txt"
 _OBJECT: Final = r"\d+(\.0*)?(\s+-?[\d.]+(e-?\d+)?){4,}"
 _PLACES: Final = frozenset(("images", "jpegimages", "obj_train_data", "data", *SIDES))
+_LOOKED_AT: Final = 100  # files that tell whether these are labels
 _MAX_SETTINGS: Final = 1_000_000  # bytes
 
 
@@ -34,16 +37,20 @@ def find(root: Path) -> Path | None:
     for path in sorted(chain(root.glob("*.yaml"), root.glob("*.yml"))):
         if path.is_file() and re.search(rb"^names\s*:", path.read_bytes()[:_MAX_SETTINGS], re.M):
             return path
-    found = (first_in(folder, ".txt", but=_NO_LABELS, deep=True) for folder in _label_folders(root))
-    first = next(filter(None, found), None)
-    if first is None and any((root / name).is_file() for name in _NAME_FILES):
-        found = (first_in(folder, ".txt", but=_NO_LABELS) for folder in (root, *subfolders(root, _PLACES)))
-        first = next(filter(None, found), None)
-    if first is None:
-        return None
-    with first.open("rb") as file:
-        start = file.read(1000).decode("latin-1").strip()
-    return root if not start or re.fullmatch(_OBJECT, start.splitlines()[0], re.I) else None
+    found = [files_in(folder, ".txt", but=_NO_LABELS, deep=True) for folder in _label_folders(root)]
+    first = list(islice(chain(*found), _LOOKED_AT))
+    if not first and any((root / name).is_file() for name in _NAME_FILES):
+        found = [files_in(folder, ".txt", but=_NO_LABELS) for folder in (root, *subfolders(root, _PLACES))]
+        first = list(islice(chain(*found), _LOOKED_AT))
+    fitting = {_has_objects(path) for path in first}  # a broken one does not deny the others
+    return root if True in fitting or fitting == {None} else None
+
+
+def _has_objects(path: Path) -> bool | None:
+    """Whether a text begins with an object of YOLO; None if it is empty."""
+    with path.open("rb") as file:
+        start = decoded(file.read(1000)).strip()
+    return re.fullmatch(_OBJECT, start.splitlines()[0], re.I) is not None if start else None
 
 
 def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:
@@ -113,10 +120,9 @@ def _labels(root: Path) -> Iterator[tuple[Path, str]]:
     for folder in folders or [root]:
         skip = None if folders else lambda path: is_mask_folder(path.rpartition("/")[2])
         for path in walk_files(folder, {".txt"}, skip=skip):
-            if folders or not re.fullmatch(_NO_LABELS, path.rpartition("/")[2], re.I):
+            passed_over = re.fullmatch(_BESIDE_LABELS if folders else _NO_LABELS, path.rpartition("/")[2], re.I)
+            if not passed_over or (folders and _has_objects(folder / path) is not False):
                 place = folder.relative_to(root).as_posix()
-                if folders and path == "classes.txt":
-                    continue
                 image = f"{place[:-6]}images/{path}" if folders else path
                 yield folder / path, f"{image[:-4]}.jpg"
 
@@ -125,7 +131,7 @@ def _numbers(label: Path, names: dict[int, str]) -> list[int]:
     """The numbers of the classes of a file of labels, each once, ascending."""
     numbers = set()
     try:
-        lines = label.read_bytes().decode("latin-1").splitlines()
+        lines = decoded(label.read_bytes()).splitlines()
     except OSError as error:
         raise AfaError(f"{label}: cannot be read ({error.strerror})") from None
     for place, line in enumerate(lines, start=1):
