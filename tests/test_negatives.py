@@ -98,6 +98,25 @@ def test_a_mark_beside_tags_says_nothing_of_the_other_classes(tmp_path: Path, co
     assert opened(tmp_path).tagged().targets(1).tolist() == [0, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("content", "note"),
+    [
+        (
+            "file,tags\na.jpg,none crack\nb.jpg,none\nc.jpg,crack none",
+            "line 2: image 'a.jpg' has 'none crack', of",
+        ),
+        ("file,label\na.jpg,crack\na.jpg,None\nb.jpg,none\nc.jpg,crack\nc.jpg,none", "has 'crack None', of which one"),
+        ("file,crack,background\na.jpg,1,1\nb.jpg,0,1\nc.jpg,1,1", ""),
+    ],
+)
+def test_none_beside_a_class_is_said(tmp_path: Path, content: str, note: str) -> None:
+    write(tmp_path, "tags.csv", content)
+    data = opened(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    assert negatives(data) == ["b"]
+    assert len(data.notes) == bool(note)
+    assert all(note in each and "taken as 'crack' (2 such images)" in each for each in data.notes)
+
+
 def test_negatives_without_any_class_are_refused(tmp_path: Path) -> None:
     touch(tmp_path, "background/a.jpg", "none/b.jpg")
     with refused(f"{tmp_path}: 0 classes", "data.negatives", "tag at least one image"):

@@ -222,6 +222,13 @@ def test_labelme(tmp_path: Path, images: str, place: str, path: str) -> None:
     assert tags_of(found(tmp_path, layout="labelme")) == tags_of(data)
 
 
+def test_numbers_are_labels_of_labelme(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg")
+    shapes = [{"label": label, "points": []} for label in (7, "cat", None)]
+    write(tmp_path, "a.json", {"version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": "a.jpg"})
+    assert tags_of(found(tmp_path)) == {"a": ("7", "cat")}
+
+
 def test_labelme_in_folders_of_the_split(tmp_path: Path) -> None:
     for side in ("train", "val"):
         touch(tmp_path, f"{side}/train_1.jpg")

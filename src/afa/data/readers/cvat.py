@@ -27,4 +27,6 @@ def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:
         tags = dict.fromkeys(sys.intern(part.get("label", "").strip()) for part in image)
         tags.pop("", None)
         entries.append(TagEntry(f"{path}, image {number}", name, tuple(tags), image.get("subset", "")))
+    if not entries and root.find("track") is not None:
+        raise AfaError(f"{path}: has tracks of a video, which are not read; {_REMEDY}")
     return Contents(tuple(dict.fromkeys(filter(None, labels))), entries)

@@ -62,5 +62,6 @@ def _tags(found: dict[str, Any]) -> Iterator[str]:
     flags = found.get("flags")
     chosen = [name for name, value in flags.items() if value is True] if isinstance(flags, dict) else []
     for label in (*labels, *chosen):
-        if isinstance(label, str) and label.strip() not in _NO_CLASSES:
-            yield sys.intern(label.strip())
+        text = str(label).strip() if isinstance(label, (str, int)) else ""
+        if text not in _NO_CLASSES:
+            yield sys.intern(text)

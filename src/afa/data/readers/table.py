@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -112,12 +113,16 @@ def _lines(path: Path, file: TextIO) -> Iterator[str]:
 def _read_csv(path: Path, lines: Iterator[str], known_classes: Sequence[str]) -> Contents:
     first = next(lines, "")
     delimiter = "\t" if path.suffix.lower() == ".tsv" else next((c for c in ",;\t" if c in first), ",")
+    stated_mark = re.fullmatch(r'"?sep=([^\w"])"?', first.rstrip("\r\n"), re.I)  # as Excel writes and wants it
+    delimiter = stated_mark[1] if stated_mark else delimiter
 
     def rows_of(lines: Iterable[str]) -> Any:
         return csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
 
     try:
         rows = rows_of(chain([first], lines))
+        if stated_mark:
+            next(rows)
         header = [cell.strip() for cell in next(rows, [])]
         notes: tuple[str, ...] = ()
         if rows.line_num == 1 and (stated := _absent_header(path, header)):

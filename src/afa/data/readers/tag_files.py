@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -76,11 +77,11 @@ def read_tag_file(
             or uses are no good as such (`check_classes`).
     """
     declared, found, notes = READERS[file.kind].read(file.path, file.content, classes)
-    declared, found = _without(nothing_names(negatives, classes), declared, found)
+    declared, found, doubts = _without(nothing_names(negatives, classes), declared, found)
     chosen = tuple(classes) or declared or tuple(sorted({tag for entry in found for tag in entry.tags}))
     if not classes:
         check_classes(chosen, str(file.path), none=NO_TAG)
-    return FoundTags(chosen, bool(classes or declared), _by_name(found, chosen, file.kind, known), notes)
+    return FoundTags(chosen, bool(classes or declared), _by_name(found, chosen, file.kind, known), (*notes, *doubts))
 
 
 def read(root: Path, data: DataConfig) -> TagTable | None:
@@ -256,16 +257,25 @@ def nothing_names(negatives: Sequence[str], classes: Sequence[str]) -> frozenset
 
 def _without(
     nothing: frozenset[str], declared: tuple[str, ...], found: list[TagEntry]
-) -> tuple[tuple[str, ...], list[TagEntry]]:
-    """What a reader found, without the tags that mean "nothing"."""
+) -> tuple[tuple[str, ...], list[TagEntry], list[str]]:
+    """What a reader found, without the tags that mean "nothing"; and a note if such tags are beside others."""
     used = {tags for entry in found if (tags := entry.tags)}
     if not nothing.intersection(map(folded, {*declared, *(tag for tags in used for tag in tags)})):
-        return declared, found
+        return declared, found, []
 
+    @functools.cache
     def kept(names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple([name for name in names if folded(name) not in nothing])
 
-    return kept(declared), [entry._replace(tags=kept(entry.tags)) for entry in found]
+    both = [entry for entry in found if 0 < len(kept(entry.tags)) < len(entry.tags)]
+    # Every picture has some background.
+    both = [entry for entry in both if not {*map(folded, entry.tags)}.isdisjoint(nothing - {"background"})]
+    notes = [
+        f"{entry.where}: image {shown(entry.image)} has {shown(' '.join(entry.tags))}, of which one means none of the "
+        f"classes; taken as {shown(' '.join(kept(entry.tags)))} ({len(both):,} such images)"
+        for entry in both[:1]
+    ]
+    return kept(declared), [entry._replace(tags=kept(entry.tags)) for entry in found], notes
 
 
 def _in_class_order(names: Iterable[str], places: Mapping[str, int], origin: str) -> tuple[str, ...]:
