@@ -181,6 +181,15 @@ def test_files_of_every_format(tmp_path: Path, capsys: pytest.CaptureFixture[str
         predict([images], out, tiles=192, resume=True)
 
 
+def test_an_image_has_one_mask(tmp_path: Path) -> None:
+    """Whether a call writes it as TIFF or as PNG, that of an earlier call makes room."""
+    Image.fromarray(picture(300, 200)).save(tmp_path / "a.tif")
+    masks = tmp_path / "out" / "masks"
+    for tiles, name in ((160, "a.tif"), ("off", "a.png"), (160, "a.tif")):
+        predict([tmp_path / "a.tif"], tmp_path / "out", tiles=tiles)
+        assert [path.name for path in masks.iterdir()] == [name]
+
+
 def test_tags_and_broken_images(tmp_path: Path) -> None:
     for name in ("a", "b"):
         Image.fromarray(picture(300, 200)).save(tmp_path / f"{name}.png", compress_level=0)

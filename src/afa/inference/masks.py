@@ -225,6 +225,7 @@ class Task(Generic[_Image]):
             write_whole(path, lambda file: picture.save(file, format="JPEG", quality=90))
         # The mask comes last: if it exists, everything else exists.
         write_index_png(out_dir / "masks" / f"{name}.png", label)
+        (out_dir / "masks" / f"{name}.tif").unlink(missing_ok=True)  # of an earlier call, in tiles
 
 
 def write_masks(
