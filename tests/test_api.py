@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,21 @@ def test_evaluate_predict_and_pseudo_labels_are_the_commands(
     )
     assert [path.name for path in (tmp_path / "c" / "masks").iterdir()] == ["train_00001.png"]
     assert (tmp_path / "c" / "voc" / "labelmap.txt").is_file()
+
+
+def test_formats_leave_out_images_that_failed(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Their masks are those of an earlier call."""
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for name in ("val_00000.jpg", "val_00001.jpg"):
+        shutil.copyfile(tiny_data / "JPEGImages" / name, images / name)
+    afa.predict(tiny_run, images, out, overlay=False, progress=False)
+    (images / "val_00001.jpg").write_bytes(b"broken")
+    summary = afa.predict(tiny_run, images, out, formats="coco", overlay=False, progress=False)
+    assert (summary.written, len(summary.failed), summary.formats[0].num_images) == (1, 1, 1)
+    names = [image["file_name"] for image in json.loads((out / "coco.json").read_text())["images"]]
+    assert names == ["val_00000.jpg"]
+    assert (out / "masks" / "val_00001.png").is_file()
 
 
 def test_check_data_takes_a_folder_or_a_configuration(tiny_data: Path) -> None:

@@ -38,7 +38,7 @@ from afa.formats.voc_test import SubmissionCheck, check_voc_test
 from afa.formats.write import mask_items, parse_formats, write_format
 from afa.inference import files as prediction
 from afa.inference.hub import load_pretrained, save_pretrained
-from afa.inference.masks import MasksSummary, PredictSummary, summarize_masks
+from afa.inference.masks import MasksSummary, PredictSummary, current_masks, summarize_masks
 from afa.inference.onnx import ExportCheck, export_metadata, export_onnx, export_torch, read_check_images
 from afa.inference.predictor import Predictor
 from afa.model.network import AfaNetwork
@@ -520,7 +520,7 @@ def _with_formats(
     progress: bool,
 ) -> PredictSummary:
     """Write the masks in `out` for other tools too; `files` has the image of each name."""
-    items = mask_items(files.items(), out) if formats else ()
+    items = mask_items(((name, files[name]) for name in current_masks(out, files)), out) if formats else ()
     written = tuple(write_format(name, items, classes, out, progress=progress) for name in formats)
     return dataclasses.replace(summary, formats=written)
 

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -127,10 +127,11 @@ def summarize_masks(written: PredictSummary, images: TaggedImages, out_dir: Path
 
     Args:
         written: What was done.
-        images: The images; one without a mask is passed over.
+        images: The images; one without a current mask is passed over.
         out_dir: Folder that has the masks.
     """
-    indices = [index for index, name in enumerate(images.names) if mask_path(out_dir, name).is_file()]
+    finished = set(current_masks(out_dir, images.names))
+    indices = [index for index, name in enumerate(images.names) if name in finished]
     nothing: dict[str, list[str]] = {}
     covered = total = 0
     for index, reading in read_ahead(lambda index: _count_values(mask_path(out_dir, images.names[index])), indices):
@@ -322,10 +323,7 @@ def _readable(
 def _missing(
     out_dir: Path, names: Sequence[str], stamp: Mapping[str, Any], *, resume: bool, otherwise: str
 ) -> Sequence[str]:
-    """Make OUT/masks, stamp OUT, and list the masks that are still to be made.
-
-    Masks older than the stamp are no part of what it speaks of: a call that replaces masks may have been stopped.
-    """
+    """Make OUT/masks, stamp OUT, and list the masks that are still to be made."""
     masks, path = out_dir / "masks", out_dir / STAMP
     try:
         masks.mkdir(parents=True, exist_ok=True)
@@ -346,8 +344,8 @@ def _missing(
                 how = "without" if was is None else "with" if value is None else "with other"
                 words = f"the masks that are there were made {how} {key}"
             raise AfaError(f"{path}: {words}; {otherwise} folder")
-        since = path.stat().st_mtime_ns
-        missing = [name for name in names if _modified(mask_path(out_dir, name)) < since]
+        finished = set(current_masks(out_dir, names))
+        missing = [name for name in names if name not in finished]
         if len(missing) < len(names):
             say(f"{masks}: {len(names) - len(missing)} of {len(names)} masks are there already and left as they are")
         return missing
@@ -355,6 +353,15 @@ def _missing(
         raise AfaError(f"{path}: missing, so nothing says what made the masks in {masks}; {otherwise} folder")
     write_whole(path, json.dumps(now, indent=1) + "\n")
     return names
+
+
+def current_masks(out_dir: Path, names: Iterable[str]) -> list[str]:
+    """Names of images whose masks `STAMP` speaks of, in their order.
+
+    Masks older than it are of an earlier call, and the image failed in the last one or was not reached by it.
+    """
+    since = max(0, _modified(out_dir / STAMP))
+    return [name for name in names if _modified(mask_path(out_dir, name)) >= since]
 
 
 def _modified(path: Path) -> int:
