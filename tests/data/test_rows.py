@@ -127,6 +127,32 @@ def test_other_images_are_read_whole(tmp_path: Path) -> None:
         assert_same_pixels(path, is_streamed=False)
 
 
+XMP = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="%d"/>'
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_images_are_turned_wherever_they_say_so(tmp_path: Path, orientation: int) -> None:
+    """EXIF and XMP, before and after the pixels of a PNG, and XMP of a TIFF."""
+    image, exif, content = Image.fromarray(smooth(40, 50, 3)), Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    xmp = XMP % orientation
+    image.save(content, format="png")
+    pixels_end = len(content.getvalue()) - 12
+    for name, (kind, data) in {
+        "exif": (b"eXIf", exif.tobytes()[6:]),
+        "xmp": (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+    }.items():
+        chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for when, place in (("early", 33), ("late", pixels_end)):
+            stored = content.getvalue()[:place] + chunk + content.getvalue()[place:]
+            (tmp_path / f"{name}_{when}.png").write_bytes(stored)
+    image.save(tmp_path / "xmp.tif", tiffinfo={700: xmp})
+    turned = np.rot90(image, {1: 0, 3: 2, 6: -1}[orientation])
+    for path in tmp_path.iterdir():
+        np.testing.assert_array_equal(read_image(path), turned)
+        assert_same_pixels(path, is_streamed=orientation == 1)
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_a_cut_off_file(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("PIL.TiffImagePlugin.STRIP_SIZE", 2000)

@@ -7,6 +7,7 @@ decoded whole.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
@@ -92,14 +93,16 @@ class Rows:
             tags = stored.tag_v2
             self.geo = {tag: (tags.tagtype[tag], tags[tag]) for tag in GEO_TAGS if tag in tags}
             self._pieces = _TiffPieces(stored)
-            orientation, can_stream = tags.get(ExifTags.Base.Orientation, 1), self._pieces.are_small
+            can_stream, is_turned = self._pieces.are_small, ExifTags.Base.Orientation in tags
         else:
-            # Not the method of PNG, which decodes the image.
-            orientation = Image.Image.getexif(stored).get(ExifTags.Base.Orientation, 1)
             is_png = isinstance(stored, PngImagePlugin.PngImageFile)
-            can_stream = is_png and not stored.info.get("interlace")
+            can_stream, is_turned = is_png and not stored.info.get("interlace"), False
+            if is_png:
+                stored.info.update(_late_info(self.path))
+        # Not the method of PNG, which decodes the image.
+        orientation = Image.Image.getexif(stored).get(ExifTags.Base.Orientation, 1)
         self.is_streamed = can_stream and orientation not in range(2, 9)
-        sideways = orientation in (5, 6, 7, 8) and not self.is_tiff  # Pillow turns the size of a TIFF itself.
+        sideways = orientation in (5, 6, 7, 8) and not is_turned  # Pillow turns the size of a TIFF by its tag.
         self.size = stored.size if sideways else (stored.height, stored.width)
         limit = MAX_STREAMED_PIXELS if self.is_streamed else MAX_PIXELS
         check_pixels(self.path, stored.size, limit if self._max_pixels is None else self._max_pixels)
@@ -141,6 +144,22 @@ class Rows:
             with self.path.open("rb") as file:
                 for top in range(0, self.size[0], self._pieces.height):
                     yield self._pieces.band(file, top, self._convert)
+
+
+def _late_info(path: Path) -> Mapping[str | tuple[int, int], Any]:
+    """EXIF and texts that a PNG has after its pixels, where Pillow looks only once it has decoded them."""
+    with path.open("rb") as file, PngImagePlugin.PngStream(file) as stream:
+        file.seek(8)
+        is_late = False
+        with contextlib.suppress(struct.error, SyntaxError):  # The file ends, or what follows is no part of it.
+            while (chunk := stream.read())[0] not in (b"IEND", b"fcTL" if is_late else b""):
+                name, place, length = chunk
+                is_late |= name == b"IDAT"
+                if is_late and name in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+                    stream.call(name, place, length)
+                    length = 0
+                file.seek(length + 4, io.SEEK_CUR)
+        return stream.im_info
 
 
 def _png_bands(file: BinaryIO, image: ImageFile.ImageFile) -> Generator[Image.Image, None, None]:
