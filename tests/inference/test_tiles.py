@@ -146,6 +146,13 @@ def test_auto_tiles_what_would_be_scaled_down() -> None:
     assert color_predictor("off").tiling.side == 0
 
 
+def test_images_up_to_a_side_keep_their_resolution() -> None:
+    """Beyond `max_side` they are one view as large as a tile may be."""
+    predictor = color_predictor(320, max_side=160)
+    predictor(picture(200, 310))
+    assert predictor.network.sizes == [(200, 310)]  # type: ignore[comparison-overlap]
+
+
 def predict(paths: list[Path], out: Path, *, tiles: str | int = 160, **settings: Any) -> PredictSummary:
     return predict_files(color_predictor(tiles), paths, out, progress=False, **settings)
 

@@ -106,7 +106,7 @@ class PreparedImage:
 
     Attributes:
         pixels: (H, W, 3) uint8 RGB.
-        view: The same, at most `max_side` pixels long.
+        view: The same, at most `max_side` pixels long or as long as a tile.
         allowed: (K,) bool, classes that its pixels may become; None allows all.
         sizes: (height, width) of each pass of the network, as `group_sizes` has it.
     """
@@ -131,9 +131,9 @@ class Predictor:
         config: Its `evaluation` section says protocol, sizes, scales and batch size, `train.precision` the arithmetic
             of the network; None is the default. With the CRF, images are refined at the size that the network may see,
             at most `max_side`.
-        max_side: Larger images are scaled to this longer side for the network, pixels; masks keep the size of
-            the image. Far above the training crops objects look unlike anything seen, and memory grows with
-            the area.
+        max_side: Larger images are scaled to this longer side for the network, pixels, or to the side of the tiles if
+            that is more; masks keep the size of the image. Far above the training crops objects look unlike anything
+            seen, and memory grows with the area.
         tiles: `auto` shows the network images beyond `max_side` in tiles that overlap, at native resolution
             (`evaluation.short_side` and `long_side` do not apply); a number is the side of the tiles, and larger images
             are tiled; `off` tiles none. The side of `auto` is `evaluation.short_side` or, without it, `max_side`.
@@ -303,7 +303,7 @@ class Predictor:
         return [predictions[index] for index in range(len(image))]
 
     def prepare(self, image: ImageLike, tags: Sequence[str] | None = None) -> PreparedImage:
-        """Read an image, check its tags and scale it to `max_side` unless it is tiled; any thread may do it.
+        """Read an image, check its tags and scale it to one view unless it is tiled; any thread may do it.
 
         Args:
             image: Image file, Pillow image, or (H, W, 3) uint8 RGB array.
@@ -314,7 +314,7 @@ class Predictor:
         """
         pixels = view = image_array(image, white_level=self.config.data.white_level, max_pixels=self.tiling.max_pixels)
         height, width = pixels.shape[:2]
-        shrink = self.max_side / max(height, width)
+        shrink = max(self.max_side, self.tiling.side) / max(height, width)
         if shrink < 1 and not self.tiling.covers((height, width)):
             size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
             view = np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
