@@ -21,6 +21,10 @@ class BrokenImageError(AfaError):
     """An image is there but cannot be read; `data.skip_broken` leaves such images out."""
 
 
+class LongNameError(AfaError):
+    """A file cannot be written because its name is too long for the disk: other files can."""
+
+
 def shown(value: object) -> str:
     """A value as messages show it: one line, cut where it is long."""
     quoted = repr(value)

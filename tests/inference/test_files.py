@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -236,6 +237,25 @@ def test_a_failed_write_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(AfaError, match=r"scores/a\.npz: .*No space left"):
         run(image, tmp_path / "out", scores=True)
     assert files_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("length", [246, 250])
+@pytest.mark.parametrize("tiles", ["off", 128])
+def test_long_names(tmp_path: Path, length: int, tiles: str | int) -> None:
+    """What fits is written, and what does not fails alone."""
+    images = tmp_path / "images"
+    for name in ("b.png", f"{'a' * length}.png", f"{'a' * length}.jpg"):
+        write_image(images / name, 1, size=(140, 50))
+    made = make_predictor()
+    made.network.backbone = SimpleNamespace(min_size=32)  # type: ignore[assignment]
+    made = Predictor(made.network, CLASSES, config=made.config, tiles=tiles)
+    summary = predict_files(made, [images], tmp_path / "out", progress=False)
+    assert summary.written + len(summary.failed) == 3
+    assert [line.rpartition(": ")[2] for line in summary.failed] == (length == 250) * 2 * [
+        "cannot be written (File name too long); give the image a shorter name"
+    ]
+    found = mask_items(output_names([images], tmp_path / "out").items(), tmp_path / "out")
+    assert len(found) == summary.written
 
 
 def test_batches_of_equal_size_write_the_same_files(tmp_path: Path) -> None:

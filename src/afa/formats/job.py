@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from afa.data.images import IMAGE_SUFFIXES
 from afa.errors import AfaError
-from afa.runs.files import link_or_copy
+from afa.runs.files import link_or_copy, unwritable
 from afa.types import IGNORE_INDEX
 
 MARKER: Final = ".afa-format"
@@ -184,9 +184,7 @@ def replacing(target: Path, *, format: str) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             _remove(partial)
         if isinstance(error, OSError):
-            raise AfaError(
-                f"{target}: cannot be written ({error.strerror or error}); free space or choose another folder"
-            ) from None
+            raise unwritable(target, error) from None
         raise
 
 

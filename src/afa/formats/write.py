@@ -6,6 +6,7 @@ only when it is complete. `afa.formats.job` has what the formats share.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -116,7 +117,8 @@ def parse_formats(text: str) -> tuple[str, ...]:
 def mask_path(out_dir: Path, name: str) -> Path:
     """The mask of an image in the output of `afa predict`: OUT/masks/NAME.tif if there is one, else NAME.png."""
     tiff = out_dir / "masks" / f"{name}.tif"
-    return tiff if tiff.is_file() else out_dir / "masks" / f"{name}.png"
+    # Not Path.is_file, which fails where a name is too long.
+    return tiff if os.path.isfile(tiff) else out_dir / "masks" / f"{name}.png"
 
 
 def mask_items(images: Iterable[tuple[str, Path]], out_dir: Path) -> list[MaskItem]:
@@ -130,7 +132,7 @@ def mask_items(images: Iterable[tuple[str, Path]], out_dir: Path) -> list[MaskIt
         The images that have a mask, in their order.
     """
     items = (MaskItem(name, path, mask_path(out_dir, name)) for name, path in images)
-    return [item for item in items if item.mask_path.is_file()]
+    return [item for item in items if os.path.isfile(item.mask_path)]
 
 
 def write_format(

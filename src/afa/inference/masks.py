@@ -29,7 +29,7 @@ from afa.data.palette import overlay as lay_over
 from afa.data.palette import write_index_png
 from afa.data.rows import Rows
 from afa.data.tiff import TILE
-from afa.errors import AfaError, BrokenImageError
+from afa.errors import AfaError, BrokenImageError, LongNameError
 from afa.evaluation.evaluate import group_by_size
 from afa.evaluation.protocols import LogitMaps
 from afa.formats.write import FormatResult, mask_path
@@ -234,7 +234,8 @@ def write_masks(
 ) -> PredictSummary:
     """Read in threads, infer here in batches of one size, write in threads.
 
-    A failed read loses one image; a failed write ends the pass, after the writes that are under way.
+    A failed read or a name that is too long loses one image; another failed write ends the pass, after the writes
+    that are under way.
 
     Args:
         task: How the masks are made.
@@ -266,8 +267,11 @@ def write_masks(
     def finish(waiting: int) -> None:
         nonlocal written
         while len(writing) > waiting:
-            writing.popleft().result()
-            written += 1
+            try:
+                writing.popleft().result()
+                written += 1
+            except LongNameError as error:
+                leave_out(error)
             advance(1)
 
     try:
@@ -288,7 +292,7 @@ def write_masks(
             try:
                 task.large.write(out_dir, name, title=task.title, overlay=task.overlay, progress=progress)
                 written += 1
-            except BrokenImageError as error:
+            except (BrokenImageError, LongNameError) as error:
                 leave_out(error)
     except AfaError as error:
         done = skipped + written + sum(future.exception() is None for future in writing)

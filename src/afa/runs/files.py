@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
-from afa.errors import AfaError
+from afa.errors import AfaError, LongNameError
+
+_LONG_NAME: Final = 200
+"""Bytes from which a name may be too long for a disk if something is added to it."""
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -42,7 +47,9 @@ def write_whole(
     Raises:
         AfaError: The file cannot be written; nothing of it is left, and what `path` held before stays.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    name = os.fsencode(path.name)
+    short = path.name if len(name) < _LONG_NAME else hashlib.sha256(name).hexdigest()
+    partial = path.with_name(f".{short}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
@@ -59,4 +66,12 @@ def write_whole(
             partial.unlink()
         if not isinstance(error, OSError):
             raise
-        raise AfaError(f"{path}: cannot be written ({error.strerror or error}); {remedy}") from None
+        raise unwritable(path, error, remedy) from None
+
+
+def unwritable(path: Path, error: OSError, remedy: str = "free space or choose another folder") -> AfaError:
+    """What to raise where a file or folder cannot be written."""
+    words = f"{path}: cannot be written ({error.strerror or error}); "
+    if error.errno == errno.ENAMETOOLONG:
+        return LongNameError(words + "give the image a shorter name")
+    return AfaError(words + remedy)
