@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import struct
 import zlib
 from pathlib import Path
@@ -17,7 +18,7 @@ from afa.data.images import read_image, read_mask
 from afa.data.palette import voc_palette
 from afa.data.rows import Rows
 from afa.data.tiff import write_label_tiff
-from mistakes import refused
+from mistakes import refused, said
 
 GEO = {33550: (12, (0.5, 0.5, 0.0)), 33922: (12, (0.0, 0.0, 0.0, 7.0, 8.0, 0.0)), 34735: (3, (1, 1, 0, 0))}
 
@@ -164,6 +165,70 @@ def test_a_cut_off_file(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyP
         assert len(rows.take(10)) == 10
         with refused(f"{path}: cannot be read as an image (the file is truncated after row ", " of 90); replace it"):
             rows.take(80)
+
+
+def tiff_bytes(tags: dict[int, int | tuple[int, ...]], strip: bytes = b"") -> bytes:
+    """A TIFF of 9 x 7 pixels of 8-bit gray, packed in one strip at byte 8; `tags` win over this."""
+    usual = {256: 9, 257: 7, 258: 8, 259: 8, 262: 1, 273: 8, 277: 1, 278: 7, 279: len(strip)}
+    entries, more, start = b"", b"", 8 + len(strip)
+    found = sorted((usual | tags).items())
+    for tag, value in found:
+        numbers = value if isinstance(value, tuple) else (value,)
+        data = struct.pack(f"<{len(numbers)}I", *numbers)
+        if len(data) > 4:
+            data, more = struct.pack("<I", start + 6 + 12 * len(found) + len(more)), more + data
+        entries += struct.pack("<HHI", tag, 4, len(numbers)) + data
+    return struct.pack("<4sI", b"II*\0", start) + strip + struct.pack("<H", len(found)) + entries + bytes(4) + more
+
+
+@pytest.mark.parametrize(
+    ("tags", "words"),
+    [
+        ({258: (16,) * 8, 262: 2, 277: 8, 338: (0,) * 5}, "8 bands of 16 bits;-b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB"),
+        ({258: (8,) * 12, 277: 12, 338: (0,) * 11}, "12 bands of 8 bits;-b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB"),
+        ({258: (16, 16), 277: 2, 338: 0}, "2 bands of 16 bits;-b 1"),
+        ({258: (16,) * 3, 277: 3, 338: (0, 0)}, "3 bands of 16 bits;-b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB"),
+        ({258: 64, 339: 3}, "1 band of 64 bits;-b 1 -ot Byte -scale"),
+    ],
+)
+def test_bands_that_are_no_picture(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tags: dict[int, Any], words: str
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])  # as on the command line
+    path = tmp_path / "a.tif"
+    path.write_bytes(tiff_bytes(tags))
+    bands, options = words.split(";")
+    for read in (read_image, Rows):
+        text = said(read, path)
+        assert text.startswith(f"{path}: {bands}, which Pillow does not take for a picture; extract 1 or 3 bands")
+        assert text.endswith(f"gdal_translate {options}")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("tags", "words"),
+    [
+        ({278: 0}, "its strips or tiles have no pixels"),
+        ({322: 0, 323: 16, 324: 8, 325: 9}, "its strips or tiles have no pixels"),
+        ({279: 0}, "a strip or tile at row 0 of 7 has no bytes"),
+    ],
+)
+def test_strips_that_cannot_be(tmp_path: Path, tags: dict[int, Any], words: str) -> None:
+    path = tmp_path / "a.tif"
+    path.write_bytes(tiff_bytes(tags, zlib.compress(bytes(63))))
+    with refused(f"{path}: cannot be read as an image ({words}); replace it"), Rows(path) as rows:
+        rows.take(7)
+
+
+def test_strips_that_are_nowhere_are_black(tmp_path: Path) -> None:
+    """GDAL leaves strips and tiles of zeros out (SPARSE_OK)."""
+    path, strip = tmp_path / "a.tif", zlib.compress(bytes(range(27)))
+    path.write_bytes(tiff_bytes({278: 3, 273: (0, 8, 0), 279: (0, len(strip), 0)}, strip))
+    with Rows(path) as rows:
+        found = rows.take(7)[:, :, 0]
+    expected = np.zeros((7, 9), np.uint8)
+    expected[3:6] = np.arange(27).reshape(3, 9)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_damaged_bytes(tmp_path: Path) -> None:

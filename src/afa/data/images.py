@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -49,11 +50,16 @@ _OPENED: Final[dict[bytes, Callable[..., ImageFile.ImageFile]]] = {
 }
 """First bytes of a file -> what opens it: `Image.open` itself knows one limit for all images of a process."""
 
+_BANDS_UNKNOWN: Final = ("Invalid value for samples per pixel", "unknown data organization", "unknown pixel mode")
+"""What Pillow says of TIFFs with bands that it does not know."""
+
 _T = TypeVar("_T")
 
 # Pillow warns of oddities that it reads well nevertheless, such as broken EXIF. Images are decoded in threads, where a
 # filter cannot be set for one call only.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+# Where nothing else takes them, Python prints the errors that Pillow logs before it raises its own.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 # Without libtiff, Pillow takes the first half of 16-bit planes that are not packed for 8-bit planes.
 TiffImagePlugin.READ_LIBTIFF = True
 
@@ -229,7 +235,12 @@ def open_image(path: Path) -> ImageFile.ImageFile:
         head = file.read(8)
     for start, opened in _OPENED.items():
         if head.startswith(start):
-            return opened(path)
+            try:
+                return opened(path)
+            except SyntaxError as error:
+                if str(error) in _BANDS_UNKNOWN and (advice := _bands_advice(path)):
+                    raise PixelError(advice) from None
+                raise
     try:
         return Image.open(path)
     except UnidentifiedImageError:
@@ -243,6 +254,20 @@ def open_image(path: Path) -> ImageFile.ImageFile:
     if register is not None:  # the others are ready once they are imported
         register()
     return Image.open(path)
+
+
+def _bands_advice(path: Path) -> str:
+    """What to do about a TIFF with bands that Pillow does not take for a picture; empty if it has no bands."""
+    with path.open("rb") as file:
+        head = file.read(8)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(head + (file.read(8) if b"+" in head[2:4] else b""))
+        file.seek(tags.next)
+        tags.load(file)
+    bands, bits = tags.get(277, 1), max(tags.get(258, (1,)))
+    chosen = " -b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB" if bands > 2 else " -b 1"
+    scaled = " -ot Byte -scale" if bits > 16 else ""
+    words = f"{bands} band{'s' * (bands > 1)} of {bits} bits, which Pillow does not take for a picture"
+    return f"{words}; extract 1 or 3 bands, for example by gdal_translate{chosen}{scaled}"
 
 
 def _plugin(path: Path) -> str:

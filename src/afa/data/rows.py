@@ -251,6 +251,8 @@ class _TiffPieces:
         self._width = tags[322] if is_tiled else width
         self.height = tags[323] if is_tiled else min(tags.get(278, height), height)
         offsets, counts = (tags.get(324, ()), tags.get(325, ())) if is_tiled else (tags.get(273, ()), tags.get(279, ()))
+        if min(self._width, self.height) < 1:
+            raise OSError("its strips or tiles have no pixels")
         self._planes = tags.get(277, 1) if tags.get(284, 1) == 2 else 1
         self._across = -(-width // self._width)
         self._is_tiled = is_tiled
@@ -281,7 +283,9 @@ class _TiffPieces:
         return np.concatenate(found, 1)
 
     def _stored(self, file: BinaryIO, place: int, top: int) -> bytes:
-        """The bytes of a piece; none for one that was left out as it is all 0."""
+        """The bytes of a piece; none for one that is all 0 and therefore nowhere in the file."""
+        if self._offsets[place] and not self._counts[place]:
+            raise OSError(f"a strip or tile at row {top} of {self._size[0]} has no bytes")
         file.seek(self._offsets[place])
         stored = file.read(self._counts[place])
         if len(stored) < self._counts[place]:
