@@ -226,6 +226,9 @@ def test_the_limit_is_a_flag(tmp_path: Path, untrained: Path, capsys: pytest.Cap
         assert main([*call, "--tiles", tiles, "--max-pixels", "29999"]) == 1
         assert "a.png: more than 29,999 pixels; " in capsys.readouterr().err
         assert main([*call, "--tiles", tiles, "--max-pixels", "0"]) == 0
+        assert main([*call, "--tiles", tiles, "--max-pixels", "-1"]) == 2
+        line = "error: --max-pixels is -1; use 1 or more pixels, or 0 for no limit"
+        assert capsys.readouterr().err.splitlines()[-1].endswith(line)
 
 
 def tagged(folder: Path, **images: np.ndarray) -> TaggedImages:

@@ -141,7 +141,7 @@ class Predictor:
             `afa.data.rows`.
 
     Raises:
-        AfaError: Unknown protocol, or `tiles` is nothing of these.
+        AfaError: Unknown protocol, `tiles` is nothing of these, or `max_pixels` is below 0.
     """
 
     def __init__(

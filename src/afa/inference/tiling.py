@@ -44,7 +44,7 @@ class Tiling:
         side: Of a tile, pixels: a multiple of the coarsest grid of the encoder; 0 for `off`.
 
     Raises:
-        AfaError: `tiles` is another word, or a side below `MIN_TILE`.
+        AfaError: `tiles` is another word, or a side below `MIN_TILE`; `max_pixels` is below 0.
     """
 
     def __init__(
@@ -58,6 +58,8 @@ class Tiling:
         view: int | None = None,
         max_pixels: int | None = None,
     ) -> None:
+        if max_pixels is not None and max_pixels < 0:
+            raise AfaError(f"--max-pixels is {max_pixels}; use 1 or more pixels, or 0 for no limit")
         self.network, self.config, self.batch_size, self.max_pixels = network, config, batch_size, max_pixels
         self.side, self._above = 0, math.inf
         if tiles == "off":
