@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from afa.data import rows as rows_module
 from afa.data.images import read_image, read_mask
@@ -285,6 +285,17 @@ def test_where_on_earth_is_kept(tmp_path: Path) -> None:
         assert {tag: mask.tag_v2[tag] for tag in GEO} == {tag: value for tag, (_, value) in GEO.items()}
     with Rows(tmp_path / "mask.tif") as rows:
         assert set(rows.geo) == set(GEO)
+
+
+def test_texts_about_the_earth_keep_their_bytes(tmp_path: Path) -> None:
+    text = "Grün + 東|".encode()
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[34737], tags[34737] = 2, text
+    Image.fromarray(smooth(9, 9, 3)).save(tmp_path / "a.tif", tiffinfo=tags)
+    with Rows(tmp_path / "a.tif") as rows:
+        label_tiff(tmp_path / "mask.tif", np.zeros(rows.size, np.uint8), band=9, geo=rows.geo)
+    for name in ("a.tif", "mask.tif"):
+        assert text + b"\0" in (tmp_path / name).read_bytes()
 
 
 def test_other_readers_find_where_on_earth(tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def write_label_tiff(
     tags[324], tags[325] = tuple(places), tuple(lengths)
     for tag, (kind, value) in geo.items():
         tags.tagtype[tag] = kind
-        tags[tag] = value
+        # Pillow reads texts as Latin-1, and writes them as ASCII.
+        tags[tag] = value.encode("latin-1") if isinstance(value, str) else value
     directory = tags.tobytes(start)
     if start + len(directory) >= 2**32:
         raise OSError(errno.EFBIG, "a TIFF holds at most 4 GB")
