@@ -184,11 +184,15 @@ def tiff_bytes(tags: dict[int, int | tuple[int, ...]], strip: bytes = b"") -> by
 @pytest.mark.parametrize(
     ("tags", "words"),
     [
-        ({258: (16,) * 8, 262: 2, 277: 8, 338: (0,) * 5}, "8 bands of 16 bits;-b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB"),
-        ({258: (8,) * 12, 277: 12, 338: (0,) * 11}, "12 bands of 8 bits;-b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB"),
-        ({258: (16, 16), 277: 2, 338: 0}, "2 bands of 16 bits;-b 1"),
-        ({258: (16,) * 3, 277: 3, 338: (0, 0)}, "3 bands of 16 bits;-b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB"),
-        ({258: 64, 339: 3}, "1 band of 64 bits;-b 1 -ot Byte -scale"),
+        (
+            {258: (16,) * 8, 262: 2, 277: 8, 338: (0,) * 5},
+            "8 bands of 16 bits;extract 3;-b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB",
+        ),
+        ({258: (8,) * 12, 277: 12, 338: (0,) * 11}, "12 bands of 8 bits;extract 3;-b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB"),
+        ({258: (16, 16), 277: 2, 338: 0}, "2 bands of 16 bits;extract 1;-b 1"),
+        ({258: (16, 16), 277: 2, 338: 0, 339: (2, 2)}, "2 bands of 16 bits;extract 1;-b 1 -ot Byte -scale"),
+        ({258: 64, 339: 3}, "1 band of 64 bits;save it with 8 bits;-ot Byte -scale"),
+        ({258: (16,) * 3, 277: 3, 338: (0, 0)}, "3 bands of 16 bits;extract 3;-b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB"),
     ],
 )
 def test_bands_that_are_no_picture(
@@ -197,11 +201,11 @@ def test_bands_that_are_no_picture(
     monkeypatch.setattr(logging.root, "handlers", [])  # as on the command line
     path = tmp_path / "a.tif"
     path.write_bytes(tiff_bytes(tags))
-    bands, options = words.split(";")
+    bands, remedy, options = words.split(";")
     for read in (read_image, Rows):
         text = said(read, path)
-        assert text.startswith(f"{path}: {bands}, which Pillow does not take for a picture; extract 1 or 3 bands")
-        assert text.endswith(f"gdal_translate {options}")
+        assert text.startswith(f"{path}: {bands}, which Pillow does not take for a picture; {remedy}, for example by ")
+        assert text.endswith(f" gdal_translate {options}")
     assert capfd.readouterr().err == ""
 
 

@@ -238,8 +238,8 @@ def open_image(path: Path) -> ImageFile.ImageFile:
             try:
                 return opened(path)
             except SyntaxError as error:
-                if str(error) in _BANDS_UNKNOWN and (advice := _bands_advice(path)):
-                    raise PixelError(advice) from None
+                if str(error) in _BANDS_UNKNOWN:
+                    raise PixelError(_bands_advice(path)) from None
                 raise
     try:
         return Image.open(path)
@@ -257,17 +257,19 @@ def open_image(path: Path) -> ImageFile.ImageFile:
 
 
 def _bands_advice(path: Path) -> str:
-    """What to do about a TIFF with bands that Pillow does not take for a picture; empty if it has no bands."""
+    """What to do about a TIFF with bands that Pillow does not take for a picture."""
     with path.open("rb") as file:
         head = file.read(8)
         tags = TiffImagePlugin.ImageFileDirectory_v2(head + (file.read(8) if b"+" in head[2:4] else b""))
         file.seek(tags.next)
         tags.load(file)
-    bands, bits = tags.get(277, 1), max(tags.get(258, (1,)))
-    chosen = " -b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB" if bands > 2 else " -b 1"
-    scaled = " -ot Byte -scale" if bits > 16 else ""
+    bands, bits, kind = tags.get(277, 1), max(tags.get(258, (1,))), max(tags.get(339, (1,)))
     words = f"{bands} band{'s' * (bands > 1)} of {bits} bits, which Pillow does not take for a picture"
-    return f"{words}; extract 1 or 3 bands, for example by gdal_translate{chosen}{scaled}"
+    if bands == 1:
+        return f"{words}; save it with 8 bits, for example by gdal_translate -ot Byte -scale"
+    chosen = " -b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB" if bands > 2 else " -b 1"
+    scaled = "" if bits in (8, 16) and kind == 1 else " -ot Byte -scale"
+    return f"{words}; extract {3 if bands > 2 else 1}, for example by gdal_translate{chosen}{scaled}"
 
 
 def _plugin(path: Path) -> str:
