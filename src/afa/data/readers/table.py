@@ -207,7 +207,8 @@ def _object_rows(objects: Iterable[tuple[str, Any]]) -> Iterator[_Row]:
         if tuple(values) != keys:
             keys = tuple(values)
             columns = _columns(keys)
-        image, split = (None if key is None else values[key] for key in (columns.image, columns.split))
+        image = None if columns.image is None else values[columns.image]
+        split = None if columns.split is None else values[columns.split]
         if not isinstance(image, str):
             raise AfaError(f"{where}: no text that names the image; add one of {', '.join(IMAGE_COLUMNS[:4])}")
         side = split.strip() if isinstance(split, str) else ""
@@ -239,12 +240,12 @@ def _columns(keys: Iterable[str]) -> _Columns:
 def _entries(path: Path, rows: Iterable[_Row], classes: Sequence[str]) -> Contents:
     """Entries of rows, with the cells of all of them split in the same way."""
     found, declared = _one_hot_rows(list(rows))
-    texts = Counter(row.tags.strip() for row in found if isinstance(row.tags, str))
+    texts = Counter([row.tags.strip() for row in found if isinstance(row.tags, str)])
     split_cell = _cell_splitter(texts, classes, path)
     notes = []
     if not classes:
-        several = {row.tags.strip() for row in found if isinstance(row.tags, str) and not row.single}
-        notes = list(_one_names({text: texts[text] for text in several}, path))
+        is_single = all(row.single for row in found)  # as it is for all rows of a table
+        notes = [] if is_single else list(_one_names(texts, path))
     places: dict[str, int] = {}
     entries: list[TagEntry] = []
     for where, image, value, split, single in found:

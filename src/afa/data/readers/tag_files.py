@@ -246,7 +246,8 @@ def _by_name(
             # The file of a VOC annotation names the image already.
             origin = entry.where if kind == "voc_xml" else f"{entry.where}, image {shown(name)}"
             ordered[entry.tags] = _in_class_order(entry.tags, places, origin)
-        entries[name] = entry._replace(tags=ordered[entry.tags])
+        tags = ordered[entry.tags]
+        entries[name] = entry if tags == entry.tags else entry._replace(tags=tags)
     return entries
 
 
