@@ -186,7 +186,7 @@ def check_tags(opened: OpenedData, config: Config) -> Iterator[Problem]:
 
 
 def _check_counts(classes: Sequence[str], tags: NDArray[np.bool_], *, by_words: bool) -> Iterator[Problem]:
-    """Classes with too few images or too many, and images that tell nothing."""
+    """Classes with too few images or too many; with `by_words`, the names tell what classes are."""
     counts = tags.sum(axis=0)
     if not counts.any():
         message = f"all {len(tags)} training images hold none of the classes ({_some(classes)}): "
@@ -198,21 +198,22 @@ def _check_counts(classes: Sequence[str], tags: NDArray[np.bool_], *, by_words: 
         yield Problem("warning", message + f"images that lack a class; {_ADD}")
         return
     leave_out = "tag more images" + (", or leave out classes by data.class_subset" if len(classes) > 1 else "")
-    if by_words:  # the text encoder knows the classes before
-        few = [f"{name} {count}" for name, count in zip(classes, counts, strict=True) if count < NEAR_EMPTY]
-        if few:
-            message = (
-                f"fewer than {NEAR_EMPTY} training images: {_some(few)}: their masks rest on the class names alone"
-            )
-            yield Problem("note", message)
-        return
     empty = _chosen(classes, counts == 0)
     if empty:
         yield Problem("warning", f"no training image has {_some(empty)}: never learned; {leave_out}")
-    for least, most, result in ((1, NEAR_EMPTY, "not learned"), (NEAR_EMPTY, FEW_IMAGES, "hardly learned")):
+    levels: list[tuple[int, int, Severity, str]] = [
+        (1, NEAR_EMPTY, "warning", "not learned"),
+        (NEAR_EMPTY, FEW_IMAGES, "warning", "hardly learned"),
+    ]
+    if by_words:
+        levels = [
+            (1, NEAR_EMPTY, "warning", "known by its name alone"),
+            (NEAR_EMPTY, FEW_IMAGES, "note", "mostly by name"),
+        ]
+    for least, most, severity, result in levels:
         named = [f"{name} {count}" for name, count in zip(classes, counts, strict=True) if least <= count < most]
         if named:
-            yield Problem("warning", f"fewer than {most} training images: {_some(named)}: {result}; {leave_out}")
+            yield Problem(severity, f"fewer than {most} training images: {_some(named)}: {result}; {leave_out}")
     for name in _chosen(classes, counts == len(tags)):
         message = f"all {len(tags)} training images have class {name!r}: nothing shows what an image without it looks "
         yield Problem("warning", message + f"like; {_ADD}, or leave the class out by data.class_subset")
