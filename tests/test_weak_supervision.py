@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from afa.api import training_config
 from afa.config import config_to_toml
+from afa.evaluation.worth import measure_worth
 from opened import Opened
 from tiny import assert_same_weights, start_python, tiny_config, train_tiny
 
@@ -79,6 +81,17 @@ def test_training_opens_no_mask(tiny_data: Path, tmp_path: Path) -> None:
     images = {Path(path).stem for path in paths if "JPEGImages" in path and Path(path).suffix}
     assert images == set((tiny_data / "lists" / "train.txt").read_text().split())
     assert not [path for path in paths if MASKS in path]
+
+
+def test_no_default_is_chosen_and_no_worth_told_by_masks(tiny_data: Path, tmp_path: Path) -> None:
+    """Settings of a folder, and what is said of a result without masks, come from names, tags and pixels."""
+    network = train_tiny(tiny_config(tiny_data, {"data.val_list": "", "schedule.max_steps": 1}), tmp_path).network
+    with Opened.recorded() as paths:
+        config, _, data = training_config(tiny_data, overrides={"model.weights": "", "train.device": "cpu"})
+        worth = measure_worth(network, data.validation(), tiny_config(tiny_data), progress=False)
+    assert config.data.root == str(tiny_data)
+    assert worth.num_images == len((tiny_data / "lists" / "val.txt").read_text().split())
+    assert not [path for path in paths if MASKS in path and Path(path).suffix]
 
 
 def test_scoring_is_what_opens_masks(tiny_data: Path, tmp_path: Path) -> None:
