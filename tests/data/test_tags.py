@@ -332,6 +332,12 @@ def test_words_that_always_come_together_raise_a_question(tmp_path: Path, cells:
         assert not read_tag_file(TagFile(tmp_path / "t.csv"), stated).notes
 
 
+def test_single_tags_beside_lists_of_tags_raise_no_question(tmp_path: Path) -> None:
+    rows = [{"file": "a.jpg", "tags": "dog"}, *({"file": f"{n}.jpg", "label": "traffic light"} for n in "bc")]
+    tags = found(tmp_path, "t.jsonl", "\n".join(map(json.dumps, rows)))
+    assert (tags.classes, tags.notes) == (("dog", "traffic light"), ())
+
+
 def test_missing(tmp_path: Path) -> None:
     assert f"{tmp_path / 't.csv'}: no such tags file or folder; set data.tags" in said(
         read_tags, tmp_path / "t.csv", ()

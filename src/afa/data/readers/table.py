@@ -240,12 +240,10 @@ def _columns(keys: Iterable[str]) -> _Columns:
 def _entries(path: Path, rows: Iterable[_Row], classes: Sequence[str]) -> Contents:
     """Entries of rows, with the cells of all of them split in the same way."""
     found, declared = _one_hot_rows(list(rows))
-    texts = Counter([row.tags.strip() for row in found if isinstance(row.tags, str)])
-    split_cell = _cell_splitter(texts, classes, path)
-    notes = []
-    if not classes:
-        is_single = all(row.single for row in found)  # as it is for all rows of a table
-        notes = [] if is_single else list(_one_names(texts, path))
+    texts = Counter([(row.tags.strip(), row.single) for row in found if isinstance(row.tags, str)])
+    split_cell = _cell_splitter({text for text, _ in texts}, classes, path)
+    several = {} if classes else {text: count for (text, single), count in texts.items() if not single}
+    notes = tuple(_one_names(several, path))
     places: dict[str, int] = {}
     entries: list[TagEntry] = []
     for where, image, value, split, single in found:
@@ -258,7 +256,7 @@ def _entries(path: Path, rows: Iterable[_Row], classes: Sequence[str]) -> Conten
         else:
             places[image] = len(entries)
             entries.append(TagEntry(where, image, tags.present, split, tags.unknown))
-    return Contents(declared, entries, tuple(notes))
+    return Contents(declared, entries, notes)
 
 
 def _one_hot_rows(rows: list[_Row]) -> tuple[list[_Row], tuple[str, ...]]:
