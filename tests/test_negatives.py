@@ -129,6 +129,11 @@ def test_negatives_without_any_class_are_refused(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
+def test_those_of_a_test_split_are_not_counted(tmp_path: Path) -> None:
+    data = opened(tmp_path, "train/crack/a.jpg", "train/none/b.jpg", "val/crack/c.jpg", "test/none/d.jpg")
+    assert "1 of them without any class" in data.describe()
+
+
 def test_a_stated_class_is_a_class_whatever_its_name(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("crack\nnone")
     data = opened(tmp_path, "crack/a.jpg", "none/b.jpg")

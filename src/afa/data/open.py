@@ -120,13 +120,12 @@ class DataSet:
         self.words = tuple(table.words.get(name, (name,)) for name in self.classes)
         self._tags = tags[:, kept]
         present = self._tags == PRESENT
-        negative = (table.tags == ABSENT).all(axis=1)
-        self._usable = present.any(axis=1) | negative
-        self._num_negatives = 0 if table.listed else int(negative.sum())
+        self._negative = (table.tags == ABSENT).all(axis=1)
+        self._usable = present.any(axis=1) | self._negative
         self._broken = np.zeros(len(table.paths), dtype=bool)
         self._sides, self._split_words = table.sides, ""
         if not table.listed:
-            self._sides, self._split_words = choose_sides(data, table, present, negative)
+            self._sides, self._split_words = choose_sides(data, table, present, self._negative)
         tagged = {path for path, usable in zip(table.paths, self._usable.tolist(), strict=True) if usable}
         self.untagged = tuple(image_name(path) for path in table.every_path if path not in tagged)
 
@@ -372,8 +371,8 @@ class DataSet:
         parts = [f"{_images(train)} to train on", f"{validation} for validation ({self._split_words})"]
         if neither := int((self._sides == TEST).sum()):
             parts.append(f"{neither} in a test split left out")
-        if self._num_negatives:
-            parts.append(f"{self._num_negatives:,} of them without any class")
+        if empty := int((self._negative & (self._sides != TEST)).sum()):
+            parts.append(f"{empty:,} of them without any class")
         if self.untagged:
             parts.append(f"{len(self.untagged)} without tags left out")
         return parts
