@@ -23,6 +23,7 @@ from afa.check.cost import measure_pace
 from afa.check.tags import check_fast
 from afa.config import Config, DataConfig, config_to_dict, load_config
 from afa.data.classes import read_lines
+from afa.data.dataset import TaggedImages
 from afa.data.images import level_warning, sample_peaks
 from afa.data.open import DataSet, open_data
 from afa.data.readers.tag_files import read_tags
@@ -166,7 +167,7 @@ def _check(config: Config, data: DataSet) -> list[str]:
         raise AfaError(errors[0])
     warnings = [problem.message for problem in problems if problem.severity == "warning"]
     images = data.train()
-    peaks = sample_peaks([images.image_path(index) for index in range(len(images))])
+    peaks = sample_peaks(len(images), images.image_path)
     return warnings + list(filter(None, [level_warning(peaks, config.data.white_level)]))
 
 
@@ -194,7 +195,7 @@ def _score_tags(
         if count := config.train.example_images:
             device = next(network.parameters()).device
             write_examples(network, images, run, config=config, device=device, count=count)
-            write_worth(network.eval(), images, run, worth, config=config)
+            write_worth(network, images, run, worth, config=config)
 
 
 def run_demo(
@@ -452,8 +453,7 @@ def pseudo_labels(
     summary = prediction.pseudo_files(
         loaded.network, images, out, config=config, kind=kind, tiling=tiling, progress=progress
     )
-    files = {name: images.image_path(index) for index, name in enumerate(images.names)} if names else {}
-    return _with_formats(summary, names, files, images.classes, out, progress=progress)
+    return _labels_with_formats(summary, names, images, out, progress=progress)
 
 
 def masks(
@@ -503,11 +503,18 @@ def masks(
     written = prediction.pseudo_files(
         network, images, out, config=config, kind="cam", refine=True, overlay=True, tiling=tiling, progress=progress
     )
-    files = {name: images.image_path(index) for index, name in enumerate(images.names)} if names else {}
-    written = _with_formats(written, names, files, images.classes, out, progress=progress)
+    written = _labels_with_formats(written, names, images, out, progress=progress)
     summary = summarize_masks(written, images, out)
     write_masks_page(network, images, out, summary, config=config, device=device, count=examples)
     return summary
+
+
+def _labels_with_formats(
+    summary: PredictSummary, formats: Sequence[str], images: TaggedImages, out: Path, *, progress: bool
+) -> PredictSummary:
+    """As `_with_formats`, for labels of tagged images."""
+    files = {name: images.image_path(index) for index, name in enumerate(images.names)} if formats else {}
+    return _with_formats(summary, formats, files, images.classes, out, progress=progress)
 
 
 def _with_formats(

@@ -25,8 +25,12 @@ _FORMAT_HELP = (
 )
 _MIOU = ("mIoU", "miou", "no pixel of a class")
 _SHORTHANDS = {
-    "device": "train.device", "seed": "train.seed", "precision": "train.precision", "skip_missing": "data.skip_missing"
-}  # fmt: skip
+    "device": "train.device",
+    "seed": "train.seed",
+    "precision": "train.precision",
+    "skip_missing": "data.skip_missing",
+    "skip_broken": "data.skip_broken",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,8 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, rest = build_parser().parse_known_args(words)
         if rest:
             raise AfaError(f"unknown argument {rest[0]!r}; afa COMMAND --help lists them, keys are --SECTION.KEY VALUE")
-        if getattr(arguments, "skip_broken", False):
-            overrides["data.skip_broken"] = True
         for name, key in _SHORTHANDS.items():
             if getattr(arguments, name, None) is not None:
                 overrides[key] = getattr(arguments, name)
@@ -121,7 +123,9 @@ _NETWORK = (
     _argument("--device", metavar="auto|cpu|cuda|mps", help="where to compute (default: auto)"),
     _argument("--seed", metavar="N", help="seed of everything random"),
     _argument("--precision", metavar="auto|fp32|bf16|fp16", help="arithmetic of the network"),
-    _argument("--skip-broken", action="store_true", help="leave out images that cannot be read, and count them"),
+    _argument(
+        "--skip-broken", action="store_const", const="true", help="leave out images that cannot be read, and count them"
+    ),
 )
 """Flags of every command that runs the network."""
 

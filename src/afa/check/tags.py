@@ -201,16 +201,10 @@ def _check_counts(classes: Sequence[str], tags: NDArray[np.bool_], *, by_words: 
     empty = _chosen(classes, counts == 0)
     if empty:
         yield Problem("warning", f"no training image has {_some(empty)}: never learned; {leave_out}")
-    levels: list[tuple[int, int, Severity, str]] = [
-        (1, NEAR_EMPTY, "warning", "not learned"),
-        (NEAR_EMPTY, FEW_IMAGES, "warning", "hardly learned"),
-    ]
-    if by_words:
-        levels = [
-            (1, NEAR_EMPTY, "warning", "known by its name alone"),
-            (NEAR_EMPTY, FEW_IMAGES, "note", "mostly by name"),
-        ]
-    for least, most, severity, result in levels:
+    few: Severity = "note" if by_words else "warning"
+    results = ("known by its name alone", "mostly by name") if by_words else ("not learned", "hardly learned")
+    levels: list[tuple[int, int, Severity]] = [(1, NEAR_EMPTY, "warning"), (NEAR_EMPTY, FEW_IMAGES, few)]
+    for (least, most, severity), result in zip(levels, results, strict=True):
         named = [f"{name} {count}" for name, count in zip(classes, counts, strict=True) if least <= count < most]
         if named:
             yield Problem(severity, f"fewer than {most} training images: {_some(named)}: {result}; {leave_out}")

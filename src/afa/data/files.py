@@ -375,7 +375,7 @@ def images_below(folder: Path, root: Path, data: DataConfig) -> ImageFiles:
     """The images below a folder of a data set; folders of masks are passed over."""
 
     def holds_masks(path: str) -> bool:
-        return is_mask_folder(path.rsplit("/", 1)[-1]) or folder / path == root / data.mask_dir
+        return is_mask_folder(path) or folder / path == root / data.mask_dir
 
     return ImageFiles(folder, skip=holds_masks)
 
@@ -394,6 +394,6 @@ def files_in(folder: Path, suffix: str, *, but: str = "", deep: bool = False) ->
     return (path for path in fitting if not re.fullmatch(but, path.name, re.I) and path.is_file())
 
 
-def is_mask_folder(name: str) -> bool:
-    """Whether a folder of this name holds masks, which training does not even list."""
-    return re.fullmatch(r"masks|Segmentation(Class|Object)\w*", name) is not None
+def is_mask_folder(path: str) -> bool:
+    """Whether a folder holds masks, by the last part of its path: training does not even list it."""
+    return re.fullmatch(r"masks|Segmentation(Class|Object)\w*", path.rpartition("/")[2]) is not None

@@ -96,14 +96,17 @@ def read_levels(path: Path, *, white_level: int = WHITE_LEVEL) -> tuple[NDArray[
     return _decode(path, levels)
 
 
-def sample_peaks(paths: Sequence[Path]) -> list[int]:
-    """The largest values of up to 16 images of more than 8 bits, gray and evenly spread; only these are decoded."""
+def sample_peaks(count: int, path_of: Callable[[int], Path]) -> list[int]:
+    """The largest values of up to 16 of `count` images, of those of more than 8 bits, gray; only these are decoded.
+
+    `path_of` gives the file of an image, and is asked for the evenly spread ones that are looked at alone.
+    """
 
     def largest(image: Image.Image) -> int:
         return int(np.asarray(image).max()) if image.mode.startswith("I") else 0
 
     peaks = []
-    for path in paths[:: max(1, len(paths) // _SAMPLE)][:_SAMPLE]:
+    for path in map(path_of, range(0, count, max(1, count // _SAMPLE))[:_SAMPLE]):
         with contextlib.suppress(AfaError):  # whoever needs the image will be told
             if path.is_file() and path.stat().st_size <= _SAMPLE_BYTES:
                 peaks.append(_decode(path, largest))

@@ -27,11 +27,11 @@ from afa.evaluation.protocols import (
     PROTOCOLS,
     PSEUDO_LABELS,
     LogitMaps,
-    OncePerView,
     check_choice,
     group_sizes,
     host_tensor,
     logit_maps,
+    once_per_view,
     pseudo_labels,
     pseudo_sizes,
     view_sizes,
@@ -122,7 +122,8 @@ def evaluate(
     """Score a network against the masks of a list of images.
 
     Images are read ahead in threads, and those of one size go through the network together. A GPU is synchronized
-    once, at the end. Each process scores its share and all get the sum. The network is put in eval mode and back.
+    once, at the end; with class scores from words also at each pass (`once_per_view`). Each process scores its share
+    and all get the sum. The network is put in eval mode and back.
 
     Args:
         network: With as many classes as the images have; its parameters say the device.
@@ -172,7 +173,7 @@ def evaluate_each(
         check_choice(each, LABELS, what="labels")
     device = next(network.parameters()).device
     counts = [_Counts(images.classes, each, device, boundary=boundary) for each in labels]
-    passes = network if network.text is None else OncePerView(network)
+    passes = once_per_view(network)
     with closing(image_batches(network, images, config, labels, processes=processes, progress=progress)) as batches:
         for batch, count in ((batch, count) for batch in batches for count in counts):
             pixels = [sample.image for sample in batch]
@@ -301,7 +302,7 @@ def image_batches(
         network: Put in eval mode meanwhile.
         images: Images; with masks unless only their tags are scored.
         config: Its `evaluation` and `pseudo` sections.
-        labels: What is scored: some of `LABELS`, or `tags` alone.
+        labels: What the sizes are for: some of `LABELS`, and `tags` where no mask is to be read.
         processes: Processes that share the work.
         progress: Show a progress bar on standard error (of the first process).
 

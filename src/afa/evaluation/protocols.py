@@ -91,8 +91,15 @@ class LogitMaps:
         return logits.div_(logits.sum(0))
 
 
+def once_per_view(network: AfaNetwork) -> AfaNetwork | OncePerView:
+    """The network, whose encoder runs once where successive passes see the same view, if its output can be kept."""
+    return network if network.text is None else OncePerView(network)
+
+
 class OncePerView:
-    """A network with a frozen encoder, which runs once where successive passes see the same view.
+    """A network with class scores from words, whose encoder runs once where successive passes see the same view.
+
+    Comparing the views synchronizes a GPU.
 
     Args:
         network: With class scores from words.

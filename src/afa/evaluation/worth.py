@@ -16,7 +16,7 @@ from afa.config import Config
 from afa.data.dataset import TaggedImages
 from afa.evaluation.confusion import ConfusionMatrix
 from afa.evaluation.evaluate import Sample, image_batches
-from afa.evaluation.protocols import OncePerView, logit_maps, pseudo_labels
+from afa.evaluation.protocols import OncePerView, logit_maps, once_per_view, pseudo_labels
 from afa.model.network import AfaNetwork
 from afa.runtime import ALONE
 from afa.types import IGNORE_INDEX
@@ -144,6 +144,16 @@ class Worth:
                     )
 
 
+def spread_evenly(total: int, count: int) -> list[int]:
+    """At most `count` of `total` positions, from the first to the last.
+
+    >>> spread_evenly(5, 3), spread_evenly(2, 3)
+    ([0, 2, 4], [0, 1])
+    """
+    picks: list[int] = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
+    return picks
+
+
 def threshold_settings(config: Config) -> dict[str, Config]:
     """The settings with lower background scores, as they are, and with higher ones, by name."""
     pseudo = config.pseudo
@@ -172,9 +182,9 @@ def measure_worth(network: AfaNetwork, images: TaggedImages, config: Config, *, 
     Raises:
         AfaError: As `image_batches`.
     """
-    images = images.subset(np.linspace(0, len(images) - 1, min(len(images), MOST_IMAGES)).round().astype(int).tolist())
+    images = images.subset(spread_evenly(len(images), MOST_IMAGES))
     config = dataclasses.replace(config, evaluation=config.evaluation.with_crf(False))
-    passes = network if network.text is None else OncePerView(network)
+    passes = once_per_view(network)
     settings = threshold_settings(config)
     confusion = ConfusionMatrix(1 + len(images.classes))
     shares = np.zeros((2, len(images), 1 + len(images.classes)))  # of CAM and prediction

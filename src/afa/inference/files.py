@@ -352,7 +352,8 @@ def _remarks(files: Mapping[str, Path], white_level: int) -> Iterator[str]:
     ]
     if longer:
         yield f"{len(longer)} images share their names with others: they are written under longer ones, as {longer[0]}"
-    if words := level_warning(sample_peaks(list(files.values())), white_level):
+    paths = list(files.values())
+    if words := level_warning(sample_peaks(len(paths), paths.__getitem__), white_level):
         yield f"warning: {words}"
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from afa.data.open import open_data
 from afa.data.split import VALIDATION
 from afa.errors import AfaError, BrokenImageError
 from afa.evaluation.protocols import image_tensor, logit_maps, pseudo_view
-from afa.evaluation.worth import Worth, threshold_settings
+from afa.evaluation.worth import Worth, spread_evenly, threshold_settings
 from afa.model.network import AfaNetwork
 from afa.pseudo.cam import multi_scale_cam
 from afa.pseudo.pipeline import infer_pseudo
@@ -78,8 +78,8 @@ def write_examples(
 
     Args:
         network: On `device`.
-        images: Where examples are taken from, `MaskedImages` where there are masks; images without tags and
-            broken ones are passed over.
+        images: Where examples are taken from, `MaskedImages` where there are masks. Up to a quarter hold none of the
+            classes; images of which nothing is known, and broken ones, are passed over.
         run: Run folder.
         config: Its `pseudo` and `evaluation` sections apply.
         device: Where the network runs.
@@ -87,14 +87,9 @@ def write_examples(
         first: Positions of images that come first; the others are evenly spaced.
         trained: Off, the pictures are image, CAM and pseudo label alone: decoder and affinity have learned nothing.
     """
-    draw = _example_pictures if trained else _untrained_pictures
-    was_training = network.training
-    network.eval()
     others = [i for i in evenly_spaced(images, count, negatives=count // 4) if i not in first]
-    picks = _opened(images, [*first, *others][:count], config, device)
-    drawn = ((i, draw(network, config, seen)) for i, seen in picks)
-    _write_pictures(Run(run).examples, images, drawn)
-    network.train(was_training)
+    draw = _example_pictures if trained else _untrained_pictures
+    _write_drawn(Run(run).examples, network, images, [*first, *others][:count], draw, config=config, device=device)
 
 
 def _opened(
@@ -113,36 +108,44 @@ def write_worth(network: AfaNetwork, images: TaggedImages, run: Path, worth: Wor
     """Write RUN/uncertain, the images whose prediction is least certain, and RUN/thresholds, as `write_examples` does.
 
     Args:
-        network: In eval mode; its parameters say the device.
+        network: In eval mode during the call; its parameters say the device.
         images: What was looked at, or more.
         run: Run folder.
         worth: What was found.
         config: Settings of the run.
     """
-    device = next(network.parameters()).device
     places = {name: i for i, name in enumerate(images.names)}
     uncertain = [places[name] for name, _ in worth.uncertain]
-    seen = {i: _Seen.open(images, i, config, device, enlarge=False) for i in uncertain}
-    drawn = ((i, _example_pictures(network, config, each)) for i, each in seen.items())
-    _write_pictures(Run(run).uncertain, images, drawn)
-    picks = evenly_spaced(images, _THRESHOLD_EXAMPLES)
-    seen = {i: _Seen.open(images, i, config, device, enlarge=False) for i in picks}
-    drawn = ((i, _threshold_pictures(network, config, each)) for i, each in seen.items())
-    _write_pictures(Run(run).thresholds, images, drawn)
+    spread = evenly_spaced(images, _THRESHOLD_EXAMPLES)
+    settings: dict[str, Any] = {"config": config, "device": next(network.parameters()).device}
+    _write_drawn(Run(run).uncertain, network, images, uncertain, _example_pictures, **settings)
+    _write_drawn(Run(run).thresholds, network, images, spread, _threshold_pictures, **settings)
 
 
-def _write_pictures(folder: Path, images: TaggedImages, drawn: Iterable[tuple[int, dict[str, Pixels]]]) -> None:
-    """Write a folder of pictures for each image, by its place, then sheet.png and index.json."""
+def _write_drawn(
+    folder: Path,
+    network: AfaNetwork,
+    images: TaggedImages,
+    picks: Iterable[int],
+    draw: Callable[[AfaNetwork, Config, _Seen], dict[str, Pixels]],
+    *,
+    config: Config,
+    device: torch.device,
+) -> None:
+    """Write a folder of pictures for each of the images at some places, then sheet.png and index.json."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    was_training = network.training
+    network.eval()
     index: list[dict[str, object]] = []
-    for number, (i, pictures) in enumerate(drawn):
+    for number, (i, seen) in enumerate(_opened(images, picks, config, device)):
         name = f"{number:03d}"
         (folder / name).mkdir()
-        for key, picture in pictures.items():
+        for key, picture in draw(network, config, seen).items():
             Image.fromarray(picture).save(folder / name / f"{key}.png")
         tags = [c for c, present in zip(images.classes, images.tags(i), strict=True) if present]
         index.append({"name": images.names[i], "tags": tags, "folder": name})
+    network.train(was_training)
     if index:
         rows = [str(entry["folder"]) for entry in index[:_SHEET_ROWS]]
         draw_sheet([folder / row for row in rows]).save(folder / "sheet.png")
@@ -225,9 +228,8 @@ def evenly_spaced(images: TaggedImages, count: int, *, negatives: int = 0) -> li
     known = images.has_tags if isinstance(images, MaskedImages) else lambda _: True
     tagged = [i for i in range(len(images)) if known(i) and images.tags(i).any()]
     empty = np.flatnonzero(images.negative)
-    few = empty[np.linspace(0, len(empty) - 1, min(negatives, len(empty))).round().astype(int)].tolist()
-    picks = np.linspace(0, len(tagged) - 1, min(count - len(few), len(tagged))).round().astype(int)
-    return [*(tagged[pick] for pick in picks), *few]
+    few = empty[spread_evenly(len(empty), negatives)].tolist()
+    return [*(tagged[pick] for pick in spread_evenly(len(tagged), count - len(few))), *few]
 
 
 _Row = list[Image.Image | None]
@@ -287,15 +289,13 @@ class _Seen:
 @torch.inference_mode()
 def _example_pictures(network: AfaNetwork, config: Config, seen: _Seen) -> dict[str, Pixels]:
     """The pictures of an example by name, all of one size."""
-    pseudo = seen.infer(network, config.pseudo, "cam", "propagated", "refined_label")
-    walked = blend_heat(seen.picture, _shares(pseudo["propagated"])[seen.present])
-    drawn = {
-        "image": seen.picture,
-        "cam": blend_heat(seen.picture, pseudo["cam"][seen.present]),
-        **({} if config.pseudo.propagation == "none" else {"propagated": walked}),
-        "pseudo": blend_label(seen.picture, pseudo["refined_label"]),
-        "prediction": blend_label(seen.picture, seen.segment(network, config, crf=config.evaluation.crf)),
-    }
+    walks = ("propagated",) if config.pseudo.propagation != "none" else ()
+    pseudo = seen.infer(network, config.pseudo, "cam", *walks, "refined_label")
+    drawn = {"image": seen.picture, "cam": blend_heat(seen.picture, pseudo["cam"][seen.present])}
+    if walks:
+        drawn["propagated"] = blend_heat(seen.picture, _shares(pseudo["propagated"])[seen.present])
+    drawn["pseudo"] = blend_label(seen.picture, pseudo["refined_label"])
+    drawn["prediction"] = blend_label(seen.picture, seen.segment(network, config, crf=config.evaluation.crf))
     return drawn if seen.truth is None else drawn | {"truth": blend_label(seen.picture, seen.truth)}
 
 

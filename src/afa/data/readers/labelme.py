@@ -33,7 +33,7 @@ def find(root: Path) -> Path | None:
 def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:
     """Read the files of a folder, or one: no class names, and an entry for each; other JSON files are counted."""
     root = path if path.is_dir() else path.parent
-    below = walk_files(root, {".json"}, skip=lambda folder: is_mask_folder(folder.rpartition("/")[2]))
+    below = walk_files(root, {".json"}, skip=is_mask_folder)
     entries, others = [], []
     for name in below if path.is_dir() else [path.name]:
         file = root / name

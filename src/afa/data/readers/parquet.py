@@ -103,9 +103,8 @@ def _unpack(files: Sequence[Path], folder: Path, names: Sequence[str]) -> None:
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as rows:
         console, quiet = Console(stderr=True), not sys.stderr.isatty()
         for file in track(files, "Unpacking images", console=console, disable=quiet):
-            side = (
-                side_of(file.stem) if side_of(file.stem) != UNSTATED else SIDES.get(file.parent.name.lower(), UNSTATED)
-            )
+            side = side_of(file.stem)
+            side = SIDES.get(file.parent.name.lower(), UNSTATED) if side == UNSTATED else side
             word = next((name for name, each in SIDES.items() if each == side), "")
             try:
                 stated |= dict.fromkeys(_unpack_file(file, folder, word, rows, names))

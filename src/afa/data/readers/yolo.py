@@ -118,8 +118,7 @@ def _labels(root: Path) -> Iterator[tuple[Path, str]]:
     """Each file of labels, and its image as a path below the root, with some suffix."""
     folders = _label_folders(root)
     for folder in folders or [root]:
-        skip = None if folders else lambda path: is_mask_folder(path.rpartition("/")[2])
-        for path in walk_files(folder, {".txt"}, skip=skip):
+        for path in walk_files(folder, {".txt"}, skip=None if folders else is_mask_folder):
             passed_over = re.fullmatch(_BESIDE_LABELS if folders else _NO_LABELS, path.rpartition("/")[2], re.I)
             if not passed_over or (folders and _has_objects(folder / path) is not False):
                 place = folder.relative_to(root).as_posix()
