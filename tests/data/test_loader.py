@@ -15,7 +15,7 @@ from PIL import Image
 import naive
 from afa.config import AugmentConfig, Config, DataConfig, ScheduleConfig, TrainConfig
 from afa.data.dataset import TaggedImages
-from afa.data.loader import class_repeats, resolve_workers, train_batches, visits, whole_views
+from afa.data.loader import Order, class_repeats, resolve_workers, train_batches, visits, whole_views
 from afa.data.pixel_cache import PixelCache
 from afa.runtime import Processes
 from afa.types import Batch
@@ -389,7 +389,7 @@ def test_features_are_read_for_the_images_as_they_are_shown(
 ) -> None:
     """In the top left corner of the canvas, mirrored where it is; in the cache unmirrored and without canvas."""
     config = settings(end=6, workers=workers, whole_images=True)
-    views = [view for batch in whole_views(images, config, 4, batch_size=3) for view in batch]
+    views = [view for batch in whole_views(images, config, 4, range(NUM_IMAGES), batch_size=3) for view in batch]
     assert len(views) == NUM_IMAGES
     flips = []
     for batch in train_batches(images, config, start=2, features=Noted(), device=device):
@@ -406,9 +406,21 @@ def test_features_are_read_for_the_images_as_they_are_shown(
     assert set(flips) == {0, 1}
 
 
-def test_whole_views_begin_where_they_are_asked_to(images: TaggedImages) -> None:
-    every = [view for batch in whole_views(images, settings(), 4, batch_size=2) for view in batch]
+def test_whole_views_are_of_the_images_that_are_asked_for(images: TaggedImages) -> None:
+    every = [view for batch in whole_views(images, settings(), 4, range(NUM_IMAGES), batch_size=2) for view in batch]
     cache = PixelCache(NUM_IMAGES, 2**20)
-    rest = list(whole_views(images, settings(workers=1), 4, batch_size=2, start=4, cache=cache))
-    assert [len(batch) for batch in rest] == [2, 1]
-    assert all(view.equal(other) for view, other in zip([*rest[0], *rest[1]], every[4:], strict=True))
+    some = list(whole_views(images, settings(workers=1), 4, [5, 0, 3], batch_size=2, cache=cache))
+    assert [len(batch) for batch in some] == [2, 1]
+    assert all(view.equal(every[i]) for view, i in zip([*some[0], *some[1]], [5, 0, 3], strict=True))
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 3, 1000])
+def test_images_taken_are_those_of_the_batches(images: TaggedImages, num_steps: int) -> None:
+    config = settings(end=num_steps)
+    names = [name for batch in train_batches(images, config) for name in batch.names] if num_steps < 10 else None
+    taken = Order(images, config).taken(num_steps)
+    assert len(taken) == len(set(taken)) <= NUM_IMAGES
+    if names is None:
+        assert len(taken) == NUM_IMAGES
+    else:
+        assert [images.names[index] for index in taken] == list(dict.fromkeys(names))

@@ -109,6 +109,17 @@ def test_size_and_steps_follow_from_the_time(
         assert (larger.augment.crop_size, larger.schedule.max_steps) == (384, 800)
 
 
+@pytest.mark.parametrize(("minutes", "steps"), [(60.0, 800), (30.0, 476)])
+def test_a_short_schedule_pays_for_the_images_of_its_batches_alone(tmp_path: Path, minutes: float, steps: int) -> None:
+    """16,000 images to train on would take 53 minutes; 4,000 to score take 13."""
+    root = write_table(tmp_path / "pets", 20_000)
+    config, lines = choose(root, minutes=minutes, measure=pace(0.2, 0.5))
+    assert config.augment.crop_size == 384
+    assert config.schedule.max_steps == pytest.approx(steps, abs=1)
+    taken = (8 * config.schedule.max_steps + 4000) * 0.2 / 60 + config.schedule.max_steps * 0.5 / 60
+    assert f"about {taken:.0f} min here: {8 * config.schedule.max_steps * 0.2 / 60:.0f} for the features" in lines[2]
+
+
 def test_minutes_need_a_frozen_encoder(tmp_path: Path) -> None:
     with refused("--minutes is 30", "dinov2_small_reg", "--schedule.max_steps"):
         choose(write_table(tmp_path / "pets", 10), DINO, minutes=30)

@@ -240,9 +240,9 @@ def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     write = feature_store.FeatureStore.write
 
-    def counted(self: feature_store.FeatureStore, rows: Any) -> None:
+    def counted(self: feature_store.FeatureStore, number: int, row: Any) -> None:
         counts.append(1)
-        write(self, rows)
+        write(self, number, row)
 
     monkeypatch.setattr(feature_store.FeatureStore, "write", counted)
     return counts
@@ -270,6 +270,25 @@ def test_a_complete_cache_is_used_again_and_a_stale_one_never(
     assert said.count("\n") == 1
     assert said.startswith(f"{first.store.folder}: ")
     assert "deleted" in said
+
+
+def test_only_images_that_steps_take_are_kept_and_more_are_added(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = count_rows(monkeypatch)
+    short = make_config(pictures, **{"schedule.max_steps": 1, "schedule.refined_steps": 1, "schedule.batch_size": 2})
+    few = prepare_features(make_network(short), open_data(short.data).train(), short, tmp_path)
+    taken = {int(name.removeprefix("p")) for batch in batches(short, few) for name in batch.names}
+    assert sum(counts) == len(taken) == len(few.grids) == 2
+    assert capsys.readouterr().err.startswith("feature cache: the 2 of 6 images to be used, ")
+    every = prepare(make_config(pictures), tmp_path)
+    assert sum(counts) == 6
+    assert every.store.folder == few.store.folder
+    for index in taken:
+        np.testing.assert_array_equal(every.store.row(index), few.store.row(index))
+    straight = prepare(make_config(pictures), tmp_path / "straight")
+    for index in range(6):  # images of one batch are computed together, which may move the last bit
+        np.testing.assert_allclose(every.store.row(index), straight.store.row(index), rtol=2e-3, atol=2e-3)
 
 
 def test_runs_share_a_folder(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +356,7 @@ def test_size_and_time_are_said(
     monkeypatch.setattr(feature_cache, "_TELL_SECONDS", -1)
     monkeypatch.setattr(feature_cache, "_BATCH_IMAGES", {"cpu": 2})
     reader = prepare_features(make_network(config), open_data(config.data).train(), config, tmp_path)
-    tokens = sum(height * width for height, width in reader.grids)
+    tokens = sum(height * width for height, width in reader.grids.values())
     assert reader.store.num_bytes == 2 * tokens * (3 * 64 + 32 + 3)
     first, second = capsys.readouterr().err.splitlines()[:2]
     size = f"{reader.store.num_bytes / 2**20:.1f} MiB"

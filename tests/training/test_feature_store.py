@@ -25,18 +25,18 @@ def make_rows(first: int, end: int) -> list[NDArray[np.float16]]:
 
 
 def write(store: FeatureStore, first: int, end: int) -> None:
-    for row in make_rows(first, end):
-        store.write(row)
+    for number, row in enumerate(make_rows(first, end), first):
+        store.write(10 - number, row)
 
 
 def assert_whole(store: FeatureStore) -> None:
     for index, row in enumerate(make_rows(0, len(SIZES))):
-        np.testing.assert_array_equal(store.row(index), row)
+        np.testing.assert_array_equal(store.row(10 - index), row)
 
 
 def new_store(folder: Path) -> FeatureStore:
-    store = FeatureStore(folder, {"key": {"crop": 3}}, sizes=SIZES)
-    store.reserve(1.0, **LIMITS)
+    store = FeatureStore(folder, {"key": {"crop": 3}})
+    store.reserve(2 * sum(SIZES), 1.0, **LIMITS)
     return store
 
 
@@ -51,23 +51,24 @@ def test_rows_come_back(tmp_path: Path) -> None:
     write(store, 0, 7)
     store.commit()
     for each in (store, reopen(tmp_path / "store")):
-        assert each.is_complete
+        assert each.missing([7, 3, 11, 4, 0]) == [3, 11, 0]
         assert each.about == {"key": {"crop": 3}}
         assert each.num_bytes == 2 * sum(SIZES)
         assert_whole(each)
     with pytest.raises(ValueError, match="read-only"):
-        store.row(0)[0] = 1
+        store.row(10)[0] = 1
 
 
 def test_what_was_not_committed_is_made_again(tmp_path: Path) -> None:
     store = new_store(tmp_path)
     write(store, 0, 2)
     store.commit()
-    store.write(np.full(SIZES[2], -1, dtype=np.float16))
-    store = reopen(tmp_path)
-    assert (store.num_done, store.is_complete) == (2, False)
+    store.write(8, np.full(SIZES[2], -1, dtype=np.float16))
+    assert store.missing([10, 9, 8]) == [8]
     with pytest.raises(AssertionError):
-        store.row(2)
+        store.row(8)
+    store = reopen(tmp_path)
+    assert (store.num_done, store.missing([10, 9, 8])) == (2, [8])
     write(store, 2, 7)
     store.commit()
     assert_whole(reopen(tmp_path))
@@ -107,9 +108,9 @@ def test_what_is_damaged_does_not_count(tmp_path: Path, damage: str) -> None:
 
 
 def test_limit_names_both_sizes(tmp_path: Path) -> None:
-    store = FeatureStore(tmp_path / "new", {}, sizes=[2**20] * 3 * 2**10)
+    store = FeatureStore(tmp_path / "new", {})
     with refused("6.0 GiB", "train.feature_cache_gib is 2.5 GiB; raise"):
-        store.reserve(2.5, **LIMITS)
+        store.reserve(6 * 2**30, 2.5, **LIMITS)
     assert not (tmp_path / "new").exists()
 
 
@@ -118,10 +119,10 @@ def test_disk_must_have_room_for_what_is_missing(tmp_path: Path, monkeypatch: py
         free = 2 * 2**30
 
     monkeypatch.setattr(feature_store.shutil, "disk_usage", lambda _: Usage)
-    fields: dict[str, Any] = {"sizes": [2**20] * 3 * 2**10}
+    store = FeatureStore(tmp_path, {}, numbers=range(2**11), sizes=[2**20] * 2**11)
     with pytest.raises(AfaError, match=r"6\.0 GiB.* 2\.0 GiB.*data\.feat"):
-        FeatureStore(tmp_path, {}, **fields).reserve(1000.0, **LIMITS)
-    FeatureStore(tmp_path, {}, num_done=2 * 2**10, **fields).reserve(1000.0, **LIMITS)
+        store.reserve(6 * 2**30, 1000.0, **LIMITS)
+    store.reserve(2 * 2**30, 1000.0, **LIMITS)
 
 
 def test_full_disk_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,4 +153,4 @@ def test_index_is_json_that_people_can_read(tmp_path: Path) -> None:
     write(store, 0, 1)
     store.commit()
     index = json.loads((tmp_path / "index.json").read_text())
-    assert index == {"about": {"key": {"crop": 3}}, "sizes": SIZES, "num_done": 1}
+    assert index == {"about": {"key": {"crop": 3}}, "numbers": [10], "sizes": SIZES[:1]}

@@ -355,7 +355,7 @@ class TrainConfig:
     compile: bool = False
     """Let torch.compile fuse the network's kernels; takes a minute or more at the start of each phase."""
     feature_cache: bool = False
-    """Run the encoder once for each image, keep its features on disk, and train from there: many times faster.
+    """Run the encoder once for each image that a step takes, keep its features on disk, and train from there.
     Needs `model.classifier` = text, all blocks frozen, `augment.whole_images`, `pseudo.scales` = 1 and no `mirror`."""
     feature_cache_gib: Annotated[float, Meta(ge=0.0, le=1e6)] = 20.0
     """Most that the feature cache may take on disk, GiB."""

@@ -142,6 +142,15 @@ class Order:
         places = np.concatenate([(np.arange(len(part)) + 0.5) / len(part) for part in drawn if len(part)])
         return np.concatenate(drawn)[np.argsort(places, kind="stable")]
 
+    def taken(self, num_steps: int) -> list[int]:
+        """Indices of the images that the first steps take, in the order in which they first do."""
+        first: dict[int, None] = {}
+        for step in range(num_steps):
+            first.update(dict.fromkeys(self.indices(step).tolist()))
+            if len(first) == len(self.negative):
+                break
+        return list(first)
+
     def pairs(self, step: int, share: slice) -> list[tuple[int, int]]:
         """Place in the batch and index of each image of a share of it, those without any class last."""
         pairs = list(enumerate(self.indices(step).tolist()))[share]
@@ -215,20 +224,20 @@ def whole_views(
     images: TaggedImages,
     config: Config,
     multiple: int,
+    indices: Sequence[int],
     *,
     batch_size: int,
-    start: int = 0,
     processes: Processes = ALONE,
     cache: PixelCache | None = None,
 ) -> Iterator[list[Tensor]]:
-    """Yield lists of every image as the feature cache sees it, (3, H, W) uint8, unflipped, in the order of the list.
+    """Yield lists of images as the feature cache sees them, (3, H, W) uint8, unflipped.
 
     Args:
         images: Images; an `AfaError` comes during iteration if one cannot be read.
         config: Crop size and `data.workers`.
         multiple: Sides are multiples of this, pixels.
+        indices: Which images, in this order.
         batch_size: Images that come together; the last ones may be fewer.
-        start: First image.
         processes: Processes that share this machine's cores.
         cache: As for `train_batches`.
     """
@@ -236,7 +245,7 @@ def whole_views(
 
     def prepare(first: int) -> list[Tensor]:
         views = []
-        for index in range(first, min(first + batch_size, len(images))):
+        for index in indices[first : first + batch_size]:
             pixels = _read(images, index, cache)
             plan = fit_whole(pixels.shape[:2], size, flip=False, multiple=multiple)
             canvas = np.zeros((3, plan.rows.end, plan.columns.end), dtype=np.uint8)
@@ -245,7 +254,7 @@ def whole_views(
         return views
 
     workers = resolve_workers(config.data.workers, processes=processes.count)
-    return _in_order(prepare, range(start, len(images), batch_size), workers=workers)
+    return _in_order(prepare, range(0, len(indices), batch_size), workers=workers)
 
 
 def _read(images: TaggedImages, index: int, cache: PixelCache | None) -> NDArray[np.uint8]:

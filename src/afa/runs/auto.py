@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import huggingface_hub
@@ -201,7 +201,11 @@ def _choose_frozen(
     if measure is not None:
         pace = measure(load_config(None, chosen | stated | {"augment.crop_size": sides[0]}, preset=preset),
                        len(layout.classes), device)  # fmt: skip
-        plans = [_plan(pace, each, sides[0], num_images, num_scored, most, limit) for each in sides]
+        plans = []
+        for each in sides:  # the work grows with the area
+            image, step = ((each / sides[0]) ** 2 * seconds / 60 for seconds in (pace.image, pace.step))
+            plan = _Plan(each, most, num_images, batch_size, image, step, num_scored * image)
+            plans.append(plan if limit is None else plan.within(limit, min(MIN_STEPS, most)))
         plan = next((each for each in plans if each.fits), plans[-1])
         side, steps, words = plan.side, plan.steps, plan.describe(limit, plans[0], max(most, tried))
     short = round(side * 0.75)
@@ -226,43 +230,40 @@ class _Plan:
 
     side: int
     steps: int
-    cache: float
-    training: float
+    num_images: int
+    batch_size: int
+    image: float
+    step: float
     scoring: float
-    fits: bool
+    fits: bool = True
 
-    @property
-    def minutes(self) -> float:
-        return self.cache + self.training + self.scoring
+    def features(self, steps: int) -> float:
+        """Images that no step takes need none."""
+        return min(self.num_images, steps * self.batch_size) * self.image
+
+    def minutes(self, steps: int) -> float:
+        return self.features(steps) + steps * self.step + self.scoring
+
+    def within(self, limit: float, least: int) -> _Plan:
+        """As many steps as fit into the time, and never fewer than `least`."""
+        left = limit - self.scoring
+        fit = max((left - self.num_images * self.image) / self.step, left / (self.step + self.batch_size * self.image))
+        return replace(self, steps=max(least, min(self.steps, int(fit))), fits=fit >= least)
 
     def describe(self, limit: float | None, largest: _Plan, most: int) -> str:
-        spans = ("the features", self.cache), ("training", self.training), ("scoring", self.scoring)
+        features, training = self.features(self.steps), self.steps * self.step
+        spans = ("the features", features), ("training", training), ("scoring", self.scoring)
         parts = ", ".join(
             f"{minutes:.0f} for {what}" if minutes >= 1 else f"under 1 for {what}" for what, minutes in spans
         )
-        words = f"; about {max(1, self.minutes):.0f} min here: {parts}"
+        words = f"; about {max(1, self.minutes(self.steps)):.0f} min here: {parts}"
         if not self.fits:
             return f"{words}; that is more than {limit:g} min: fewer images or --augment.crop_size would shorten it"
         more = [f"images of {largest.side} pixels"] if largest.side > self.side else []
         more += [f"{most:,} steps"] if most > self.steps else []
         if not more:
             return f"{words}; more time would buy nothing that was tried"
-        needed = largest.cache + largest.scoring + largest.training * most / largest.steps
-        return f"{words}; --minutes {math.ceil(needed)} would buy {' and '.join(more)}"
-
-
-def _plan(
-    pace: Pace, side: int, measured: int, num_images: int, num_scored: int, most: int, limit: float | None
-) -> _Plan:
-    """The most steps that fit at a size; the work grows with the area."""
-    area = (side / measured) ** 2
-    cache, scoring = (count * pace.image * area / 60 for count in (num_images, num_scored))
-    step = pace.step * area / 60
-    least = min(MIN_STEPS, most)
-    steps = most if limit is None else min(most, int((limit - cache - scoring) / step))
-    fits = steps >= least
-    steps = max(least, steps)
-    return _Plan(side, steps, cache, steps * step, scoring, fits)
+        return f"{words}; --minutes {math.ceil(largest.minutes(most))} would buy {' and '.join(more)}"
 
 
 def _crop(spec: BackboneSpec, device: torch.device) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a frozen encoder makes of the training images, computed once and kept.
 
-Every training image is seen once, as a whole: its longer side as long as the crop, both sides multiples of the patch.
+Every image that a step takes is seen once, as a whole: its longer side as long as the crop, both sides multiples of the
+patch. Images that no step takes are left out; a longer schedule or another seed adds what it needs to the same cache.
 Feature levels and class scores go to disk in half precision; from then on a training step reads them, mirrored or not,
 and runs the decoder alone, with the affinity head if it learns. Pseudo labels still see the pixels.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from afa.config import Config
 from afa.data.dataset import TaggedImages
 from afa.data.images import read_size
-from afa.data.loader import whole_views
+from afa.data.loader import Order, whole_views
 from afa.data.pixel_cache import PixelCache
 from afa.data.pixels import WHITE_LEVEL
 from afa.data.transforms import whole_size
@@ -36,7 +37,7 @@ from afa.runtime import ALONE, Processes, autocast, duration, image_progress, in
 from afa.training.feature_store import FeatureStore, format_gib, remove_store
 from afa.types import Batch, normalize_image
 
-_VERSION: Final = 2
+_VERSION: Final = 3
 """Of what is kept and how it lies in a row: raise it when either changes."""
 
 _BATCH_IMAGES: Final = {"cpu": 8, "cuda": 32}
@@ -52,15 +53,15 @@ class FeatureReader:
     """Returns what the cache has of a batch.
 
     Args:
-        store: Complete.
-        grids: (h, w) tokens of each image.
+        store: It has all images that the steps take.
+        grids: (h, w) tokens of each of them.
         channels: Of each feature level, and last of the class scores.
         patch: Pixels of a token.
         crop_size: Side of the canvas of a batch, pixels.
     """
 
     def __init__(
-        self, store: FeatureStore, grids: Sequence[Grid], channels: Sequence[int], *, patch: int, crop_size: int
+        self, store: FeatureStore, grids: Mapping[int, Grid], channels: Sequence[int], *, patch: int, crop_size: int
     ) -> None:
         self.store = store
         self.grids = grids
@@ -126,7 +127,7 @@ def prepare_features(
     cache: PixelCache | None = None,
     progress: bool = True,
 ) -> FeatureReader:
-    """Open the feature cache of a run, and compute what is missing.
+    """Open the feature cache of a run, and compute what is missing of the images that its steps take.
 
     A cache for other weights, words, images or settings is never used; one in the run's own folder is deleted.
 
@@ -140,7 +141,7 @@ def prepare_features(
         progress: Show progress on standard error.
 
     Returns:
-        Reader of the complete cache.
+        Reader of the cache.
 
     Raises:
         AfaError: Blocks of the encoder learn; the cache does not fit into `train.feature_cache_gib` or on the disk;
@@ -153,25 +154,26 @@ def prepare_features(
             f"{config.model.backbone} frozen; set it to {depth}, or train.feature_cache to false"
         )
     patch, crop_size = network.backbone.strides[-1], config.augment.crop_size
-    grids = [
-        (height // patch, width // patch)
-        for height, width in (whole_size(_size(images, i), crop_size, patch) for i in range(len(images)))
-    ]
+    taken = Order(images, config).taken(config.schedule.max_steps)
+    grids = {}
+    for index in taken:
+        height, width = whole_size(_size(images, index), crop_size, patch)
+        grids[index] = (height // patch, width // patch)
     channels = (*network.backbone.channels, network.num_classes)
     key = feature_key(network, images, config)
     base = Path(config.data.feature_dir or Run(run).features)
     folder = base / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     store = FeatureStore.open(folder)
-    if processes.is_main and (store is None or not store.is_complete):
+    if processes.is_main and (store is None or store.missing(taken)):
         if not config.data.feature_dir:
             _remove_others(base, folder, key)
-        if store is None:
-            store = FeatureStore(
-                folder, {"key": key}, sizes=[sum(channels) * height * width for height, width in grids]
-            )
-        store.reserve(config.train.feature_cache_gib, setting="train.feature_cache_gib", advice=_ADVICE)
-        _fill(store, network, images, config, processes=processes, cache=cache, progress=progress)
-    while store is None or not store.is_complete:  # Not a barrier, which would time out after some minutes.
+        store = store or FeatureStore(folder, {"key": key})
+        values = sum(grids[index][0] * grids[index][1] for index in store.missing(taken)) * sum(channels)
+        store.reserve(2 * values, config.train.feature_cache_gib, setting="train.feature_cache_gib", advice=_ADVICE)
+        if progress:
+            say(_words(store, taken, len(images), 2 * values, config))
+        _fill(store, network, images, taken, config, processes, cache=cache, progress=progress)
+    while store is None or store.missing(taken):  # Not a barrier, which would time out after some minutes.
         time.sleep(1)
         store = FeatureStore.open(folder)
     processes.wait()
@@ -197,52 +199,61 @@ def feature_key(network: AfaNetwork, images: TaggedImages, config: Config) -> di
     }
 
 
+def _words(store: FeatureStore, taken: Sequence[int], num_images: int, more: int, config: Config) -> str:
+    """How many images the cache holds, how large it gets, and where."""
+    which = (
+        f"{len(taken)} images" if len(taken) == num_images else f"the {len(taken)} of {num_images} images to be used"
+    )
+    there = len(taken) - len(store.missing(taken))
+    size = f"{format_gib(store.num_bytes + more)} of at most {config.train.feature_cache_gib:g} GiB"
+    return f"feature cache: {which}{f', {there} of them there already' if there else ''}, {size} in {store.folder}"
+
+
 def _fill(
     store: FeatureStore,
     network: AfaNetwork,
     images: TaggedImages,
+    taken: Sequence[int],
     config: Config,
-    *,
     processes: Processes,
+    *,
     cache: PixelCache | None,
     progress: bool,
 ) -> None:
-    """Compute the rows that are missing; says how large the cache gets, and soon how long it takes."""
+    """Compute the rows that are missing; says soon how long it takes."""
     device = next(network.parameters()).device
-    done = store.num_done
-    there = f", {done} of them there already" if done else ""
-    if progress:
-        limit = config.train.feature_cache_gib
-        size = f"{format_gib(store.num_bytes)} of at most {limit:g} GiB"
-        say(f"feature cache: {store.num_rows} images{there}, {size} in {store.folder}")
+    missing = store.missing(taken)
+    done = there = len(taken) - len(missing)
     batch_size = _BATCH_IMAGES.get(device.type, 8)
     multiple = network.backbone.strides[-1]
-    views = whole_views(images, config, multiple, start=done, batch_size=batch_size, processes=processes, cache=cache)
+    views = whole_views(images, config, multiple, missing, batch_size=batch_size, processes=processes, cache=cache)
     began = committed = time.perf_counter()
-    first, pending, tell = done, 0, progress
-    bar = image_progress("feature cache", total=store.num_rows, done=done, enabled=progress)
+    pending, tell = 0, progress
+    bar = image_progress("feature cache", total=len(taken), done=done, enabled=progress)
     with bar as advance, interrupts() as asked_to_stop:
         for batch in views:
             for row in _rows(network, batch, config, device):
+                index = missing[done - there]
                 if not np.isfinite(row).all():
-                    name = images.names[done]
                     raise AfaError(
-                        f"image {name}: its features are too large for fp16; set train.feature_cache to false"
+                        f"image {images.names[index]}: its features are too large for fp16; set train.feature_cache "
+                        "to false"
                     )
-                store.write(row)
+                store.write(index, row)
                 done, pending = done + 1, pending + row.nbytes
             now = time.perf_counter()
             if tell and now - began > _TELL_SECONDS:
-                say(f"feature cache: about {duration((now - began) / (done - first) * (store.num_rows - done))} left")
+                left = (now - began) / (done - there) * (len(taken) - done)
+                say(f"feature cache: about {duration(left)} left")
                 tell = False
             stop = asked_to_stop()
-            if pending > _COMMIT_BYTES or now - committed > _COMMIT_SECONDS or stop or done == store.num_rows:
+            if pending > _COMMIT_BYTES or now - committed > _COMMIT_SECONDS or stop or done == len(taken):
                 store.commit()
                 pending, committed = 0, now
             advance(len(batch))
-            if stop and not store.is_complete:
+            if stop and done < len(taken):
                 raise AfaError(
-                    f"stopped after {done} of {store.num_rows} images of the feature cache; the same command with "
+                    f"stopped after {done} of {len(taken)} images of the feature cache; the same command with "
                     "--resume goes on"
                 )
 

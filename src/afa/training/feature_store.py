@@ -1,6 +1,6 @@
 """A folder of fp16 rows, one for each image, written once and read in any order.
 
-The rows lie in one file, in the order of the images; `index.json` beside it says what they are and how many are there.
+The rows lie in one file, in the order in which they were written; `index.json` beside it says what they are and whose.
 What stands in a row is the caller's.
 """
 
@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,63 +26,64 @@ _INDEX, _ROWS = "index.json", "rows.bin"
 
 
 class FeatureStore:
-    """Rows on disk.
+    """Rows on disk, each with a number of its own.
 
-    Rows count as there once `commit` has made them durable: a store whose making was cut off at any point goes on with
-    the first that does not count. Threads may read while one writes.
+    Rows count as there once `commit` has made them durable: a store whose making was cut off at any point goes on after
+    the last one that counts. Threads may read while one writes.
 
     Attributes:
         folder: Where it lies.
         about: What the rows are, as JSON; written into the index and not looked at here.
-        num_rows: Rows of the whole store.
         num_done: Rows that are there.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any], *, sizes: Sequence[int], num_done: int = 0) -> None:
-        """Take the numbers of fp16 values of each row."""
+    def __init__(
+        self, folder: Path, about: dict[str, Any], *, numbers: Sequence[int] = (), sizes: Sequence[int] = ()
+    ) -> None:
+        """Take the numbers of the rows that are there, and how many fp16 values each has."""
         self.folder = folder
         self.about = about
-        self.sizes = sizes
-        self.num_rows = len(sizes)
-        self.num_done = num_done
-        self._num_written = num_done
+        self.num_done = len(numbers)
+        self._numbers = list(numbers)
+        self._sizes = list(sizes)
         self._starts = [0, *itertools.accumulate(sizes)]
+        self._places = {number: place for place, number in enumerate(numbers)}
 
     @classmethod
     def open(cls, folder: Path) -> FeatureStore | None:
         """Open the finished part of a store in a folder; None if there is none."""
         try:
             index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-            store = cls(folder, index["about"], sizes=index["sizes"], num_done=int(index["num_done"]))
-            there = (folder / _ROWS).stat().st_size >= 2 * store._starts[store.num_done]
+            store = cls(folder, index["about"], numbers=index["numbers"], sizes=index["sizes"])
+            there = (folder / _ROWS).stat().st_size >= store.num_bytes and len(store._sizes) == store.num_done
             return store if there else None
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             return None
 
     @property
-    def is_complete(self) -> bool:
-        """Whether every row is there."""
-        return self.num_done == self.num_rows
-
-    @property
     def num_bytes(self) -> int:
-        """Size of the whole store."""
+        """Size of the rows that were written."""
         return 2 * self._starts[-1]
 
-    def reserve(self, max_gib: float, *, setting: str, advice: str) -> None:
-        """Make sure that the store fits before anything is written.
+    def missing(self, numbers: Iterable[int]) -> list[int]:
+        """Those of some rows that are not there, in the order given."""
+        return [number for number in numbers if self._places.get(number, self.num_done) >= self.num_done]
+
+    def reserve(self, more: int, max_gib: float, *, setting: str, advice: str) -> None:
+        """Make sure that more rows fit before anything is written.
 
         Args:
-            max_gib: Most that it may take, GiB.
+            more: Bytes of the rows to come.
+            max_gib: Most that the store may take, GiB.
             setting: Key that says so, for messages.
             advice: What makes it smaller, for messages.
 
         Raises:
             AfaError: It does not fit into that, or what is missing does not fit on the disk.
         """
-        if self.num_bytes > max_gib * _GIB:
+        if self.num_bytes + more > max_gib * _GIB:
             raise AfaError(
-                f"the feature cache would take {format_gib(self.num_bytes)}, but {setting} is "
+                f"the feature cache would take {format_gib(self.num_bytes + more)}, but {setting} is "
                 f"{max_gib:g} GiB; raise it, or {advice}"
             )
         try:
@@ -90,35 +91,38 @@ class FeatureStore:
             free = shutil.disk_usage(self.folder).free
         except OSError as error:
             raise AfaError(f"{self.folder}: cannot be written to ({error.strerror}); set data.feature_dir") from None
-        missing = self.num_bytes - 2 * self._starts[self.num_done]
-        if missing > free:
+        if more > free:
             raise AfaError(
-                f"{self.folder}: the feature cache needs {format_gib(missing)}, but the disk has {format_gib(free)} "
+                f"{self.folder}: the feature cache needs {format_gib(more)}, but the disk has {format_gib(free)} "
                 f"free; make room, set data.feature_dir to another disk, or {advice}"
             )
 
-    def write(self, row: NDArray[np.float16]) -> None:
-        """Add the next row; it counts from the next `commit` on.
+    def write(self, number: int, row: NDArray[np.float16]) -> None:
+        """Add a row; it counts from the next `commit` on.
 
         Args:
+            number: Its number, which no other row has.
             row: (size,) fp16.
 
         Raises:
             AfaError: The disk is full.
         """
         assert row.dtype == np.float16, row.dtype
-        assert row.shape == (self.sizes[self._num_written],), row.shape
+        assert number not in self._places, number
         path = self.folder / _ROWS
         try:
             # Not through a memory map, which kills the process when the disk is full.
             with path.open("r+b" if path.exists() else "wb") as file:
-                file.seek(2 * self._starts[self._num_written])
+                file.seek(2 * self._starts[-1])
                 file.write(np.ascontiguousarray(row).data)
         except OSError as error:
             raise AfaError(
                 f"{path}: cannot be written ({error.strerror}); make room or set data.feature_dir, and use --resume"
             ) from None
-        self._num_written += 1
+        self._places[number] = len(self._numbers)
+        self._numbers.append(number)
+        self._sizes.append(row.size)
+        self._starts.append(self._starts[-1] + row.size)
 
     def commit(self) -> None:
         """Make the rows durable that were written, then count them.
@@ -126,7 +130,7 @@ class FeatureStore:
         Raises:
             AfaError: The disk is full.
         """
-        index = {"about": self.about, "num_done": self._num_written, "sizes": list(self.sizes)}
+        index = {"about": self.about, "numbers": self._numbers, "sizes": self._sizes}
         remedy = "make room or set data.feature_dir, and use --resume"
         try:
             with (self.folder / _ROWS).open("r+b") as file:
@@ -134,10 +138,10 @@ class FeatureStore:
         except OSError as error:
             raise AfaError(f"{self.folder}: cannot be written ({error.strerror}); {remedy}") from None
         write_whole(self.folder / _INDEX, json.dumps(index), durable=True, remedy=remedy)
-        self.num_done = self._num_written
+        self.num_done = len(self._numbers)
 
-    def row(self, index: int) -> NDArray[np.float16]:
-        """A row, read from disk where it is touched.
+    def row(self, number: int) -> NDArray[np.float16]:
+        """The row of a number, read from disk where it is touched.
 
         It is a memory map of its own: its pages leave the memory of the process with it, and stay with the system as
         long as there is room.
@@ -145,13 +149,14 @@ class FeatureStore:
         Returns:
             (size,) fp16, not to be written to.
         """
-        assert 0 <= index < self.num_done, (index, self.num_done)
+        place = self._places[number]
+        assert place < self.num_done, (number, place, self.num_done)
         row: NDArray[np.float16] = np.memmap(
             self.folder / _ROWS,
             dtype=np.float16,
             mode="r",
-            offset=2 * self._starts[index],
-            shape=(self.sizes[index],),
+            offset=2 * self._starts[place],
+            shape=(self._sizes[place],),
         )
         return row
 
