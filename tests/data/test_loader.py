@@ -414,6 +414,23 @@ def test_whole_views_are_of_the_images_that_are_asked_for(images: TaggedImages) 
     assert all(view.equal(every[i]) for view, i in zip([*some[0], *some[1]], [5, 0, 3], strict=True))
 
 
+def test_a_limit_takes_rare_classes_first_and_negatives_by_their_share() -> None:
+    tags = np.zeros((90, 3), dtype=bool)
+    tags[:54, 0], tags[54:60, 1] = True, True  # of 60 images, 6 have the rare class; 30 more have none
+    names = tuple(str(index) for index in range(90))
+    images = TaggedImages(classes=("x", "y", "z"), names=names, paths=[Path(name) for name in names], tags=tags)
+    rare = []
+    for seed in range(20):
+        config = Config(train=TrainConfig(seed=seed, max_images=20, class_balance=1.0))
+        taken = np.array(Order(images, config).taken(1000))
+        assert (taken < 60).sum() == 20
+        assert (taken >= 60).sum() == 10
+        rare.append(((taken >= 54) & (taken < 60)).sum())
+        assert sorted(Order(images, config).taken(500)) == sorted(taken.tolist())
+    assert np.mean(rare) > 4  # 2 without regard to classes
+    assert len(Order(images, Config(train=TrainConfig(max_images=60))).taken(1000)) == 90
+
+
 @pytest.mark.parametrize("num_steps", [0, 1, 3, 1000])
 def test_images_taken_are_those_of_the_batches(images: TaggedImages, num_steps: int) -> None:
     config = settings(end=num_steps)

@@ -80,44 +80,43 @@ def test_four_lines_of_an_encoder_that_learns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("minutes", "image", "side", "steps"),
+    ("minutes", "image", "side", "steps", "images"),
     [
-        (None, 0.6, 384, 800),  # 20 min for the images, 7 for the steps
-        (None, 2.4, 320, 766),  # an hour at 384 would leave no time to train
-        (500.0, 0.6, 384, 800),
-        (25.0, 0.6, 384, 600),
-        (20.0, 0.6, 320, 800),
-        (1.0, 0.6, 224, 300),  # too little for anything
+        (None, 0.6, 384, 800, 1600),  # 20 min for the images, 7 for the steps
+        (None, 2.4, 384, 800, 933),  # all images would take more than an hour
+        (500.0, 0.6, 384, 800, 1600),
+        (25.0, 0.6, 384, 800, 1433),
+        (13.0, 0.6, 384, 480, 500),
+        (10.0, 0.6, 320, 648, 500),
+        (1.0, 0.6, 224, 300, 500),  # too little for anything
     ],
 )
-def test_size_and_steps_follow_from_the_time(
-    tmp_path: Path, minutes: float | None, image: float, side: int, steps: int
+def test_size_steps_and_images_follow_from_the_time(
+    tmp_path: Path, minutes: float | None, image: float, side: int, steps: int, images: int
 ) -> None:
     """1,600 images to train on and 400 to score, by their tags alone; a step takes half a second at 384 pixels."""
     root = write_table(tmp_path / "pets", 2000)
     config, lines = choose(root, minutes=minutes, measure=pace(image, 0.5))
     assert config.augment.crop_size == side
     assert config.schedule.max_steps == pytest.approx(steps, abs=1)
+    assert config.train.max_images == pytest.approx(images if images < 1600 else 0, abs=1)
     assert config.evaluation.short_side == round(0.75 * side)
     area = (side / 384) ** 2
-    taken = (2000 * image + config.schedule.max_steps * 0.5) * area / 60
+    taken = ((images + 400) * image + config.schedule.max_steps * 0.5) * area / 60
     assert f"about {taken:.0f} min here" in lines[2]
     assert ("more than" in lines[2]) == (taken > (60 if minutes is None else minutes) + 0.1)
-    if "would buy images" in lines[2] or "would buy 800" in lines[2]:
+    if "would buy" in lines[2] and "would buy nothing" not in lines[2]:
         enough = float(lines[2].split("--minutes ")[1].split()[0])
         larger = choose(root, minutes=enough, measure=pace(image, 0.5))[0]
-        assert (larger.augment.crop_size, larger.schedule.max_steps) == (384, 800)
+        assert (larger.augment.crop_size, larger.schedule.max_steps, larger.train.max_images) == (384, 800, 0)
 
 
-@pytest.mark.parametrize(("minutes", "steps"), [(60.0, 800), (30.0, 476)])
-def test_a_short_schedule_pays_for_the_images_of_its_batches_alone(tmp_path: Path, minutes: float, steps: int) -> None:
+def test_a_plan_pays_for_the_images_of_its_batches_alone(tmp_path: Path) -> None:
     """16,000 images to train on would take 53 minutes; 4,000 to score take 13."""
     root = write_table(tmp_path / "pets", 20_000)
-    config, lines = choose(root, minutes=minutes, measure=pace(0.2, 0.5))
-    assert config.augment.crop_size == 384
-    assert config.schedule.max_steps == pytest.approx(steps, abs=1)
-    taken = (8 * config.schedule.max_steps + 4000) * 0.2 / 60 + config.schedule.max_steps * 0.5 / 60
-    assert f"about {taken:.0f} min here: {8 * config.schedule.max_steps * 0.2 / 60:.0f} for the features" in lines[2]
+    config, lines = choose(root, minutes=60.0, measure=pace(0.2, 0.5))
+    assert (config.augment.crop_size, config.schedule.max_steps, config.train.max_images) == (384, 800, 0)
+    assert f"about {((6400 + 4000) * 0.2 + 400) / 60:.0f} min here: 21 for the features" in lines[2]
 
 
 def test_minutes_need_a_frozen_encoder(tmp_path: Path) -> None:

@@ -325,6 +325,10 @@ class TrainConfig:
     """How far images with rare classes are repeated: an image comes max(1, (mean / n)^class_balance) times an epoch, n
     being the number of images of its rarest class and mean that of all classes. 0 = once each; 1 = no class comes less
     often than the mean. Source: repeat factor sampling (LVIS, Gupta et al. 2019)."""
+    max_images: Annotated[int, Meta(ge=0)] = 0
+    """Train on at most so many of the images that have a class, and on as large a share of the others; 0 = on all. The
+    seed draws them, those with rare classes more likely, as `train.class_balance` says; the feature cache holds these
+    alone."""
     negative_share: Share = 0.5
     """Largest share of a batch's images that hold none of the classes; they come as often as others unless that would
     be more. 0 = such images are scored, and never train."""

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from afa.config import AugmentConfig, Config
+from afa.config import AugmentConfig, Config, TrainConfig
 from afa.data.dataset import TaggedImages
 from afa.data.pixel_cache import PixelCache
 from afa.data.transforms import CropPlan, draw_crop, fit_whole, pack_plans, resample_batch, resample_image
@@ -128,8 +128,21 @@ class Order:
         self._groups = [np.flatnonzero(~self.negative), np.flatnonzero(self.negative)]
         if not self._groups[0].size:
             raise AfaError("no image to train on has any of the classes; add images that have them")
+        self._limit(images.tagged, config.train)
         self._repeats = class_repeats(images.tagged[self._groups[0]], config.train.class_balance)
         self._share = min(config.train.negative_share, self._groups[1].size / len(images))
+
+    def _limit(self, tagged: NDArray[np.bool_], train: TrainConfig) -> None:
+        """Keep `train.max_images`, drawn as an epoch draws them, and as large a share of those without any class."""
+        some, none = self._groups
+        if not 0 < train.max_images < some.size:
+            return
+        repeats = class_repeats(tagged[some], train.class_balance)
+        drawn = visits(some.size, range(some.size + repeats.extra), seed=train.seed, repeats=repeats, stream=(2,))
+        kept = list(dict.fromkeys(drawn.tolist()))[: train.max_images]
+        share = math.ceil(none.size * train.max_images / some.size)
+        others = visits(none.size, range(share), seed=train.seed, stream=(3,)).tolist() if share else []
+        self._groups = [np.sort(some[kept]), np.sort(none[others])]
 
     def indices(self, step: int) -> NDArray[np.int64]:
         """(batch_size,) indices of the images of a step, from 0; those without any class are spread evenly."""

@@ -36,6 +36,8 @@ MIN_STEPS: Final = 300
 """Fewest steps: with fewer, the phases have no time to follow each other."""
 
 _FROZEN_MAX_STEPS: Final = 800
+_LEAST_IMAGES, _LEAST_OF_CLASS = 500, 50
+"""Fewest images that a plan is cut to, in all and for each class; the smaller sizes come after that."""
 _FROZEN_SIDES: Final = (384, 320, 256, 224)
 """Longer sides of the images, the largest that the time allows first."""
 
@@ -197,29 +199,35 @@ def _choose_frozen(
     sides: tuple[int, ...] = _FROZEN_SIDES
     if "augment.crop_size" in stated:
         sides = (base.augment.crop_size,)
-    side, steps = sides[0], most
+    side, steps, taken = sides[0], most, min(num_images, most * batch_size)
+    if base.train.max_images:
+        taken = min(taken, base.train.max_images)
     if measure is not None:
-        pace = measure(load_config(None, chosen | stated | {"augment.crop_size": sides[0]}, preset=preset),
+        pace = measure(load_config(None, chosen | stated | {"augment.crop_size": side}, preset=preset),
                        len(layout.classes), device)  # fmt: skip
-        plans = []
-        for each in sides:  # the work grows with the area
-            image, step = ((each / sides[0]) ** 2 * seconds / 60 for seconds in (pace.image, pace.step))
-            plan = _Plan(each, most, num_images, batch_size, image, step, num_scored * image)
-            plans.append(plan if limit is None else plan.within(limit, min(MIN_STEPS, most)))
+        largest = _Plan(side, most, taken, pace.image / 60, pace.step / 60, num_scored * pace.image / 60)
+        plans = [largest.at(each) for each in sides]
+        if limit is not None:
+            least = max(_LEAST_IMAGES, _LEAST_OF_CLASS * len(layout.classes))
+            plans = [each.within(limit, least_steps=MIN_STEPS, least_images=least) for each in plans]
         plan = next((each for each in plans if each.fits), plans[-1])
-        side, steps, words = plan.side, plan.steps, plan.describe(limit, plans[0], max(most, tried))
+        words = plan.describe(limit, replace(largest, steps=max(most, tried)))
+        side, steps = plan.side, plan.steps
+        if plan.images < taken:
+            chosen["train.max_images"] = taken = plan.images
     short = round(side * 0.75)
     chosen |= {"augment.crop_size": side, "augment.short_side": short, "evaluation.short_side": short}
     phases = {"refined_steps": round(steps / 3), "warmup_steps": min(base.schedule.warmup_steps, round(steps / 10))}
     chosen |= {"schedule.max_steps": steps} | {f"schedule.{key}": value for key, value in phases.items()}
     config = load_config(None, chosen | stated, preset=preset)
     schedule = config.schedule
-    epochs = schedule.max_steps * schedule.batch_size / num_images
+    which = f"{taken:,} of {num_images:,}" if config.train.max_images else f"{num_images:,}"
+    epochs = schedule.max_steps * schedule.batch_size / (taken if config.train.max_images else num_images)
     return config, (
         f"data: {layout.describe()}",
         f"encoder: {_encoder_words(config, device)}; for others --model.weights FOLDER or HUB_ID",
         f"schedule: {schedule.max_steps:,} steps of {schedule.batch_size} images of {config.augment.crop_size} pixels, "
-        f"{epochs:.3g} epochs of {num_images:,} images{words}",
+        f"{epochs:.3g} epochs of {which} images{words}",
         f"scores: {_score_words(config, layout)}",
     )
 
@@ -230,40 +238,49 @@ class _Plan:
 
     side: int
     steps: int
-    num_images: int
-    batch_size: int
+    images: int
     image: float
     step: float
     scoring: float
     fits: bool = True
 
-    def features(self, steps: int) -> float:
-        """Images that no step takes need none."""
-        return min(self.num_images, steps * self.batch_size) * self.image
+    @property
+    def minutes(self) -> float:
+        return self.images * self.image + self.steps * self.step + self.scoring
 
-    def minutes(self, steps: int) -> float:
-        return self.features(steps) + steps * self.step + self.scoring
+    def at(self, side: int) -> _Plan:
+        """The same at another size: the work grows with the area."""
+        area = (side / self.side) ** 2
+        return replace(self, side=side, image=area * self.image, step=area * self.step, scoring=area * self.scoring)
 
-    def within(self, limit: float, least: int) -> _Plan:
-        """As many steps as fit into the time, and never fewer than `least`."""
-        left = limit - self.scoring
-        fit = max((left - self.num_images * self.image) / self.step, left / (self.step + self.batch_size * self.image))
-        return replace(self, steps=max(least, min(self.steps, int(fit))), fits=fit >= least)
+    def within(self, limit: float, *, least_steps: int, least_images: int) -> _Plan:
+        """What fits into the time: rather fewer images than fewer steps, which the result needs more."""
+        over = self.minutes - limit
+        images = min(self.images, max(least_images, self.images - math.ceil(over / self.image)))
+        over -= (self.images - images) * self.image
+        steps = self.steps - max(0, math.ceil(over / self.step))
+        least_steps = min(least_steps, self.steps)
+        return replace(self, images=images, steps=max(least_steps, steps), fits=steps >= least_steps)
 
-    def describe(self, limit: float | None, largest: _Plan, most: int) -> str:
-        features, training = self.features(self.steps), self.steps * self.step
-        spans = ("the features", features), ("training", training), ("scoring", self.scoring)
-        parts = ", ".join(
-            f"{minutes:.0f} for {what}" if minutes >= 1 else f"under 1 for {what}" for what, minutes in spans
+    def describe(self, limit: float | None, full: _Plan) -> str:
+        """What it takes, and what the time for the full plan would buy."""
+        spans = (
+            (self.images * self.image, "the features"),
+            (self.steps * self.step, "training"),
+            (self.scoring, "scoring"),
         )
-        words = f"; about {max(1, self.minutes(self.steps)):.0f} min here: {parts}"
+        parts = ", ".join(
+            f"{minutes:.0f} for {what}" if minutes >= 1 else f"under 1 for {what}" for minutes, what in spans
+        )
+        words = f"; about {max(1, self.minutes):.0f} min here: {parts}"
         if not self.fits:
             return f"{words}; that is more than {limit:g} min: fewer images or --augment.crop_size would shorten it"
-        more = [f"images of {largest.side} pixels"] if largest.side > self.side else []
-        more += [f"{most:,} steps"] if most > self.steps else []
+        more = [f"{full.images:,} images"] if full.images > self.images else []
+        more += [f"{full.side} pixels"] if full.side > self.side else []
+        more += [f"{full.steps:,} steps"] if full.steps > self.steps else []
         if not more:
             return f"{words}; more time would buy nothing that was tried"
-        return f"{words}; --minutes {math.ceil(largest.minutes(most))} would buy {' and '.join(more)}"
+        return f"{words}; --minutes {math.ceil(full.minutes)} would buy {' and '.join(more)}"
 
 
 def _crop(spec: BackboneSpec, device: torch.device) -> dict[str, Any]:
