@@ -161,6 +161,21 @@ def test_license_is_that_of_the_initial_weights(
     assert ("base_model" in values) == (weights.count("/") == 1 and not weights.endswith(".pth"))
 
 
+def test_card_names_the_second_encoder_and_its_license() -> None:
+    keys = {"model.backbone": "clip_b16", "model.weights": "openai/clip-vit-base-patch16"}
+    for weights, words, license_ in (
+        ("", "`facebook/dinov2-small`, published under this license: Apache-2.0.", "other"),
+        ("weights/mine", "`weights/mine`, whose license afa does not know", "unknown"),
+    ):
+        second = {"model.second_backbone": "dinov2_small", "model.second_weights": weights}
+        card = model_card(load_config(None, keys | second), CLASSES, {}, title="both")
+        assert "| second encoder | `dinov2_small`, frozen, of" in card
+        assert words in card.partition("## License")[2]
+        assert "started from `openai/clip-vit-base-patch16`, published under this license: MIT. It applies" in card
+        assert front_matter(card)["license"] == license_
+        assert front_matter(card)["base_model"][0] == "openai/clip-vit-base-patch16"
+
+
 # --- What is refused ---
 
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from afa.config.schema import Config
+from afa.config.schema import Config, ModelConfig
 from afa.errors import AfaError, shown
 
 PRESETS = ("paper", "paper_coco", "rrm", "frozen", "demo")
@@ -140,12 +140,28 @@ def _contradictions(config: Config) -> Iterator[str]:
                     f"train.feature_cache is true, but {key} is {found}: what changes with the step cannot be kept; "
                     f"set {key} to {wanted}, or train.feature_cache to false"
                 )
+    yield from _second_contradictions(config.model)
     for template in config.model.text_templates:
         if template.count("{}") != 1:
             yield f"model.text_templates has {template!r}; write {{}} once, where the word belongs"
     for name in config.data.class_subset:
         if config.data.classes and name not in config.data.class_names:
             yield f"data.class_subset names {name!r}, which is not in data.classes"
+
+
+def _second_contradictions(model: ModelConfig) -> Iterator[str]:
+    """Keys of a second encoder without it, or without what they change."""
+    for key, value in (("weights", model.second_weights), ("similarity", model.second_similarity)):
+        if value and not model.second_backbone:
+            yield (
+                f"model.second_{key} is {str(value).lower() if value is True else value}, but model.second_backbone "
+                "is empty; name the architecture of the second encoder there"
+            )
+    if model.second_similarity and model.classifier != "text":
+        yield (
+            "model.second_similarity is true, but model.classifier is learned, whose class scores walk along nothing; "
+            "set model.classifier to text, or model.second_similarity to false"
+        )
 
 
 @functools.cache

@@ -124,6 +124,16 @@ class ModelConfig:
     weights: str = "nvidia/mit-b1"
     """Initial encoder weights: a local folder, a hub id, an original SegFormer `mit_b*.pth`, or empty for
     random ones. nvidia/mit-b* are under NVIDIA's non-commercial license."""
+    second_backbone: str = ""
+    """Architecture of a second encoder, a plain vision transformer such as dinov2_base_reg or dinov3_base: it stays
+    frozen, and its features join those of `backbone` in the decoder. Empty: none."""
+    second_weights: str = ""
+    """Weights of the second encoder: a local folder or a hub id. Empty: the published ones of its architecture."""
+    second_feature_levels: Annotated[int, Meta(ge=1, le=24)] = 1
+    """Feature maps of the second encoder that the decoder sees, of evenly spaced blocks; 1 is its output."""
+    second_similarity: bool = False
+    """classifier = text: class scores walk along the similarity of the second encoder's tokens, not along the attention
+    of the first one."""
     drop_path: Annotated[float, Meta(ge=0.0, le=0.9)] = 0.1
     """Stochastic depth of the last block; linear over depth."""
     pooling: Pooling = "gmp"

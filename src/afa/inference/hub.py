@@ -222,12 +222,15 @@ def _without_paths(config: Config) -> Config:
         if isinstance(value := getattr(config.data, f.name), str) and Path(value).is_absolute()
     }
     data["root"] = Path(config.data.root).resolve().name if config.data.root else ""
-    weights = config.model.weights
-    is_path = Path(weights).exists() or not is_hub_id(weights)
+    model = {
+        key: Path(weights).name
+        for key in ("weights", "second_weights")
+        if (weights := getattr(config.model, key)) and (Path(weights).exists() or not is_hub_id(weights))
+    }
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, **data),
-        model=dataclasses.replace(config.model, weights=Path(weights).name if weights and is_path else weights),
+        model=dataclasses.replace(config.model, **model),
     )
 
 

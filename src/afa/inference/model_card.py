@@ -74,8 +74,10 @@ def model_card(config: Config, classes: Sequence[str], figures: Mapping[str, Any
     """
     tags = ["afa", "semantic-segmentation", "image-segmentation"]
     tags += ["weakly-supervised"] if config.train.supervision == "tags" else []
-    known, metadata = _weights_license(config.model)
-    data = ModelCardData(library_name="afa", pipeline_tag="image-segmentation", tags=tags, **metadata)
+    (known, metadata), second = _weights_license(config.model.weights), second_weights(config.model)
+    second_license, more = _weights_license(second)
+    both = _of_both(metadata, more) if second else metadata
+    data = ModelCardData(library_name="afa", pipeline_tag="image-segmentation", tags=tags, **both)
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name("model_card.md.j2")),
@@ -87,15 +89,33 @@ def model_card(config: Config, classes: Sequence[str], figures: Mapping[str, Any
         evaluation=figures.get("evaluation") or {},
         kinds=_KINDS,
         weights_license=known,
+        terms=metadata,
+        second=second,
+        second_license=second_license,
         inline=_inline,
         cell=lambda text: text.replace("|", "\\|"),
     )
     return str(card).strip() + "\n"
 
 
-def _weights_license(model: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """License of the encoder's initial weights: its name, and its identifier in metadata."""
-    weights = model.weights
+def second_weights(model: ModelConfig) -> str:
+    """Where the weights of the second encoder come from; empty without one, or for random weights."""
+    spec = BACKBONES.get(model.second_backbone)
+    return model.second_weights or (spec.weights if spec else "")
+
+
+def _of_both(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
+    """Metadata of two encoders in one network: the license of both, or that there are several."""
+    bases = [part["base_model"] for part in (one, two) if "base_model" in part]
+    names = {part["license"] for part in (one, two) if "license" in part}
+    if len(names) == 1:
+        return one | two | {"base_model": bases}
+    several = {"license": "other", "license_name": "several"}
+    return {"base_model": bases} | ({"license": "unknown"} if "unknown" in names else several)
+
+
+def _weights_license(weights: str) -> tuple[str, dict[str, Any]]:
+    """License of an encoder's initial weights: its name, and its identifier in metadata."""
     base: dict[str, Any] = {"base_model": weights} if is_hub_id(weights) else {}
     known = next((spec for spec in BACKBONES.values() if weights and spec.weights == weights), None)
     if known is None and re.fullmatch(r"(.*[/\\])?mit_b[0-5]\.pth", weights):
@@ -112,9 +132,11 @@ def _weights_license(model: ModelConfig) -> tuple[str, dict[str, Any]]:
 def _training(config: Config, figures: Mapping[str, Any]) -> dict[str, str]:
     """Rows of the table of the training; empty ones are left out."""
     training, data, weights = figures.get("training") or {}, config.data, config.model.weights
+    second = second_weights(config.model)
     return {
         "data": f"folder `{_inline(data.root)}`, list `{_inline(data.train_list)}`" if data.root else "",
         "encoder": f"`{config.model.backbone}`, started from {f'`{weights}`' if weights else 'random weights'}",
+        "second encoder": f"`{config.model.second_backbone}`, frozen, of `{second}`" if second else "",
         "parameters": f"{training['num_parameters']:,}" if "num_parameters" in training else "",
         "schedule": f"{config.schedule.max_steps:,} steps of {config.schedule.batch_size} crops of "
         f"{config.augment.crop_size} pixels, preset `{config.preset}`, seed {config.train.seed}",

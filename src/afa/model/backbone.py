@@ -92,6 +92,17 @@ class Backbone(nn.Module, ABC):
             attention: Also return the raw attention of the last blocks.
         """
 
+    def attention_of_levels(self, features: Sequence[Tensor]) -> RawAttention:
+        """The attention that `forward` returns, from feature maps that were kept.
+
+        Args:
+            features: Feature maps as `forward` returns them, in any floating-point type.
+
+        Raises:
+            NotImplementedError: The encoder's levels do not determine it; those of a `LanguageBackbone` do.
+        """
+        raise NotImplementedError
+
     def frozen_modules(self) -> Sequence[nn.Module]:
         """The frozen parts, whole modules; none unless an encoder says otherwise."""
         return ()

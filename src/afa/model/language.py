@@ -112,12 +112,8 @@ class LanguageBackbone(TokenBackbone):
         features.append(_as_map(language, grid))  # (B, E, h, w)
         return BackboneOutput(tuple(features), self.attention_of_levels(features) if attention else None, agreement)
 
-    def attention_of_levels(self, features: Any) -> RawAttention:
-        """Queries and keys of the blocks that follow the last levels.
-
-        Args:
-            features: Feature maps as `forward` returns them, in any floating-point type.
-        """
+    def attention_of_levels(self, features: Sequence[Tensor]) -> RawAttention:
+        """Queries and keys of the blocks that follow the last levels; see `Backbone.attention_of_levels`."""
         blocks = []
         for level, feature in zip(self.levels, features, strict=False):
             if level in self._attending:

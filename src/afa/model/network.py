@@ -140,9 +140,6 @@ class AfaNetwork(nn.Module):
 
     def _from_encoded(self, kept: Encoded, *, segmentation: bool, affinity: bool) -> NetworkOutput:
         """The same output from what `encode` made."""
-        from afa.model.language import LanguageBackbone  # here, as transformers takes seconds to import
-
-        assert isinstance(self.backbone, LanguageBackbone)
         assert self.text is not None
         features = [feature.float() for feature in kept.features]
         attention = self.backbone.attention_of_levels(features) if affinity else None

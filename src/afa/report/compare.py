@@ -29,6 +29,7 @@ _TITLE: Final = "mIoU in percent"
 _PROTOCOLS: Final = ("multiscale+crf", "multiscale", "single+crf", "single")
 _SAME_RUN: Final = {"train": ("seed", "label", "device"), "data": ("workers", "cache_gib")}
 """Keys in which runs of one row may differ."""
+_ENCODERS: Final = ("backbone", "second_backbone")
 
 
 class Column(NamedTuple):
@@ -91,7 +92,7 @@ class RunGroup:
         table: Table that the label names.
         runs: Folder names.
         scores: Figures by column.
-        backbone: Name of the encoder.
+        backbone: Name of the encoder, or of both.
         steps: Training steps, of the longest run.
         complete: Whether all runs have their final weights.
         num_images: Images of the segmentation's evaluation, else of another one.
@@ -282,7 +283,7 @@ def _group(members: Sequence[tuple[dict[str, Any], dict[Column, float]]]) -> Run
         table=named[0] if named else None,
         runs=tuple(report["run"] for report in reports),
         scores=scores,
-        backbone=first["config"]["model"]["backbone"],
+        backbone=" + ".join(filter(None, (first["config"]["model"].get(key) for key in _ENCODERS))),
         steps=max(steps) if steps else None,
         complete=all(report["complete"] for report in reports),
         num_images=max(counts) if counts else None,

@@ -311,6 +311,8 @@ def _encoder_words(config: Config, device: torch.device) -> str:
     words = f"{model.backbone} from {model.weights}{license}"
     if model.classifier == "text":
         origin = model.text_embeddings or "its text encoder"
+        if model.second_backbone:
+            words += f" beside {model.second_backbone}"
         return f"{words}, frozen; the class names, by {origin}, tell it what to look for"
     if model.freeze_blocks:
         return f"{words}, its first {model.freeze_blocks} blocks frozen, which keeps the class maps on the objects"

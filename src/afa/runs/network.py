@@ -12,6 +12,7 @@ import torch
 from afa.config import Config, ModelConfig
 from afa.model.families import TOKEN_SIZES
 from afa.model.network import AfaNetwork
+from afa.model.paired import add_second
 from afa.model.registry import build_backbone
 from afa.model.text import embed_words
 from afa.model.weights import load_weights
@@ -47,10 +48,10 @@ def build_network(
         model: Settings.
         num_classes: C.
         words: Words of each class, for `model.classifier` = text.
-        pretrained: Load `model.weights` into the encoder and look the words up; off, all starts random or empty.
+        pretrained: Load the weights of the encoders and look the words up; off, all starts random or empty.
 
     Raises:
-        AfaError: As `build_backbone` and `embed_words`.
+        AfaError: As `build_backbone`, `add_second` and `embed_words`.
     """
     with_text = model.classifier == "text"
     backbone = build_backbone(
@@ -62,6 +63,14 @@ def build_network(
         feature_levels=model.feature_levels,
         language=with_text,
     )
+    if model.second_backbone:
+        backbone = add_second(
+            backbone,
+            model.second_backbone,
+            model.second_weights if pretrained else None,
+            levels=model.second_feature_levels,
+            similarity=model.second_similarity,
+        )
     return AfaNetwork(
         backbone,
         num_classes,

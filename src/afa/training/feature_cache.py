@@ -186,17 +186,20 @@ def feature_key(network: AfaNetwork, images: TaggedImages, config: Config) -> di
     words = hashlib.sha256()
     for tensor in (network.text.classes, network.text.background):
         words.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    model = config.model
+    # Without a second encoder, keys are what they were before there could be one.
+    second = {"second": [model.second_backbone, model.second_feature_levels, model.second_similarity]}
     return {
         "version": _VERSION,
-        "backbone": config.model.backbone,
+        "backbone": model.backbone,
         "weights": network.backbone.weights_hash(),
-        "feature_levels": config.model.feature_levels,
+        "feature_levels": model.feature_levels,
         "words": words.hexdigest(),
         "sharpness": network.text.sharpness,
         "crop_size": config.augment.crop_size,
         "precision": config.train.precision,
         "images": _hash_files(images),
-    }
+    } | (second if model.second_backbone else {})
 
 
 def _words(store: FeatureStore, taken: Sequence[int], num_images: int, more: int, config: Config) -> str:
