@@ -45,8 +45,11 @@ def load_eager(backbone: Any) -> Any:
     config._attn_implementation = "eager"
     family = getattr(backbone, "family", None)
     eager = SegformerModel(config) if family is None else type(encoder)(config, **family.options)
-    missing, unexpected = eager.load_state_dict(encoder.state_dict(), strict=False)
-    assert set(missing) <= {"embeddings.mask_token"}
+    state = encoder.state_dict()
+    if getattr(config, "vision_use_head", False):  # its pooling head, whose query is not needed here
+        state |= {f"head.{key}": value for key, value in backbone.projection.state_dict().items()}
+    missing, unexpected = eager.load_state_dict(state, strict=False)
+    assert set(missing) <= {"embeddings.mask_token", "head.probe"}
     assert unexpected == []
     return eager.eval()
 

@@ -87,9 +87,8 @@ def test_a_resumed_run_ends_the_same(run: Path, keys: dict[str, Any], tmp_path: 
         shutil.copy(run / name, other)
     (rows,) = (other / "features").glob("*/rows.bin")
     made = rows.stat().st_mtime_ns
-    afa.train(
-        load_config(None, keys | {"train.example_images": 0}, preset="frozen"), other, resume=True, progress=False
-    )
+    config = load_config(None, keys | {"train.example_images": 0}, preset="frozen")
+    afa.train(config, other, resume=True, progress=False)
     assert_same_weights(run, other)
     assert rows.stat().st_mtime_ns == made
 

@@ -69,6 +69,44 @@ def test_output_is_what_the_blocks_of_transformers_say() -> None:
             torch.testing.assert_close(part[:, 4 * number : 4 * number + 4], expected, rtol=1e-3, atol=1e-3)
 
 
+def test_siglip_pools_tokens_one_by_one() -> None:
+    """Its own head over one token at a time says what that token shows."""
+    backbone = random_backbone("siglip_mini", language=True, attention_blocks=1)
+    eager = load_eager(backbone)
+    image = random_image((40, 64))
+    with torch.no_grad():
+        found = backbone(image, attention=True)
+        pixels = image * backbone.image_scale + backbone.image_shift
+        output = eager(pixels, interpolate_pos_encoding=True, output_hidden_states=True, output_attentions=True)
+        agreement = torch.stack([attention.mean(1) for attention in output.attentions[:3]]).mean(0)
+        tokens = output.last_hidden_state  # (2, 40, 64)
+        gathered = agreement / agreement.sum(-1, keepdim=True) @ tokens
+        one, two = (eager.head(each.reshape(-1, 1, 64)).view(2, -1, 64) for each in (tokens, gathered))
+    torch.testing.assert_close(found.agreement, agreement, rtol=1e-4, atol=1e-5)
+    expected = (normalize(one, dim=-1) + normalize(two, dim=-1)) / 2
+    torch.testing.assert_close(found.features[-1].flatten(2).mT, expected, rtol=1e-4, atol=1e-4)
+    for level, feature in zip(backbone.levels[:-1], found.features, strict=False):
+        states = layer_norm(output.hidden_states[level], (64,))
+        torch.testing.assert_close(feature.flatten(2).mT, states, rtol=1e-4, atol=1e-4)
+    # Of an image of one token, this is what transformers gives as the vector of the image.
+    with torch.no_grad():
+        small = random_image((8, 8))
+        pooled = eager(small * backbone.image_scale + backbone.image_shift, interpolate_pos_encoding=True).pooler_output
+        torch.testing.assert_close(backbone(small).features[-1][:, :, 0, 0], normalize(pooled), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [0, 4])
+def test_every_parameter_of_siglip_learns_or_is_frozen(frozen: int) -> None:
+    backbone = random_backbone("siglip_mini", language=True, attention_blocks=1, freeze_blocks=frozen).train()
+    output = backbone(random_image(SIZE), attention=True)
+    if frozen:
+        assert not any(feature.requires_grad for feature in output.features)
+        assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    else:
+        sum(feature.square().mean() + feature[:, 0].mean() for feature in output.features).backward()
+        assert all(parameter.grad is not None for parameter in backbone.parameters())
+
+
 def test_mirrored_images_give_mirrored_maps_of_agreement_shape() -> None:
     backbone = language_backbone()
     output = backbone(random_image((64, 64)))

@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from afa.config.schema import BACKGROUND_WORDS
 from afa.data.classes import VOC_CLASSES
+from afa.model.registry import build_backbone
 from afa.model.text import WordEmbeddings, embed_words
 from encoders import write_embeddings
 from mistakes import refused
@@ -151,6 +152,56 @@ def test_a_text_encoder_says_the_words(tower: Path) -> None:
     torch.testing.assert_close(found.classes[0], expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.classes[1], vector("dog"), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.background[0], vector("sky"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a whole tiny SigLIP and the tokenizer of its second version, which knows letters alone."""
+    folder = tmp_path_factory.mktemp("siglip")
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    vocab = {token: number for number, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *letters])}
+    transformers.Siglip2Tokenizer(vocab=vocab, padding_side="right").save_pretrained(folder)
+    torch.manual_seed(0)
+    tiny = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    text = {"vocab_size": len(vocab), "max_position_embeddings": 24, "projection_size": 64}
+    config = transformers.SiglipConfig(
+        text_config=tiny | text, vision_config=tiny | {"patch_size": 8, "image_size": 64}
+    )
+    transformers.SiglipModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_siglip_says_and_sees_the_words_of_one_folder(siglip: Path) -> None:
+    """Texts in lower case, padded to the full length, without a mask: as it was trained."""
+    found = embed_words([("Cat",), ("dog",)], ("sky",), backbone="siglip_mini", weights=str(siglip))
+    whole = transformers.SiglipModel.from_pretrained(siglip).eval()
+    tokens = transformers.AutoTokenizer.from_pretrained(siglip)(
+        ["a photo of a cat", "a photo of a dog", "a photo of a sky"], padding="max_length", max_length=24,
+        return_tensors="pt",
+    )["input_ids"]  # fmt: skip
+    assert tokens.shape == (3, 24)
+    image = torch.randn(1, 3, 8, 8)
+    backbone = build_backbone("siglip_mini", str(siglip), language=True, attention_blocks=1).eval()
+    with torch.no_grad():
+        output = whole(
+            input_ids=tokens, pixel_values=image * backbone.image_scale + backbone.image_shift,
+            interpolate_pos_encoding=True,
+        )  # fmt: skip
+        seen = backbone(image).features[-1][0, :, 0, 0]
+    torch.testing.assert_close(found.classes, output.text_embeds[:2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.background, output.text_embeds[2:], rtol=1e-4, atol=1e-5)
+    # An image of one token: the cosines of the whole model, before its factor and its bias.
+    cosines = (output.logits_per_image[0] - whole.logit_bias) / whole.logit_scale.exp()
+    torch.testing.assert_close(seen @ torch.cat([found.classes, found.background]).T, cosines, rtol=1e-4, atol=1e-5)
+
+
+def test_words_that_siglip_cannot_say(siglip: Path) -> None:
+    for word, said in (("x" * 60, ("tokens, the text encoder takes 24", "shorter")), (" ", ("empty",))):
+        with refused(*said):
+            embed_words([(word,)], ("sky",), backbone="siglip_mini", weights=str(siglip))
+    with refused("embeddings of google/siglip-base-patch16-224, not of google/siglip2-base-patch16-224"):
+        folder = write_embeddings(siglip / "words", NAMES, 768, model="google/siglip-base-patch16-224")
+        embed_words([("cat",)], ("sky",), backbone="siglip2_b16", weights="", embeddings=str(folder))
 
 
 def test_a_word_that_is_too_long(tower: Path) -> None:

@@ -222,7 +222,7 @@ def _without_paths(config: Config) -> Config:
         if isinstance(value := getattr(config.data, f.name), str) and Path(value).is_absolute()
     }
     data["root"] = Path(config.data.root).resolve().name if config.data.root else ""
-    model = {
+    model: dict[str, Any] = {
         key: Path(weights).name
         for key in ("weights", "second_weights")
         if (weights := getattr(config.model, key)) and (Path(weights).exists() or not is_hub_id(weights))

@@ -66,9 +66,11 @@ class TokenFamily:
         settings: Fixed fields of the configuration.
         options: Further arguments of the model class.
         license: License of the published weights, as their publishers state it.
-        projected: Name of the class that also projects into the space of the text encoder; empty if there is none.
+        projected: Name of the class that also leads into the space of the text encoder; empty if there is none.
         text: Name of the text encoder's class.
         rotary: Path of the module that says how blocks rotate queries and keys; empty if they do not.
+        pooled: A pooling head leads into the space of the text encoder, not a projection of the class token; texts are
+            lower case, and padded to the full length without a mask.
     """
 
     title: str
@@ -90,6 +92,7 @@ class TokenFamily:
     projected: str = ""
     text: str = ""
     rotary: str = ""
+    pooled: bool = False
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,9 @@ TOKEN_FAMILIES: Final[Mapping[str, TokenFamily]] = {
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         settings={"vision_use_head": False},
+        projected="SiglipVisionModel",
+        text="SiglipTextModel",
+        pooled=True,
         **_CONTRASTIVE,
     ),
 }
@@ -240,8 +246,9 @@ TOKEN_SIZES: Final[Mapping[str, TokenSize]] = {
     "clip_b16": TokenSize("clip", 768, 12, 12, 16, 224, "openai/clip-vit-base-patch16", 512),
     "clip_b32": TokenSize("clip", 768, 12, 12, 32, 224, "openai/clip-vit-base-patch32", 512),
     "clip_l14": TokenSize("clip", 1024, 24, 16, 14, 224, "openai/clip-vit-large-patch14", 768),
-    "siglip_mini": TokenSize("siglip", 64, 4, 4, 8, 64),
-    "siglip_b16": TokenSize("siglip", 768, 12, 12, 16, 224, "google/siglip-base-patch16-224"),
+    "siglip_mini": TokenSize("siglip", 64, 4, 4, 8, 64, language=64),
+    "siglip_b16": TokenSize("siglip", 768, 12, 12, 16, 224, "google/siglip-base-patch16-224", 768),
+    "siglip2_b16": TokenSize("siglip", 768, 12, 12, 16, 224, "google/siglip2-base-patch16-224", 768),
 }
 """The published sizes, and small ones of ours for tests and generated data: *_mini, as ViT and DeiT have a tiny of
 their own, and dinov2_tiny, dinov2_tiny_reg."""

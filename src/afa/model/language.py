@@ -34,6 +34,10 @@ class LanguageBackbone(TokenBackbone):
     queries and of keys to keys in that block, and by the agreement, the mean attention of the seven blocks before it.
     Residual and MLP of the block are left out.
 
+    SigLIP has no class token: a head attends to all tokens after the last block. What this head makes of the value of a
+    token alone, and of the values gathered by the agreement, are the two ways there; its query is not needed. SigLIP's
+    own factor and bias of the cosines are not used: the bias would cancel between words, `sharpness` is the factor.
+
     The other levels lie in the second half of the encoder; `BackboneOutput.attention` is that of the blocks that
     follow these levels, computed from the levels alone: whoever keeps the levels needs no more.
 
@@ -86,8 +90,13 @@ class LanguageBackbone(TokenBackbone):
         self._agreement = Agreement(modules, self._num_prefix_tokens)
 
     def _build(self, size: str, weights: str, drop_path: float) -> Any:
-        """The image encoder; its projection into the space of the text encoder becomes `self.projection`."""
-        whole = build_encoder(architecture(size, drop_path, self.family.projected), weights)
+        """The image encoder; what leads from it into the space of the text encoder becomes `self.projection`."""
+        whole = build_encoder(architecture(size, drop_path, language=True), weights)
+        if self.family.pooled:
+            self.projection = whole.head
+            # The query of the pooling, which here would be a parameter without a gradient.
+            del whole.head, self.projection.probe
+            return whole
         self.projection = whole.visual_projection
         return whole.vision_model
 
@@ -106,9 +115,9 @@ class LanguageBackbone(TokenBackbone):
                 hidden = self._run(range(min(self.freeze_blocks, last)), self._embed(image, grid), features, grid)
             hidden = self._run(range(min(self.freeze_blocks, last), last), hidden, features, grid)
         with torch.set_grad_enabled(learns and self.freeze_blocks <= last):
-            self._run(range(last, last + 1), hidden, features, grid)
+            whole = self._run(range(last, last + 1), hidden, features, grid)
             agreement = self._agreement.mean()  # (B, hw, hw)
-            language = self._language(hidden, agreement)  # (B, hw, E)
+            language = self._pooled(whole, agreement) if self.family.pooled else self._projected(hidden, agreement)
         features.append(_as_map(language, grid))  # (B, E, h, w)
         return BackboneOutput(tuple(features), self.attention_of_levels(features) if attention else None, agreement)
 
@@ -134,7 +143,7 @@ class LanguageBackbone(TokenBackbone):
         """(B, N, D) -> (B, heads, N, d)."""
         return tokens.view(*tokens.shape[:2], self.shape.heads, -1).transpose(1, 2)
 
-    def _language(self, hidden: Tensor, agreement: Tensor) -> Tensor:
+    def _projected(self, hidden: Tensor, agreement: Tensor) -> Tensor:
         """(B, p + hw, D) tokens before the last block, (B, hw, hw) -> (B, hw, E)."""
         first = self._num_prefix_tokens
         block: Any = self._blocks[-1]
@@ -151,6 +160,17 @@ class LanguageBackbone(TokenBackbone):
         found = [attention.out_proj(each.transpose(1, 2).flatten(2)) for each in gathered]  # (B, hw, D) each
         norm = self._part(self.family.norm)
         one, two = (normalize(self.projection(norm(each)).float(), dim=2) for each in found)
+        return (one + two) / 2  # (B, hw, E)
+
+    def _pooled(self, hidden: Tensor, agreement: Tensor) -> Tensor:
+        """(B, hw, D) tokens after the last block, (B, hw, hw) -> (B, hw, E): what the head makes of such values alone."""
+        head: Any = self.projection
+        attention = head.attention
+        weight, bias = (part.chunk(3)[2] for part in (attention.in_proj_weight, attention.in_proj_bias))
+        value = nn.functional.linear(self._part(self.family.norm)(hidden), weight, bias)  # (B, hw, D)
+        shares = agreement / agreement.sum(2, keepdim=True)
+        found = [attention.out_proj(each) for each in (value, shares.to(value.dtype) @ value)]  # (B, hw, D) each
+        one, two = (normalize((each + head.mlp(head.layernorm(each))).float(), dim=2) for each in found)
         return (one + two) / 2  # (B, hw, E)
 
 

@@ -69,7 +69,7 @@ class PairedBackbone(Backbone):
         """See `Backbone.attention_of_levels`."""
         return self.first.attention_of_levels(features)
 
-    def frozen_modules(self) -> Sequence[nn.Module]:
+    def frozen_modules(self) -> Sequence[torch.nn.Module]:
         """Those of the first encoder, and the whole second one."""
         return [*self.first.frozen_modules(), self.second]
 
@@ -81,8 +81,8 @@ def token_similarity(feature: Tensor) -> Tensor:
         feature: (B, D, h, w).
 
     Returns:
-        (B, hw, hw), rows sum to 1: softmax of the cosines less 1.2 times their mean, times 3; 0 between two tokens where
-        that is negative.
+        (B, hw, hw), rows sum to 1: softmax of the cosines less 1.2 times their mean, times 3; 0 between two tokens
+        where that is negative.
     """
     with torch.autocast(feature.device.type, enabled=False):
         tokens = normalize(feature.float().flatten(2), dim=1)  # (B, D, hw)
@@ -92,7 +92,9 @@ def token_similarity(feature: Tensor) -> Tensor:
         return logits.masked_fill(apart, -torch.inf).softmax(2)
 
 
-def add_second(first: Backbone, name: str, weights: str | None, *, levels: int, similarity: bool) -> PairedBackbone:
+def add_second(
+    first: Backbone, name: str, weights: str | None, *, levels: int, similarity: bool = False
+) -> PairedBackbone:
     """Put a second encoder beside an encoder.
 
     Args:

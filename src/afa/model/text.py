@@ -152,12 +152,14 @@ def _speak(words: Sequence[str], templates: Sequence[str], backbone: str, weight
     limit = encoder.config.max_position_embeddings
     found = []
     for word in words:
-        sentences = [template.replace("{}", word.replace("_", " ").replace("-", " ")) for template in templates]
+        said = word.replace("_", " ").replace("-", " ")
+        sentences = [template.replace("{}", said).lower() for template in templates]  # not every tokenizer does it
         longest = max(len(tokenizer(sentence)["input_ids"]) for sentence in sentences)
         if longest > limit:
             raise AfaError(f"{shown(word)}: {longest} tokens, the text encoder takes {limit}; use a shorter word")
         tokens = tokenizer(sentences, padding="max_length", max_length=limit, return_tensors="pt")
-        arguments = {"attention_mask": tokens["attention_mask"]} if "attention_mask" in tokens else {}
+        masked = "attention_mask" in tokens and not TOKEN_FAMILIES[TOKEN_SIZES[backbone].family].pooled
+        arguments = {"attention_mask": tokens["attention_mask"]} if masked else {}
         output = encoder(input_ids=tokens["input_ids"], **arguments)
         vectors = output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
         found.append(normalize(normalize(vectors.float(), dim=1).mean(0), dim=0))

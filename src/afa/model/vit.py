@@ -103,7 +103,7 @@ class TokenBackbone(Backbone):
         self.freeze()
 
     def _build(self, size: str, weights: str, drop_path: float) -> Any:
-        return build_encoder(architecture(size, drop_path, self.family.model), weights)
+        return build_encoder(architecture(size, drop_path), weights)
 
     def forward(self, image: Tensor, *, attention: bool = False) -> BackboneOutput:
         """Encode a batch; see `Backbone.forward`."""
@@ -213,17 +213,19 @@ class TokenBackbone(Backbone):
         return patches.transpose(1, 2).reshape(patches.shape[0], self.shape.width, *grid)  # (B, D, h, w)
 
 
-def architecture(name: str, drop_path: float, model: str) -> Architecture:
-    """What to build for an encoder of `TOKEN_SIZES`, as an instance of a class of transformers."""
+def architecture(name: str, drop_path: float, *, language: bool = False) -> Architecture:
+    """What to build for an encoder of `TOKEN_SIZES`; with `language`, also what leads into the space of its texts."""
     shape = TOKEN_SIZES[name]
     family, size = TOKEN_FAMILIES[shape.family], shape.settings()
     own: dict[str, Any] = {} if "mlp_ratio" in family.settings else {"intermediate_size": 4 * shape.width}
     own |= {"drop_path_rate": drop_path} if shape.family.startswith("dino") else {}
-    own |= {"projection_dim": shape.language} if shape.language else {}
-    config = getattr(transformers, family.config)(**size, **own, **family.settings)
+    own |= {"projection_dim": shape.language} if shape.language and not family.pooled else {}
+    own |= dict(family.settings) | ({"vision_use_head": True} if family.pooled and language else {})
+    config = getattr(transformers, family.config)(**size, **own)
     config._attn_implementation = ATTENTION_NAME
+    model = getattr(transformers, family.projected if language else family.model)
     return Architecture(
-        name, family.title, getattr(transformers, model), config, sizes=tuple(size), options=family.options
+        name, family.title, model, config, sizes=tuple(size), options=family.options
     )
 
 
