@@ -129,3 +129,17 @@ def test_dropout_takes_whole_channels_before_the_class_layer() -> None:
     gone = dropped.abs().amax((2, 3)) == 0
     assert 0.2 < gone.double().mean() < 0.8
     torch.testing.assert_close(dropped[~gone], 2 * kept[~gone])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_levels_of_one_grid_are_decoded_token_by_token(training: bool) -> None:
+    """So mixing the token grids of images would teach nothing: it moves logits with their tokens, and no more."""
+    decoder = random_decoder(dropout=0.0).train(training)
+    features = random_features(SIZES[2])
+
+    def mixed(maps: Tensor) -> Tensor:
+        swapped = maps.clone()
+        swapped[:, :, 2:7, 1:5] = maps.flip(0)[:, :, 2:7, 1:5]
+        return swapped
+
+    torch.testing.assert_close(decoder([mixed(feature) for feature in features]), mixed(decoder(features)))

@@ -159,7 +159,9 @@ def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a whole tiny SigLIP and the tokenizer of its second version, which knows letters alone."""
     folder = tmp_path_factory.mktemp("siglip")
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    vocab = {token: number for number, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *letters])}
+    vocab = {
+        token: number for number, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *letters])
+    }
     transformers.Siglip2Tokenizer(vocab=vocab, padding_side="right").save_pretrained(folder)
     torch.manual_seed(0)
     tiny = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}

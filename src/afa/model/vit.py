@@ -224,9 +224,7 @@ def architecture(name: str, drop_path: float, *, language: bool = False) -> Arch
     config = getattr(transformers, family.config)(**size, **own)
     config._attn_implementation = ATTENTION_NAME
     model = getattr(transformers, family.projected if language else family.model)
-    return Architecture(
-        name, family.title, model, config, sizes=tuple(size), options=family.options
-    )
+    return Architecture(name, family.title, model, config, sizes=tuple(size), options=family.options)
 
 
 def _prepare(encoder: Any, blocks: Any, drop_path: float) -> None:
