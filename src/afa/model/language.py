@@ -163,7 +163,7 @@ class LanguageBackbone(TokenBackbone):
         return (one + two) / 2  # (B, hw, E)
 
     def _pooled(self, hidden: Tensor, agreement: Tensor) -> Tensor:
-        """(B, hw, D) tokens after the last block, (B, hw, hw) -> (B, hw, E): what the head makes of such values alone."""
+        """(B, hw, D) tokens after the last block, (B, hw, hw) -> (B, hw, E), by the head without its attention."""
         head: Any = self.projection
         attention = head.attention
         weight, bias = (part.chunk(3)[2] for part in (attention.in_proj_weight, attention.in_proj_bias))

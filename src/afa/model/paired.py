@@ -66,7 +66,7 @@ class PairedBackbone(Backbone):
         return BackboneOutput((*levels, *more, last), output.attention, agreement)
 
     def attention_of_levels(self, features: Sequence[Tensor]) -> RawAttention:
-        """See `Backbone.attention_of_levels`."""
+        """That of the first encoder; see `Backbone.attention_of_levels`."""
         return self.first.attention_of_levels(features)
 
     def frozen_modules(self) -> Sequence[torch.nn.Module]:
