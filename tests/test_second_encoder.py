@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +17,9 @@ from PIL import Image
 import afa
 from afa.api import check_data, export, pseudo_labels
 from afa.config import load_config
-from afa.runs.network import load_run
+from afa.data.open import open_data
+from afa.runs.network import build_network, load_run
+from afa.training.feature_cache import feature_key
 from encoders import random_backbone, write_embeddings
 from tiny import SETTINGS, assert_same_weights
 
@@ -55,6 +59,27 @@ def test_the_cache_has_the_tokens_of_both(run: Path, keys: dict[str, Any]) -> No
     for name, tensor in network.backbone.second.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
     assert key["weights"] == network.backbone.weights_hash()
+
+
+def test_a_cache_of_another_second_encoder_is_another_one(keys: dict[str, Any]) -> None:
+    found = []
+    words = [("a",), ("b",), ("c",), ("d",), ("e",)]
+    for changed in (
+        {},
+        {"model.second_feature_levels": 2},
+        {"model.second_similarity": False},
+        {"model.second_backbone": "vit_mini", "model.second_weights": ""},
+        {"model.second_backbone": "", "model.second_weights": "", "model.second_similarity": False},
+    ):
+        torch.manual_seed(0)
+        config = load_config(None, keys | changed, preset="frozen")
+        images = open_data(config.data).train()
+        text = write_embeddings(Path(keys["model.text_embeddings"]).parent / "more", [*"abcde", "sky"], 32)
+        model = dataclasses.replace(config.model, text_embeddings=str(text))
+        network = build_network(model, len(images.classes), words=words[: len(images.classes)])
+        found.append(feature_key(network, images, config))
+    assert all(one != other for one, other in itertools.combinations(found, 2))
+    assert ["second" in key for key in found] == [True] * 4 + [False]
 
 
 def test_every_command_takes_it(run: Path, keys: dict[str, Any], tiny_data: Path, tmp_path: Path) -> None:
