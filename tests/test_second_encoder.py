@@ -119,7 +119,11 @@ def test_a_resumed_run_ends_the_same(run: Path, keys: dict[str, Any], tmp_path: 
 
 
 def test_it_trains_without_the_cache(keys: dict[str, Any], tmp_path: Path) -> None:
+    """Of SigLIP, whose last block learns."""
+    names = (Path(keys["data.root"]) / "classes.txt").read_text().split()
+    words = write_embeddings(tmp_path / "words", [*names, "sky"], 64)
     changed = {"train.feature_cache": False, "model.second_similarity": False, "model.freeze_blocks": 3}
+    changed |= {"model.backbone": "siglip_mini", "model.text_embeddings": str(words)}
     short = {"schedule.max_steps": 3, "schedule.refined_steps": 1, "train.example_images": 0}
     afa.train(load_config(None, keys | changed | short, preset="frozen"), tmp_path / "run", progress=False)
     assert json.loads((tmp_path / "run" / "report.json").read_text())["complete"]
