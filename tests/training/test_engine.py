@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from afa.runs.network import build_network
 from afa.training.engine import TrainingEngine
 from afa.training.schedule import phase
 from afa.training.step import compute_losses, gradients_are_finite
-from afa.types import Batch, NetworkOutput
+from afa.types import Batch, NetworkOutput, normalize_image
+from encoders import ONE_OF_EACH_KIND
 from tiny import tiny_config
 
 NUM_CLASSES = 4
@@ -118,3 +120,72 @@ def test_steps_share_round_numbers_of_slots_only_where_they_are_recorded(tmp_pat
     engine.records = True
     assert [engine._num_slots(torch.ones(1, n)) for n in (1, 2, 3, 4, 7, 8)] == [2, 3, 4, 5, 8, 9]
     assert engine._num_slots(tags) == 4
+
+
+# --- The start of the affinity -------------------------------------------------------------------------------------
+
+
+def sharp_engine(tmp_path: Path, backbone: str, **keys: Any) -> TrainingEngine:
+    """An engine whose encoder attends as sharply as a trained one; the affinity learns from step 4 on."""
+    settings = config(tmp_path, **{"model.backbone": backbone, "model.drop_path": 0.1} | keys)
+    torch.manual_seed(settings.train.seed)
+    network = build_network(settings.model, NUM_CLASSES).train()
+    for name, parameter in network.backbone.named_parameters():
+        if name.endswith(("query.weight", "q_proj.weight")):
+            parameter.data *= 60
+    return TrainingEngine(network, settings, device=torch.device("cpu"))
+
+
+def affinity_of(engine: TrainingEngine, batch: Batch) -> Tensor:
+    affinity = engine.network.score(normalize_image(batch.image.float() / 255), True).affinity
+    assert affinity is not None
+    return affinity
+
+
+@pytest.mark.parametrize("backbone", ONE_OF_EACH_KIND)
+def test_a_calibrated_affinity_is_alive_with_every_seed(tmp_path: Path, backbone: str) -> None:
+    """Its sigmoid is within 0.01 and 0.99 for pairs of images that it was not calibrated on."""
+
+    def alive(init: str, seed: int) -> float:
+        keys = {"train.seed": seed, "model.affinity_init": init, "model.attention_scaling": seed % 2 == 1}
+        engine = sharp_engine(tmp_path, backbone, **keys, **{"schedule.learning_rate": 0.0})
+        engine.take_step(4, make_batch(seed, 64))
+        affinity = affinity_of(engine, make_batch(9, 64))
+        return float(((affinity > 0.01) & (affinity < 0.99)).float().mean())
+
+    assert alive("published", 0) < 0.1
+    assert min(alive("calibrated", seed) for seed in range(5)) > 0.9
+
+
+def test_calibration_is_of_the_pairs_that_the_loss_counts(tmp_path: Path) -> None:
+    """Pairs of tokens within the radius, both of them in the valid box, of the first batch of the phase alone."""
+    keys = {"model.affinity_init": "calibrated", "pseudo.affinity_radius": 2, "schedule.learning_rate": 0.0}
+    engine, batch = sharp_engine(tmp_path, "mit_tiny", **keys), make_batch(0, 64)
+    for step in (2, 3):
+        engine.take_step(step, batch)
+        assert not engine.network.affinity_head.mix.weight.any()
+    engine.take_step(4, batch)
+    affinity, logits = affinity_of(engine, batch).double(), []
+    for image, (top, bottom, left, right) in zip(affinity, batch.valid_box.tolist(), strict=True):
+        # A token of the 4 x 4 has the label of the first of its 16 x 16 pixels.
+        inside = [(r, c) for r in range(4) for c in range(4) if top <= 16 * r < bottom and left <= 16 * c < right]
+        for r, c in inside:
+            for y, x in inside:
+                if max(abs(r - y), abs(c - x)) <= 2:
+                    value = float(image[4 * r + c, 4 * y + x])
+                    logits.append(math.log(value / (1 - value)))
+    assert sum(logits) / len(logits) == pytest.approx(0, abs=1e-3)
+    assert math.sqrt(sum(value**2 for value in logits) / len(logits)) == pytest.approx(1, abs=1e-3)
+    weight = engine.network.affinity_head.mix.weight.clone()
+    engine.take_step(5, make_batch(1, 64))
+    assert torch.equal(engine.network.affinity_head.mix.weight, weight)
+
+
+def test_a_head_that_has_learned_is_not_calibrated(tmp_path: Path) -> None:
+    keys = {"model.affinity_init": "calibrated", "schedule.learning_rate": 0.0, "schedule.weight_decay": 0.0}
+    engine = sharp_engine(tmp_path, "mit_tiny", **keys)
+    state = {key: torch.randn_like(value) for key, value in engine.network.affinity_head.state_dict().items()}
+    engine.network.affinity_head.load_state_dict(state)
+    engine.take_step(4, make_batch(0, 64))
+    for key, value in engine.network.affinity_head.state_dict().items():
+        assert torch.equal(value, state[key])

@@ -152,6 +152,9 @@ class ModelConfig:
     """Feature maps of a plain vision transformer that the decoder sees, of evenly spaced blocks; MiT has 4."""
     attention_scaling: bool = False
     """Divide Q K^T by sqrt(d) before the affinity head (paper, Eq. 1); the reference does not."""
+    affinity_init: Literal["published", "calibrated"] = "published"
+    """How the affinity head starts: published = random weights, which saturate its sigmoid with some seeds; calibrated
+    = the mean of the attention maps, its logits scaled to mean 0 and standard deviation 1 on the first images."""
     classifier: Literal["learned", "text"] = "learned"
     """Where class scores come from: learned = a classifier that learns from the tags (the method); text = the class
     names, compared with the image in the space of an encoder that was trained with texts, such as clip_b16."""

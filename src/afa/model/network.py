@@ -37,6 +37,7 @@ class AfaNetwork(nn.Module):
         decoder_width: Channels of the decoder.
         decoder_dropout: Dropout before the decoder's class layer.
         attention_scaling: Divide Q K^T by sqrt(d) before the affinity head, as the paper writes.
+        affinity_init: How the affinity head starts: `published` or `calibrated`, see `AffinityHead`.
         text: What class scores come from instead of a classifier that learns; for a `LanguageBackbone`.
 
     >>> AfaNetwork("dinov2_tiny_reg", 5).segment(torch.zeros(1, 3, 64, 96)).shape
@@ -53,6 +54,7 @@ class AfaNetwork(nn.Module):
         decoder_width: int = 256,
         decoder_dropout: float = 0.1,
         attention_scaling: bool = False,
+        affinity_init: str = "published",
         text: TextClassifier | None = None,
     ) -> None:
         super().__init__()
@@ -70,7 +72,7 @@ class AfaNetwork(nn.Module):
             # The segmentation starts as what the words say, and learns what to add.
             self.text_gain = nn.Parameter(torch.tensor(_TEXT_GAIN))
         self.decoder = MlpDecoder(backbone.channels, num_classes + 1, width=decoder_width, dropout=decoder_dropout)
-        self.affinity_head = AffinityHead(backbone.num_attention_maps)
+        self.affinity_head = AffinityHead(backbone.num_attention_maps, init=affinity_init)
 
     def forward(self, image: Tensor | Encoded, *, segmentation: bool = True, affinity: bool = True) -> NetworkOutput:
         """Run the training forward pass.

@@ -294,6 +294,7 @@ def _crop(spec: BackboneSpec, device: torch.device) -> dict[str, Any]:
         "augment.scale_min": 0.7,
         "augment.scale_max": 1.5,
         "evaluation.short_side": tokens * stride,
+        "model.affinity_init": "calibrated",
         "pseudo.affinity_radius": tokens // 5,
         "schedule.batch_size": 8,
     }

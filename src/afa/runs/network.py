@@ -79,6 +79,7 @@ def build_network(
         decoder_width=model.decoder_width,
         decoder_dropout=model.decoder_dropout,
         attention_scaling=model.attention_scaling,
+        affinity_init=model.affinity_init,
         text=_text_classifier(model, num_classes, words if pretrained else ()) if with_text else None,
     )
 

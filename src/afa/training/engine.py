@@ -17,13 +17,14 @@ from afa.config import Config
 from afa.errors import AfaError
 from afa.model.backbone import Encoded
 from afa.model.network import AfaNetwork
+from afa.pseudo.affinity import affinity_label, token_label
 from afa.pseudo.cam import ScoreFunction
 from afa.runtime import ALONE, Processes, autocast, seed_step
 from afa.training.feature_cache import CachedScore, FeatureReader, encoded
 from afa.training.optimizer import build_optimizer, set_learning_rate, trained_parameters
 from afa.training.schedule import Phase, phase
 from afa.training.step import ForwardFunction, LossFunction, StepLosses, compute_losses, gradients_are_finite
-from afa.types import Batch, NetworkOutput
+from afa.types import IGNORE_INDEX, Batch, NetworkOutput, inside_box, normalize_image
 
 MAX_SKIPPED_STEPS = 50
 """A run gives up after this many steps in a row with gradients that are not finite."""
@@ -73,6 +74,7 @@ class TrainingEngine:
         self.optimizer = build_optimizer(network, config.schedule)
         self.parameters = trained_parameters(self.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+        self._affinity_is_set = config.model.affinity_init == "published"
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.module: torch.nn.Module = network
         if config.train.compile:
@@ -115,6 +117,8 @@ class TrainingEngine:
         config = self.config
         kind = phase(step, config)
         num_slots = self._num_slots(batch.tags)
+        if kind.affinity and not self._affinity_is_set:
+            self._calibrate(batch.to(self.device))
         seed_step(config.train.seed, step, self.processes.rank)
         set_learning_rate(self.optimizer, step, config.schedule)
         if self._stream is None:
@@ -142,6 +146,21 @@ class TrainingEngine:
                 f"the gradients of the last {skipped} steps up to step {step} were not finite; the weights are "
                 "still those before them; lower schedule.learning_rate or use --precision fp32"
             )
+
+    @torch.no_grad()
+    def _calibrate(self, batch: Batch) -> None:
+        """Let the affinity head start from the first images that it learns from; one that has learned stays."""
+        self._affinity_is_set = True
+        shown = encoded(batch) if batch.frozen else normalize_image(batch.image.float() / 255)
+        output = self._score(shown, True)
+        assert output.attention is not None
+        inside = inside_box(batch.valid_box, batch.image.shape[2], batch.image.shape[3])  # (B, H, W)
+        grid = (output.class_scores.shape[2], output.class_scores.shape[3])
+        tokens = token_label(torch.where(inside, 0, IGNORE_INDEX), grid)  # (B, h, w)
+        pairs = affinity_label(tokens, radius=self.config.pseudo.affinity_radius) != IGNORE_INDEX  # (B, hw, hw)
+        self.network.affinity_head.calibrate(
+            output.attention, pairs, scale=self.network.attention_factor, total=self.processes.total
+        )
 
     def _num_slots(self, tags: Tensor) -> int:
         """1 + the largest number of tags of an image; recorded steps share a few round numbers."""

@@ -59,7 +59,7 @@ def affinity_warning(line: Mapping[str, Any], config: Config) -> str | None:
     known = walks and config.loss.affinity_form == "balanced" and line["aff_loss"] is not None
     if not known or line["aff_loss"] < _UNLEARNT_AFFINITY:
         return None
-    remedy = "" if config.model.attention_scaling else "--model.attention_scaling true or "
+    remedy = "" if config.model.affinity_init == "calibrated" else "--model.affinity_init calibrated or "
     return (
         f"warning: step {line['step']}: the affinity has learnt nothing (loss {line['aff_loss']:.2f}; one that is the "
         f"same everywhere has 0.50), so refined labels will be poor; try {remedy}another --train.seed"
