@@ -118,7 +118,7 @@ class TrainingEngine:
         kind = phase(step, config)
         num_slots = self._num_slots(batch.tags)
         if kind.affinity and not self._affinity_is_set:
-            self._calibrate(batch.to(self.device))
+            self.start_affinity(batch.to(self.device))
         seed_step(config.train.seed, step, self.processes.rank)
         set_learning_rate(self.optimizer, step, config.schedule)
         if self._stream is None:
@@ -147,20 +147,32 @@ class TrainingEngine:
                 "still those before them; lower schedule.learning_rate or use --precision fp32"
             )
 
-    @torch.no_grad()
-    def _calibrate(self, batch: Batch) -> None:
-        """Let the affinity head start from the first images that it learns from; one that has learned stays."""
+    def start_affinity(self, batch: Batch) -> None:
+        """Calibrate the affinity head by the first images that it learns from; weights that are not 0 stay.
+
+        Args:
+            batch: This process's share of the batch, on the device.
+        """
         self._affinity_is_set = True
-        shown = encoded(batch) if batch.frozen else normalize_image(batch.image.float() / 255)
-        output = self._score(shown, True)
+        output, pairs = self.attend(batch)
         assert output.attention is not None
+        head, scale = self.network.affinity_head, self.network.attention_factor
+        head.calibrate(output.attention, pairs, scale=scale, total=self.processes.total)
+
+    def attend(self, batch: Batch) -> tuple[NetworkOutput, Tensor]:
+        """Affinity and attention of a batch without learning, and which pairs of its tokens the loss could count.
+
+        Args:
+            batch: On the device.
+
+        Returns:
+            Output of a CAM pass; (B, hw, hw) bool, both tokens in the valid box and within the radius.
+        """
+        output = self._score(encoded(batch) if batch.frozen else normalize_image(batch.image.float() / 255), True)
         inside = inside_box(batch.valid_box, batch.image.shape[2], batch.image.shape[3])  # (B, H, W)
         grid = (output.class_scores.shape[2], output.class_scores.shape[3])
         tokens = token_label(torch.where(inside, 0, IGNORE_INDEX), grid)  # (B, h, w)
-        pairs = affinity_label(tokens, radius=self.config.pseudo.affinity_radius) != IGNORE_INDEX  # (B, hw, hw)
-        self.network.affinity_head.calibrate(
-            output.attention, pairs, scale=self.network.attention_factor, total=self.processes.total
-        )
+        return output, affinity_label(tokens, radius=self.config.pseudo.affinity_radius) != IGNORE_INDEX
 
     def _num_slots(self, tags: Tensor) -> int:
         """1 + the largest number of tags of an image; recorded steps share a few round numbers."""
