@@ -26,12 +26,11 @@ class AffinityHead(nn.Module):
     def __init__(self, num_maps: int, *, init: str = "published") -> None:
         super().__init__()
         self.mix = nn.Conv2d(num_maps, 1, 1)
-        assert self.mix.bias is not None
-        if init == "published":
-            nn.init.kaiming_normal_(self.mix.weight, a=math.sqrt(5), mode="fan_out")
-        else:
-            nn.init.zeros_(self.mix.weight)
-            nn.init.zeros_(self.mix.bias)
+        # Both draw the same random numbers, so that nothing else of a network depends on this start.
+        nn.init.kaiming_normal_(self.mix.weight, a=math.sqrt(5), mode="fan_out")
+        if init == "calibrated":
+            for parameter in self.mix.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, attention: RawAttention, *, scale: float = 1.0) -> Tensor:
         """Mix the maps of each image into one affinity.
