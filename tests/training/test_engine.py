@@ -189,3 +189,15 @@ def test_a_head_that_has_learned_is_not_calibrated(tmp_path: Path) -> None:
     engine.take_step(4, make_batch(0, 64))
     for key, value in engine.network.affinity_head.state_dict().items():
         assert torch.equal(value, state[key])
+
+
+def test_a_batch_without_pairs_leaves_the_calibration_to_the_next_one(tmp_path: Path) -> None:
+    keys = {"model.affinity_init": "calibrated", "schedule.learning_rate": 0.0}
+    engine, expected = (sharp_engine(tmp_path, "mit_tiny", **keys) for _ in range(2))
+    batch = make_batch(0, 64)
+    engine.take_step(4, dataclasses.replace(batch, valid_box=torch.zeros_like(batch.valid_box)))
+    assert not engine.network.affinity_head.mix.weight.any()
+    for each in (engine, expected):
+        each.take_step(5, batch)
+        assert each.network.affinity_head.mix.weight.all()
+    assert torch.equal(engine.network.affinity_head.mix.weight, expected.network.affinity_head.mix.weight)

@@ -1,6 +1,6 @@
 """A whole training step with everything that it changes: weights, optimizer, batch statistics.
 
-A step does not synchronize the GPU. On a single GPU a step of each kind is recorded once as a CUDA graph and
+A step does not synchronize the GPU, but for the one that calibrates the affinity. On a single GPU a step of each kind is recorded once as a CUDA graph and
 replayed from then on, so that the host's pace never limits it.
 """
 
@@ -150,14 +150,17 @@ class TrainingEngine:
     def start_affinity(self, batch: Batch) -> None:
         """Calibrate the affinity head by the first images that it learns from; weights that are not 0 stay.
 
+        Images that say nothing leave the weights at 0, and the next step tries again: whether it does depends on the
+        weights alone, so that a resumed run does the same.
+
         Args:
             batch: This process's share of the batch, on the device.
         """
-        self._affinity_is_set = True
         output, pairs = self.attend(batch)
         assert output.attention is not None
         head, scale = self.network.affinity_head, self.network.attention_factor
         head.calibrate(output.attention, pairs, scale=scale, total=self.processes.total)
+        self._affinity_is_set = bool(head.mix.weight.any())
 
     def attend(self, batch: Batch) -> tuple[NetworkOutput, Tensor]:
         """Affinity and attention of a batch without learning, and which pairs of its tokens the loss could count.
