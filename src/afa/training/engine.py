@@ -1,7 +1,7 @@
 """A whole training step with everything that it changes: weights, optimizer, batch statistics.
 
-A step does not synchronize the GPU, but for the one that calibrates the affinity. On a single GPU a step of each kind is
-recorded once as a CUDA graph and replayed from then on, so that the host's pace never limits it.
+A step does not synchronize the GPU, but for the one that calibrates the affinity. On a single GPU a step of each kind
+is recorded once as a CUDA graph and replayed from then on, so that the host's pace never limits it.
 """
 
 from __future__ import annotations
