@@ -51,7 +51,7 @@ def main() -> None:
             engine.start_affinity(first)
             output, pairs = engine.attend(second)
             assert output.attention_logits is not None
-            mixed = network.affinity_head.mix(output.attention_logits * network.attention_factor)[:, 0]
+            mixed = network.affinity_head.mix(output.attention_logits.float() * network.attention_factor)[:, 0]
             logits = (mixed + mixed.transpose(1, 2) - network.affinity_head.mix.bias)[pairs]
             alive = ((logits.sigmoid() > 0.01) & (logits.sigmoid() < 0.99)).float().mean()
             print(
