@@ -22,6 +22,7 @@ SETTINGS: dict[str, Any] = {
     "data.workers": 0,
     "augment.crop_size": 64,
     "model.decoder_width": 16,
+    "model.affinity_init": "calibrated",
     "schedule.max_steps": 6,
     "schedule.batch_size": 4,
     "schedule.cls_steps": 2,
