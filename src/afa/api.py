@@ -32,7 +32,8 @@ from afa.demo.shapes import DEFAULT_STYLE, NEGATIVES_STYLE, SHAPE_CLASSES
 from afa.demo.write import MARKER_NAME, write_shapes
 from afa.errors import AfaError
 from afa.evaluation import evaluate as evaluation
-from afa.evaluation.evaluate import EvaluationResult, first_images
+from afa.evaluation.evaluate import first_images
+from afa.evaluation.scores import EvaluationResult
 from afa.evaluation.tags import TagResult, evaluate_tags
 from afa.evaluation.worth import measure_worth
 from afa.formats.voc_test import SubmissionCheck, check_voc_test

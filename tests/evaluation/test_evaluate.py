@@ -116,6 +116,7 @@ def test_segmentation_figures(tmp_path: Path, protocol: str) -> None:
     result = run(write_data(tmp_path), protocol=protocol)
     matrix = expected_matrix(list(IMAGES))
     np.testing.assert_array_equal(result.matrix, matrix)
+    assert result.to_json()["confusion"] == matrix.tolist()
     correct = matrix.diagonal()
     ious = 100 * correct[:3] / (matrix.sum(0) + matrix.sum(1) - correct)[:3]
     assert result.miou == pytest.approx(ious.mean())
@@ -134,7 +135,8 @@ def test_json_has_the_promised_keys_rounded(tmp_path: Path) -> None:
     result = run(write_data(tmp_path), limit=2)
     written = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert list(written) == [
-        "miou", "per_class", "protocol", "labels", "supervision", "num_images", "seconds", "tag_f1"
+        "miou", "per_class", "protocol", "labels", "supervision", "num_images", "seconds", "tag_f1",
+        "confusion", "images",
     ]  # fmt: skip
     assert written["supervision"] == "weakly supervised (image tags)"
     assert written["num_images"] == 2
@@ -142,6 +144,9 @@ def test_json_has_the_promised_keys_rounded(tmp_path: Path) -> None:
     assert list(written["per_class"]) == ["background", *CLASSES]
     assert written["per_class"]["horse"] is None
     np.testing.assert_array_equal(result.matrix, expected_matrix(["a", "b"]))
+    keys = ("image", "iou", "accuracy", "truth", "prediction", "share")
+    rows = (("a", 33.33, 66.67, "background", "cat", 33.33), ("b", 12.5, 25.0, "background", "dog", 75.0))
+    assert written["images"] == [dict(zip(keys, row, strict=True)) for row in rows]
 
 
 def test_one_pass_per_image_and_the_mode_is_restored(tmp_path: Path) -> None:

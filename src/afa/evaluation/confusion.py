@@ -26,7 +26,7 @@ class ConfusionMatrix:
         matrix: (K, K) int64 pixels on `device`; rows are the ground truth, columns the prediction.
 
     >>> confusion = ConfusionMatrix(3)
-    >>> confusion.update(torch.tensor([0, 0, 1, 255]), torch.tensor([0, 1, 1, 2]))
+    >>> pixels = confusion.update(torch.tensor([0, 0, 1, 255]), torch.tensor([0, 1, 1, 2]))
     >>> confusion.per_class_iou()
     [0.5, 0.5, None]
     >>> confusion.miou()
@@ -38,12 +38,15 @@ class ConfusionMatrix:
         self.num_classes = num_classes
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
-    def update(self, label: Tensor | np.ndarray, prediction: Tensor | np.ndarray) -> None:
+    def update(self, label: Tensor | np.ndarray, prediction: Tensor | np.ndarray) -> Tensor:
         """Count the pixels of one or more images.
 
         Args:
             label: Ground truth of any shape, integers 0..K-1, or 255 where nothing is counted.
             prediction: Same shape, 0..K-1 wherever the label is not 255.
+
+        Returns:
+            (K, K) int64 pixels of these images alone, as `matrix`.
         """
         truth, predicted = (torch.as_tensor(values).to(self.matrix.device) for values in (label, prediction))
         assert truth.shape == predicted.shape, (truth.shape, predicted.shape)
@@ -56,7 +59,9 @@ class ConfusionMatrix:
         bins = self.matrix.numel()
         pairs = torch.where(counted, truth.long() * self.num_classes + predicted.long(), bins).flatten()
         counts = self.matrix.new_zeros(bins + 1).scatter_add_(0, pairs, torch.ones_like(pairs))
-        self.matrix += counts[:-1].view_as(self.matrix)
+        pixels = counts[:-1].view_as(self.matrix)
+        self.matrix += pixels
+        return pixels
 
     def per_class_iou(self) -> list[float | None]:
         """Intersection over union of each class in [0, 1]; None where the ground truth has no such pixel."""
@@ -73,6 +78,28 @@ class ConfusionMatrix:
             docs/method.md, "Evaluation": the mean leaves out classes absent from the ground truth.
         """
         return mean_iou(self.per_class_iou())
+
+
+def image_scores(pixels: Tensor) -> Tensor:
+    """How well one image was segmented, and what was confused most; a GPU is not synchronized.
+
+    Args:
+        pixels: (K, K) int64, as of `ConfusionMatrix.matrix`.
+
+    Returns:
+        (4,) float32: IoU in [0, 1], the mean over the classes of the ground truth, background included; share of the
+        pixels that are right; the most frequent confusion as row * K + column, and its share of the pixels. NaN where
+        no pixel counts, but for the place.
+
+    >>> image_scores(torch.tensor([[6, 2], [0, 2]])).tolist()
+    [0.625, 0.800000011920929, 1.0, 0.20000000298023224]
+    """
+    correct, truth = pixels.diagonal(), pixels.sum(1)
+    ious = correct / (truth + pixels.sum(0) - correct)
+    there, total = truth > 0, truth.sum()
+    most, place = (pixels - correct.diag()).flatten().max(0)
+    mean = ious.masked_fill(~there, 0.0).sum() / there.sum()
+    return torch.stack([mean, correct.sum() / total, place.float(), most / total])
 
 
 def mean_iou(ious: Sequence[float | None]) -> float:

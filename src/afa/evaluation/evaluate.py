@@ -6,27 +6,20 @@ Opens no data set and writes no file; the caller does both.
 from __future__ import annotations
 
 import copy
-import math
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from afa.config import SUPERVISION_NAMES, Config, PseudoConfig
 from afa.data.dataset import MaskedImages, TaggedImages
 from afa.errors import AfaError
-from afa.evaluation.boundary import BoundaryConfusion
-from afa.evaluation.confusion import ConfusionMatrix
 from afa.evaluation.protocols import (
     PROTOCOLS,
     PSEUDO_LABELS,
-    LogitMaps,
     check_choice,
     group_sizes,
     host_tensor,
@@ -36,9 +29,9 @@ from afa.evaluation.protocols import (
     pseudo_sizes,
     view_sizes,
 )
+from afa.evaluation.scores import Counts, EvaluationResult
 from afa.model.network import AfaNetwork
 from afa.runtime import ALONE, Processes, image_progress, read_ahead
-from afa.types import IGNORE_INDEX
 
 LABELS: Final = ("seg", *PSEUDO_LABELS)
 """What can be scored: the segmentation, or one of the pseudo labels made with the true tags."""
@@ -54,58 +47,6 @@ _AUTOMATIC_BATCH_SIZE: Final = {"cuda": 8}  # Elsewhere 1: a CPU gains a few per
 _T = TypeVar("_T")
 _Images = TypeVar("_Images", bound=TaggedImages)
 Sizes = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Scores of one pass over a list.
-
-    Attributes:
-        miou: Percent; NaN when no mask has a pixel of a class.
-        per_class: IoU by class name, background first, in percent; None for classes that no mask has.
-        protocol: Protocol of the segmentation. Pseudo labels have their own scales, those of `pseudo.scales`.
-        labels: What was scored.
-        num_images: Images scored, over all processes.
-        seconds: Wall time.
-        matrix: (K, K) int64 pixels; rows are the ground truth.
-        extras: Further figures in percent. `tag_f1` (seg): micro-averaged F1 of the tags that the classifier
-            finds (logit > 0), None when no image has tags. `coverage` (initial, refined): share of the
-            labeled ground truth that the pseudo label decides; what it leaves uncertain is not scored.
-            `boundary_iou`: mean boundary IoU, where it was asked for.
-        boundary_per_class: As `per_class`, of the boundary IoU; empty unless it was asked for.
-        refinement: What cam and propagated labels went through before they were scored: `par` or another of
-            `pseudo.refinement`, `crf`, or both with a plus between; empty for none. Initial and refined labels
-            name the CRF alone, as the rest is theirs by definition.
-        supervision: What the network learned from, in the words of `SUPERVISION_NAMES`.
-    """
-
-    miou: float
-    per_class: dict[str, float | None]
-    protocol: str
-    labels: str
-    num_images: int
-    seconds: float
-    matrix: NDArray[np.int64]
-    extras: dict[str, float | None] = field(default_factory=dict)
-    boundary_per_class: dict[str, float | None] = field(default_factory=dict)
-    refinement: str = ""
-    supervision: str = SUPERVISION_NAMES["tags"]
-
-    def to_json(self) -> dict[str, Any]:
-        """What `--json` writes: everything but the matrix, scores in percent with two decimals."""
-        boundary = {name: rounded(iou) for name, iou in self.boundary_per_class.items()}
-        return {
-            "miou": rounded(self.miou),
-            "per_class": {name: rounded(iou) for name, iou in self.per_class.items()},
-            "protocol": self.protocol,
-            "labels": self.labels,
-            "supervision": self.supervision,
-            "num_images": self.num_images,
-            "seconds": round(self.seconds, 2),
-            **({"refinement": self.refinement} if self.refinement else {}),
-            **{name: rounded(value) for name, value in self.extras.items()},
-            **({"boundary_per_class": boundary} if boundary else {}),
-        }
 
 
 def evaluate(
@@ -172,7 +113,7 @@ def evaluate_each(
     for each in labels:
         check_choice(each, LABELS, what="labels")
     device = next(network.parameters()).device
-    counts = [_Counts(images.classes, each, device, boundary=boundary) for each in labels]
+    counts = [Counts(images, each, device, boundary=boundary) for each in labels]
     passes = once_per_view(network)
     with closing(image_batches(network, images, config, labels, processes=processes, progress=progress)) as batches:
         for batch, count in ((batch, count) for batch in batches for count in counts):
@@ -180,12 +121,13 @@ def evaluate_each(
             if count.labels == "seg":
                 maps = logit_maps(passes, pixels, config)
                 predictions = [each.label(sample.size) for each, sample in zip(maps, batch, strict=True)]
-                count.add_tags(images, batch, maps)
+                count.add_tags({sample.index: each.image for sample, each in zip(batch, maps, strict=True)})
             else:
                 tags = [images.tags(sample.index) for sample in batch]
                 predictions = pseudo_labels(passes, pixels, tags, config, kind=count.labels, refine=refine)
             for sample, prediction in zip(batch, predictions, strict=True):
-                count.add(sample, prediction)
+                assert sample.mask is not None
+                count.add(sample.index, sample.mask, prediction)
     for count in counts:
         count.sum_up(processes)
     return [
@@ -199,70 +141,6 @@ def evaluate_each(
         )
         for count in counts
     ]
-
-
-class _Counts:
-    """Counts during a pass. On a GPU nothing is read before the end, because reading synchronizes it."""
-
-    def __init__(self, classes: tuple[str, ...], labels: str, device: torch.device, *, boundary: bool) -> None:
-        num_classes = 1 + len(classes)
-        self.started = time.monotonic()
-        self.classes = classes
-        self.labels = labels
-        self.device = device if device.type == "cuda" else torch.device("cpu")
-        self.confusion = ConfusionMatrix(num_classes, device=self.device)
-        self.outlines = BoundaryConfusion(num_classes, device=self.device) if boundary else None
-        self.tags = torch.zeros(3, dtype=torch.int64, device=self.device)  # true positives, predicted, present
-        self.pixels = torch.zeros(2, dtype=torch.int64, device=self.device)  # decided by the prediction, labeled
-
-    def add(self, sample: Sample, prediction: Tensor) -> None:
-        """Count the pixels of an image; those that the prediction leaves uncertain are not scored."""
-        assert sample.mask is not None
-        prediction, truth = prediction.to(self.device), sample.mask.to(self.device, non_blocking=True)
-        decided = truth.masked_fill(prediction == IGNORE_INDEX, IGNORE_INDEX)
-        self.pixels += torch.stack([(decided != IGNORE_INDEX).sum(), (truth != IGNORE_INDEX).sum()])
-        self.confusion.update(decided, prediction)
-        if self.outlines is not None:
-            self.outlines.update(decided, prediction)
-
-    def add_tags(self, images: MaskedImages, batch: Sequence[Sample], maps: Sequence[LogitMaps]) -> None:
-        """Count the tags that the classifier finds (logit > 0) in the images that have tags."""
-        tagged = [i for i, sample in enumerate(batch) if images.has_tags(sample.index)]
-        if tagged:
-            found = torch.stack([maps[i].image for i in tagged]).to(self.device) > 0  # (B, C)
-            tags = torch.from_numpy(np.stack([images.targets(batch[i].index) for i in tagged]))
-            tags = tags.to(self.device, non_blocking=True)  # (B, C)
-            found, present = found & (tags >= 0), tags > 0
-            self.tags += torch.stack([(found & present).sum(), found.sum(), present.sum()])
-
-    def sum_up(self, processes: Processes) -> None:
-        """Add up over all processes, and synchronize the device."""
-        matrices = [self.confusion, *([self.outlines.confusion] if self.outlines else [])]
-        counts = [self.tags, self.pixels, *(each.matrix.flatten() for each in matrices)]
-        sums = torch.split(processes.total(torch.cat(counts)).cpu(), [len(each) for each in counts])
-        self.tags, self.pixels = sums[:2]
-        for each, matrix in zip(matrices, sums[2:], strict=True):
-            each.matrix = matrix.view_as(each.matrix)
-
-    def scores(self) -> dict[str, Any]:
-        """These counts as fields of an `EvaluationResult`."""
-        extras: dict[str, float | None] = {}
-        hits, found, present = self.tags.tolist()
-        decided, labeled = self.pixels.tolist()
-        if self.labels == "seg":
-            extras["tag_f1"] = 100 * 2 * hits / (found + present) if found + present else None
-        elif self.labels in ("initial", "refined"):
-            extras["coverage"] = 100 * decided / labeled if labeled else None
-        if self.outlines is not None:
-            extras["boundary_iou"] = 100 * self.outlines.mean()
-        return {
-            "miou": 100 * self.confusion.miou(),
-            "per_class": _by_name(self.confusion.per_class_iou(), self.classes),
-            "boundary_per_class": _by_name(self.outlines.per_class_iou(), self.classes) if self.outlines else {},
-            "matrix": self.confusion.matrix.numpy(),
-            "extras": extras,
-            "seconds": time.monotonic() - self.started,
-        }
 
 
 @dataclass(frozen=True)
@@ -401,14 +279,3 @@ def _refinement(config: PseudoConfig, labels: str, *, refine: bool) -> str:
         return ""
     names = [config.refinement] if refine and labels in ("cam", "propagated") else []
     return "+".join([*names, "crf"] if config.crf else names)
-
-
-def _by_name(ious: Sequence[float | None], classes: Sequence[str]) -> dict[str, float | None]:
-    """Scores in percent by class name, background first."""
-    percent = (None if iou is None else 100 * iou for iou in ious)
-    return dict(zip(("background", *classes), percent, strict=True))
-
-
-def rounded(percent: float | None) -> float | None:
-    """A score as `--json` writes it: two decimals; None where there is none or it is NaN."""
-    return None if percent is None or math.isnan(percent) else round(percent, 2)

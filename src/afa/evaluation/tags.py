@@ -14,8 +14,9 @@ import torch
 
 from afa.config import Config
 from afa.data.dataset import TaggedImages
-from afa.evaluation.evaluate import image_batches, rounded
+from afa.evaluation.evaluate import image_batches
 from afa.evaluation.protocols import PROTOCOLS, check_choice, logit_maps
+from afa.evaluation.scores import rounded
 from afa.model.network import AfaNetwork
 from afa.runtime import ALONE, Processes
 
