@@ -44,15 +44,18 @@ from afa.inference.masks import MasksSummary, PredictSummary, current_masks, sum
 from afa.inference.onnx import ExportCheck, export_metadata, export_onnx, export_torch, read_check_images
 from afa.inference.predictor import Predictor
 from afa.model.network import AfaNetwork
+from afa.report.collect import rank_images
 from afa.report.compare import compare_runs, render_text, write_comparison
 from afa.report.masks import write_masks_page
 from afa.report.page import write_report
-from afa.report.pictures import write_examples, write_figures, write_worth
+from afa.report.pictures import write_examples, write_figures, write_ranked, write_worth
 from afa.runs.auto import choose_defaults
 from afa.runs.network import build_network, load_run
 from afa.runs.run import Run
 from afa.runtime import Processes, pick_device, process_group, say
 from afa.training import loop
+from afa.training.log import MetricsLog
+from afa.training.trackers import check_trackers
 
 SCORED_LABELS = ("seg", "cam", "propagated")
 """Kinds of labels that a finished run is scored by."""
@@ -127,6 +130,7 @@ def train_and_report(
             `afa.evaluation.evaluate.evaluate`.
     """
     run, device = Path(run), pick_device(config.train.device)
+    check_trackers(config.train.trackers)
     data = data or open_data(config.data)
     with process_group(device) as processes:
         data.leave_out_broken(progress=progress and processes.is_main)
@@ -134,28 +138,68 @@ def train_and_report(
         for warning in warnings if processes.is_main else ():
             say(f"warning: {warning}")
         progress = progress and processes.is_main
-        result = loop.train(config, data, run, device=device, processes=processes, resume=resume, progress=progress)
-        scored = loop.open_validation(config, data)
-        if scored is None:
-            _score_tags(config, data, run, result.network, processes=processes, progress=progress)
-        else:
-            tagged = all(scored.has_tags(index) for index in range(len(scored)))
-            if not tagged and processes.is_main:
-                say("some validation images have no tags: CAM and propagated CAM, which need them, are not scored")
-            labels = SCORED_LABELS if tagged else SCORED_LABELS[:1]
-            scores = evaluation.evaluate_each(
-                result.network, scored, config, labels, processes=processes, progress=progress
-            )
-            for figures in scores if processes.is_main else ():
-                Run(run).write_scores(figures.labels, figures.to_json())
-                score = "none, as no mask has a class," if math.isnan(figures.miou) else f"{figures.miou:.2f}"
-                say(f"{figures.labels}: mIoU {score} on {figures.num_images} images")
-            if processes.is_main and config.train.example_images:
-                count = config.train.example_images
-                write_examples(result.network, scored, run, config=config, device=device, count=count)
+
+        def show(network: AfaNetwork) -> Path | None:
+            return _show_running(config, data, run, network)
+
+        options: dict[str, Any] = {"processes": processes, "progress": progress}
+        result = loop.train(config, data, run, device=device, resume=resume, show=show, **options)
+        with result.log or contextlib.nullcontext() as log:
+            if processes.is_main:
+                write_report(run, running=True)
+            scored = loop.open_validation(config, data)
+            score = _score_tags if scored is None else _score_masks
+            score(config, data, run, result.network, log, **options)
         if processes.is_main:
             page = write_report(run)
             say(f"run folder {run}; open {page}")
+
+
+def _show_running(config: Config, data: DataSet, run: Path, network: AfaNetwork) -> Path | None:
+    """Draw the examples of a running training and write its page; returns the sheet. What fails there ends nothing."""
+    sheet = None
+    try:
+        if config.train.example_images and data.has_validation:
+            images = loop.open_validation(config, data) or data.validation()
+            count = config.train.example_images
+            sheet = write_examples(network, images, run, config=config, count=count, progress=False)
+        write_report(run, running=True)
+    except AfaError as error:
+        say(f"warning: the page of the running training is as it was: {error}")
+    return sheet
+
+
+def _score_masks(
+    config: Config,
+    data: DataSet,
+    run: Path,
+    network: AfaNetwork,
+    log: MetricsLog | None,
+    *,
+    processes: Processes,
+    progress: bool,
+) -> None:
+    """Score segmentation, CAM and propagated CAM, and draw examples, the worst and the best images."""
+    scored = loop.open_validation(config, data)
+    assert scored is not None
+    tagged = all(scored.has_tags(index) for index in range(len(scored)))
+    if not tagged and processes.is_main:
+        say("some validation images have no tags: CAM and propagated CAM, which need them, are not scored")
+    labels = SCORED_LABELS if tagged else SCORED_LABELS[:1]
+    scores = evaluation.evaluate_each(network, scored, config, labels, processes=processes, progress=progress)
+    if log is None:
+        return
+    sheet, figures = None, {each.labels: each.to_json() for each in scores}
+    for each in scores:
+        Run(run).write_scores(each.labels, figures[each.labels])
+        score = "none, as no mask has a class," if math.isnan(each.miou) else f"{each.miou:.2f}"
+        say(f"{each.labels}: mIoU {score} on {each.num_images} images")
+        log.track(figures[each.labels], "final", config.schedule.max_steps)
+    if count := config.train.example_images:
+        sheet = write_examples(network, scored, run, config=config, count=count, progress=progress)
+        ranked = [each["image"] for each in rank_images(figures["seg"]["images"])] if tagged else []
+        write_ranked(network, scored, run, ranked, config=config, count=count, progress=progress)
+    log.show(config.schedule.max_steps, sheet=sheet, result=scores[0])
 
 
 def _check(config: Config, data: DataSet) -> list[str]:
@@ -173,7 +217,14 @@ def _check(config: Config, data: DataSet) -> list[str]:
 
 
 def _score_tags(
-    config: Config, data: DataSet, run: Path, network: AfaNetwork, *, processes: Processes, progress: bool
+    config: Config,
+    data: DataSet,
+    run: Path,
+    network: AfaNetwork,
+    log: MetricsLog | None,
+    *,
+    processes: Processes,
+    progress: bool,
 ) -> None:
     """Score what can be scored without masks."""
     if not config.data.val_list or not data.has_validation:
@@ -185,8 +236,9 @@ def _score_tags(
             say(f"tags are not scored: {error}")
         return
     figures = evaluate_tags(network, images, config, processes=processes, progress=progress)
-    if processes.is_main:
+    if log is not None:
         Run(run).write_scores("tags", figures.to_json())
+        log.track(figures.to_json(), "final", config.schedule.max_steps)
         score = "none" if figures.tag_f1 is None else f"{figures.tag_f1:.2f}"
         say(f"tags: F1 {score} on {figures.num_images} images; there are no masks to tell the mIoU by")
         worth = measure_worth(network, images, config, progress=progress)
@@ -194,9 +246,9 @@ def _score_tags(
         for line in worth.failures():
             say(f"warning: {line}")
         if count := config.train.example_images:
-            device = next(network.parameters()).device
-            write_examples(network, images, run, config=config, device=device, count=count)
-            write_worth(network, images, run, worth, config=config)
+            sheet = write_examples(network, images, run, config=config, count=count, progress=progress)
+            log.show(config.schedule.max_steps, sheet=sheet)
+            write_worth(network, images, run, worth, config=config, progress=progress)
 
 
 def run_demo(
@@ -239,6 +291,7 @@ def run_demo(
         f"demo done in {time.perf_counter() - began:.0f} s: segmentation mIoU {figures['miou']:.1f}, "
         f"CAM {figures['cam_miou']:.1f}, propagated CAM {figures['propagated_miou']:.1f}"
     )
+    say(f"look at it: open {Run(run).page}, or ask about each pixel with: afa explore {run}")
 
 
 def training_config(
@@ -506,7 +559,7 @@ def masks(
     )
     written = _labels_with_formats(written, names, images, out, progress=progress)
     summary = summarize_masks(written, images, out)
-    write_masks_page(network, images, out, summary, config=config, device=device, count=examples)
+    write_masks_page(network, images, out, summary, config=config, count=examples, progress=progress)
     return summary
 
 

@@ -38,6 +38,8 @@ READ_AHEAD: Final = 8
 
 _TOLD_SECONDS: Final = 10.0
 
+_bars: list[str] = []  # what a bar is shown for; within it, others tell in lines
+
 Advance = Callable[..., None]
 """Takes how many were done since its last call; `image_progress` says the rest."""
 
@@ -263,7 +265,9 @@ def progress_bar(*, enabled: bool = True, extra: str = "") -> Progress:
 def image_progress(
     description: str, *, total: int, done: int = 0, images: int = 1, enabled: bool = True, unit: str = "images"
 ) -> Iterator[Advance]:
-    """Show images done, rate and time left on standard error: as a bar, or without a terminal a line now and then.
+    """Show images done, rate and time left on standard error: as a bar, or a line now and then.
+
+    Lines are for standard error that is no terminal, and for what goes on within something that has a bar.
 
     Args:
         description: What is going on.
@@ -279,7 +283,8 @@ def image_progress(
     """
     first, began = done, time.monotonic()
     told = began
-    with progress_bar(enabled=enabled, extra="words") as bar:
+    with _as_innermost(description), progress_bar(enabled=enabled and len(_bars) == 1, extra="words") as bar:
+        in_lines = enabled and (len(_bars) > 1 or not bar.console.is_terminal)
         task = bar.add_task(description, total=total, completed=done, rate="", words="")
 
         def advance(count: int, rate: float | None = None, words: str = "") -> None:
@@ -289,12 +294,21 @@ def image_progress(
             if rate is None:
                 rate = (done - first) * images / max(now - began, 1e-6)
             bar.update(task, completed=done, rate=f"{rate:.3g} {unit}/s" if rate else "", words=words)
-            if enabled and rate and not bar.console.is_terminal and now - told > _TOLD_SECONDS:
+            if in_lines and rate and now - told > _TOLD_SECONDS:
                 parts = [f"{description} {done}/{total}", f"{rate:.3g} {unit}/s", *([words] if words else [])]
                 say("  ".join([*parts, f"{duration((total - done) * images / rate)} left"]))
                 told = now
 
         yield advance
+
+
+@contextlib.contextmanager
+def _as_innermost(description: str) -> Iterator[None]:
+    _bars.append(description)
+    try:
+        yield
+    finally:
+        _bars.remove(description)
 
 
 def duration(seconds: float) -> str:

@@ -20,14 +20,14 @@ from afa.data.open import open_data
 from afa.data.palette import voc_palette
 from afa.evaluation.protocols import logit_maps, pseudo_labels
 from afa.report import pictures
-from afa.report.drawing import DISPLAY_SIZE, blend_heat, blend_label, heat_colors
+from afa.report.drawing import DISPLAY_SIZE, SHEET_SIDE, blend_heat, blend_label, heat_colors
 from afa.report.pictures import FIGURES, PICTURES, draw_sheet, write_examples, write_figures
 from afa.runs.network import build_network, load_run
 from afa.types import NetworkOutput, normalize_image
 from mistakes import refused
 
 CPU = torch.device("cpu")
-SIDE, GAP, HEADER = DISPLAY_SIZE * 3 // 4, 6, 26
+SIDE, GAP, HEADER = SHEET_SIDE, 6, 26
 
 
 class FakeNetwork(nn.Module):
@@ -97,7 +97,7 @@ def draw(network: FakeNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (run / "examples" / "009").mkdir(parents=True)
 
     def call(images: TaggedImages, count: int) -> Path:
-        write_examples(network, images, run, config=load_config(), device=CPU, count=count)  # type: ignore[arg-type]
+        write_examples(network, images, run, config=load_config(), count=count)  # type: ignore[arg-type]
         return run / "examples"
 
     return call
@@ -147,7 +147,7 @@ def test_real_network_and_sizes(tmp_path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 400, 3), dtype=np.uint8)).save(tmp_path / "1.png")
     Image.fromarray(np.ones((20, 400), np.uint8)).save(tmp_path / "1_mask.png")
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    write_examples(network, images, tmp_path, config=load_config(), device=CPU, count=2)
+    write_examples(network, images, tmp_path, config=load_config(), count=2)
     assert {read(path).shape for path in (tmp_path / "examples" / "000").iterdir()} == {(64, 96, 3)}
     assert {read(path).shape for path in (tmp_path / "examples" / "001").iterdir()} == {(13, 256, 3)}
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())

@@ -12,7 +12,7 @@ from PIL import Image
 from afa.check.text import describe_figures
 from afa.data.images import read_image
 from afa.errors import AfaError
-from afa.report.charts import bar_chart
+from afa.report.charts import HeatCell, bar_chart, heat_matrix
 from afa.report.render import data_uri, render_page
 from afa.runs.files import write_whole
 
@@ -46,8 +46,8 @@ def collect_page(report: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         `report`; `name` of the data set; `facts`: figures in words; `problems`: those that are shown; `chart` of the
-        classes, None without images; `matrix`: `name` and `cells` (`count`, `share`, `words`) of each class, empty
-        where there are none or too many; `copies`: groups of `picture` (data URI; empty if it is gone) and `words`.
+        classes, None without images; `matrix`: as of `afa.report.charts.heat_matrix`, empty where there are none or too
+        many; `copies`: groups of `picture` (data URI; empty if it is gone) and `words`.
     """
     classes = report["classes"] if report["num_train"] else []
     ranked = sorted(classes, key=lambda entry: -entry["train"])
@@ -74,16 +74,18 @@ def _matrix(names: list[str], counts: list[list[int]]) -> list[dict[str, Any]]:
     rows = []
     for i, name in enumerate(names):
         own = counts[i][i]
-        cells = [
-            {
-                "count": count,
-                "share": count / max(1, own) if i != j else 0.0,
-                "words": f"{count:,} of {own:,} training images of {name} have {other}",
-            }
-            for j, (other, count) in enumerate(zip(names, counts[i], strict=True))
-        ]
-        rows.append({"name": name, "cells": cells})
-    return rows
+        rows.append(
+            [
+                HeatCell(
+                    str(count or ""),
+                    0.65 * count / max(1, own) if i != j else 0.0,
+                    f"{count:,} of {own:,} training images of {name} have {other}",
+                    own=True,
+                )
+                for j, (other, count) in enumerate(zip(names, counts[i], strict=True))
+            ]
+        )
+    return heat_matrix(names, rows)
 
 
 def _copies(images: Mapping[str, Any], root: Path) -> list[list[dict[str, str]]]:

@@ -18,6 +18,7 @@ Refinement = Literal["par", "par_color", "pamr", "crf", "none"]
 Propagation = Literal["affinity", "attention", "none"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Supervision = Literal["tags", "masks"]
+Tracker = Literal["wandb", "mlflow", "trackio"]
 SUPERVISION_NAMES: Final[dict[Supervision, str]] = {
     "tags": "weakly supervised (image tags)",
     "masks": "fully supervised (masks)",
@@ -378,6 +379,9 @@ class TrainConfig:
     """Most that the feature cache may take on disk, GiB."""
     tensorboard: bool = True
     """Also write TensorBoard events when the tensorboard package is installed."""
+    trackers: tuple[Tracker, ...] = ()
+    """Also tell these of the run, each through its own library and its own environment variables: wandb, mlflow,
+    trackio."""
 
 
 @dataclass(frozen=True)

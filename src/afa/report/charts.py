@@ -59,7 +59,7 @@ def line_chart(
     Returns:
         `title`; `words`, the accessible name; `legend`: (name, color), empty where one series was given; `x_ticks` and
         `y_ticks`: (position, text); `lines`: `color`, `faint` and `points` of each; `dots`: (x, y, color);
-        `boundaries`: (x, label); `bands`: (x, width, text of the tooltip). None when there is nothing to draw.
+        `boundaries`: (x, label); `bands`: (start, width, x, text of the tooltip). None when there is nothing to draw.
     """
     drawn = [Series(s.name, s.color, _thin([point for point in s.points if math.isfinite(point[1])])) for s in series]
     drawn = [s for s in drawn if s.points]
@@ -127,6 +127,27 @@ def bar_chart(
     return {"title": title, "series": series, "ticks": ticks, "rows": laid_out}
 
 
+class HeatCell(NamedTuple):
+    """One cell of a matrix.
+
+    Attributes:
+        text: What stands in it.
+        heat: How strong its color is, 0 to 1.
+        words: What its tooltip says; empty for none.
+        own: Drawn in the color of what is right, not of what is wrong.
+    """
+
+    text: str
+    heat: float
+    words: str
+    own: bool
+
+
+def heat_matrix(names: Sequence[str], rows: Sequence[Sequence[HeatCell]]) -> list[dict[str, Any]]:
+    """Lay out a matrix of classes: `name` and `cells` of each row; its columns have the same names."""
+    return [{"name": name, "cells": cells} for name, cells in zip(names, rows, strict=True)]
+
+
 def nice_ticks(low: float, high: float, *, count: int = 5) -> list[float]:
     """Round numbers that span a range: multiples of 1, 2, 2.5 or 5 times a power of ten.
 
@@ -162,7 +183,7 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _hover_bands(series: Sequence[Series], x_end: float) -> list[tuple[float, float, str]]:
+def _hover_bands(series: Sequence[Series], x_end: float) -> list[tuple[float, float, float, str]]:
     """Invisible columns whose tooltips tell every line's value there."""
     xs = sorted({x for s in series for x, _ in s.points})
     xs = xs[:: max(1, math.ceil(len(xs) / HOVER_BANDS))]
@@ -172,7 +193,7 @@ def _hover_bands(series: Sequence[Series], x_end: float) -> list[tuple[float, fl
         near = [(s.name, min(s.points, key=lambda point: abs(point[0] - x))) for s in series]
         lines = [f"{name}: {number(y)}" for name, (at, y) in near if start <= at <= end]
         text = "\n".join([f"step {number(x)}", *lines])
-        bands.append((100 * start / x_end, 100 * (end - start) / x_end, text))
+        bands.append((100 * start / x_end, 100 * (end - start) / x_end, 100 * x / x_end, text))
     return bands
 
 

@@ -15,8 +15,11 @@ from torch.nn.functional import interpolate
 
 from afa.data.palette import overlay
 
-DISPLAY_SIZE: Final = 256
+DISPLAY_SIZE: Final = 384
 """Longest side of a picture, pixels."""
+
+SHEET_SIDE: Final = 192
+"""The same of a picture on a sheet."""
 
 Pixels = NDArray[np.uint8]
 
@@ -49,7 +52,7 @@ def lay_out(rows: Sequence[Sequence[Image.Image | None]], captions: Sequence[str
     Returns:
         RGB image on white.
     """
-    side, gap, header = DISPLAY_SIZE * 3 // 4, 6, 26
+    side, gap, header = SHEET_SIDE, 6, 26
     width = len(captions) * (side + gap) + gap
     sheet = Image.new("RGB", (width, header + len(rows) * (side + gap) + gap), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)

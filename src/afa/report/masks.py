@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from afa.config import Config
 from afa.data.dataset import TaggedImages
 from afa.inference.masks import MasksSummary
@@ -24,25 +22,25 @@ def write_masks_page(
     summary: MasksSummary,
     *,
     config: Config,
-    device: torch.device,
     count: int,
+    progress: bool = True,
 ) -> Path:
     """Write OUT/examples and OUT/masks.html.
 
     Args:
-        network: On `device`, in eval mode; the one that made the masks.
+        network: In eval mode; the one that made the masks.
         images: Where examples are taken from.
         out: Folder of the masks.
         summary: What was done.
         config: Settings that the masks were made with.
-        device: Where the network runs.
         count: How many examples.
+        progress: Show progress on standard error.
 
     Returns:
         Path of the page.
     """
     doubtful = [images.names.index(name) for name in list(summary.nothing)[: count // 2]]
-    write_examples(network, images, out, config=config, device=device, count=count, trained=False, first=doubtful)
+    write_examples(network, images, out, config=config, count=count, trained=False, first=doubtful, progress=progress)
     examples = read_examples(Run(out).examples)
     page = out / "masks.html"
     values = {

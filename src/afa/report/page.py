@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from afa.data.palette import voc_palette
 from afa.errors import AfaError
 from afa.report.charts import Series, bar_chart, line_chart
 from afa.report.collect import LABEL_KINDS, collect_report
+from afa.report.confusion import confusion_view, explorer_link, with_links
 from afa.report.pictures import PICTURES, THRESHOLD_PICTURES
 from afa.report.render import data_uri, render_page
 from afa.runs.run import Run
@@ -26,12 +28,16 @@ _COLUMNS: Final = (*PICTURES, *THRESHOLD_PICTURES)
 _LEGEND_LIMIT: Final = 30
 """With more classes than this, the legend has only those that the examples are tagged with."""
 
+_REFRESH: Final = 30
+"""Seconds after which a browser looks for a newer page of a running training."""
 
-def write_report(run: Path) -> Path:
+
+def write_report(run: Path, *, running: bool = False) -> Path:
     """Write RUN/report.json and RUN/report.html, each in one piece.
 
     Args:
         run: Run folder, finished or not.
+        running: Its training goes on: the page says so, and looks for a newer one now and then.
 
     Returns:
         Path of the page.
@@ -39,11 +45,16 @@ def write_report(run: Path) -> Path:
     Raises:
         AfaError: `run` is no run folder, or one of its files is broken.
     """
-    report = collect_report(run)
+    report = collect_report(run, running=running)
     folder = Run(run)
-    values = collect_page(report, folder.metrics(), read_examples(folder.examples))
-    galleries = {"uncertain": read_examples(folder.uncertain), "thresholds": read_examples(folder.thresholds)}
+    scores = {each["image"]: each for each in with_links(folder.scores("seg").get("images", ()))}
+    folders = ("examples", "worst", "best", "uncertain", "thresholds")
+    galleries = {name: read_examples(getattr(folder, name)) for name in folders}
+    for example in (each for gallery in galleries.values() for each in gallery):
+        example["score"] = scores.get(example["name"])
+    values = collect_page(report, folder.metrics(), galleries["examples"])
     values |= {"worth": folder.worth(), "galleries": galleries, "columns_of": picture_columns}
+    values |= {"written": datetime.now().astimezone().replace(microsecond=0), "refresh": _REFRESH}
     folder.write_report(report, render_page("report", **values))
     return folder.page
 
@@ -55,7 +66,7 @@ def read_examples(folder: Path) -> list[dict[str, Any]]:
         folder: What `write_examples` left.
 
     Returns:
-        `name`, `tags` and `pictures` (picture name -> data URI) of each example; empty without an index.
+        `name`, `tags`, `pictures` (picture name -> data URI), `score` (None) of each example; empty without an index.
 
     Raises:
         AfaError: The index or a picture is broken.
@@ -68,7 +79,7 @@ def read_examples(folder: Path) -> list[dict[str, Any]]:
         for entry in json.loads(index.read_text(encoding="utf-8")):
             files = {key: index.parent / entry["folder"] / f"{key}.png" for key in _COLUMNS}
             pictures = {key: data_uri(Image.open(path)) for key, path in files.items() if path.is_file()}
-            examples.append({"name": entry["name"], "tags": entry["tags"], "pictures": pictures})
+            examples.append({key: entry[key] for key in ("name", "tags")} | {"pictures": pictures, "score": None})
     except (ValueError, KeyError, TypeError, OSError):
         raise AfaError(f"{index}: it or a picture beside it is broken; delete {index.parent}") from None
     return examples
@@ -87,7 +98,9 @@ def collect_page(
     Returns:
         `report` and `examples`; `columns`: names of the pictures that an example has; `colors`: (class, RGB) of the
         legend; `charts` of the training, None without a step; `scores`: those by class; `environment`: what is known
-        of it, by name; `parameters`, `data`: texts, or None; `gain`: of the segmentation over the CAM, points.
+        of it, by name; `parameters`, `data`: texts, or None; `gain`: of the segmentation over the CAM, points;
+        `confusion`: as of `confusion_view`; `ranked`: `worst` and `best` images, as of `with_links`; `explorer`: where
+        the explorer shows an image.
     """
     classes, count = report["classes"], report["num_parameters"]
     parameters = None if count is None else f"{count / 1e6:.1f} M parameters"
@@ -105,6 +118,9 @@ def collect_page(
         "parameters": parameters,
         "data": Path(report["config"]["data"]["root"]).name,
         "gain": _difference(report["miou"], report["cam_miou"]),
+        "confusion": confusion_view(classes, report["confusion"]),
+        "ranked": {side: with_links(report[side]) for side in ("worst", "best")},
+        "explorer": explorer_link("NAME"),
     }
 
 

@@ -33,7 +33,7 @@ from afa.report.drawing import DISPLAY_SIZE, Pixels, Token, blend_heat, blend_la
 from afa.runs.files import write_whole
 from afa.runs.network import load_run
 from afa.runs.run import Run
-from afa.runtime import pick_device, progress_bar
+from afa.runtime import image_progress, pick_device
 
 PICTURES: Final = {
     "image": "image",
@@ -66,30 +66,63 @@ def write_examples(
     run: Path,
     *,
     config: Config,
-    device: torch.device,
     count: int,
     trained: bool = True,
     first: Sequence[int] = (),
-) -> None:
+    progress: bool = True,
+) -> Path | None:
     """Write RUN/examples: a folder of pictures for each of some evenly spaced images, sheet.png and index.json.
 
     The pseudo labels see an image's true tags, the prediction sees the image alone. What an earlier call left
     in RUN/examples is removed. The network is in eval mode during the call.
 
     Args:
-        network: On `device`.
+        network: Its parameters say the device.
         images: Where examples are taken from, `MaskedImages` where there are masks. Up to a quarter hold none of the
             classes; images of which nothing is known, and broken ones, are passed over.
         run: Run folder.
         config: Its `pseudo` and `evaluation` sections apply.
-        device: Where the network runs.
         count: How many examples; fewer when there are fewer images with tags.
         first: Positions of images that come first; the others are evenly spaced.
         trained: Off, the pictures are image, CAM and pseudo label alone: decoder and affinity have learned nothing.
+        progress: Show progress on standard error.
+
+    Returns:
+        The sheet; None without an example.
     """
     others = [i for i in evenly_spaced(images, count, negatives=count // 4) if i not in first]
     draw = _example_pictures if trained else _untrained_pictures
-    _write_drawn(Run(run).examples, network, images, [*first, *others][:count], draw, config=config, device=device)
+    picks = [*first, *others][:count]
+    return _write_drawn(Run(run).examples, network, images, picks, draw, config=config, progress=progress)
+
+
+def write_ranked(
+    network: AfaNetwork,
+    images: TaggedImages,
+    run: Path,
+    ranked: Sequence[str],
+    *,
+    config: Config,
+    count: int,
+    progress: bool = True,
+) -> None:
+    """Write RUN/worst and RUN/best, as `write_examples` does: `count` // 4 of the best, and twice as many of the worst.
+
+    Args:
+        network: In eval mode during the call; its parameters say the device.
+        images: What was scored.
+        run: Run folder.
+        ranked: Names of the images, the lowest score first.
+        config: Settings of the run.
+        count: How many examples the run has.
+        progress: Show progress on standard error.
+    """
+    places, few = {name: i for i, name in enumerate(images.names)}, count // 4
+    for folder, names in ((Run(run).worst, ranked[: 2 * few]), (Run(run).best, ranked[::-1][:few])):
+        shutil.rmtree(folder, ignore_errors=True)
+        if names:
+            picks = [places[name] for name in names]
+            _write_drawn(folder, network, images, picks, _example_pictures, config=config, progress=progress)
 
 
 def _opened(
@@ -104,7 +137,9 @@ def _opened(
         yield i, seen
 
 
-def write_worth(network: AfaNetwork, images: TaggedImages, run: Path, worth: Worth, *, config: Config) -> None:
+def write_worth(
+    network: AfaNetwork, images: TaggedImages, run: Path, worth: Worth, *, config: Config, progress: bool = True
+) -> None:
     """Write RUN/uncertain, the images whose prediction is least certain, and RUN/thresholds, as `write_examples` does.
 
     Args:
@@ -113,11 +148,12 @@ def write_worth(network: AfaNetwork, images: TaggedImages, run: Path, worth: Wor
         run: Run folder.
         worth: What was found.
         config: Settings of the run.
+        progress: Show progress on standard error.
     """
     places = {name: i for i, name in enumerate(images.names)}
     uncertain = [places[name] for name, _ in worth.uncertain]
     spread = evenly_spaced(images, _THRESHOLD_EXAMPLES)
-    settings: dict[str, Any] = {"config": config, "device": next(network.parameters()).device}
+    settings: dict[str, Any] = {"config": config, "progress": progress}
     _write_drawn(Run(run).uncertain, network, images, uncertain, _example_pictures, **settings)
     _write_drawn(Run(run).thresholds, network, images, spread, _threshold_pictures, **settings)
 
@@ -126,31 +162,35 @@ def _write_drawn(
     folder: Path,
     network: AfaNetwork,
     images: TaggedImages,
-    picks: Iterable[int],
+    picks: Sequence[int],
     draw: Callable[[AfaNetwork, Config, _Seen], dict[str, Pixels]],
     *,
     config: Config,
-    device: torch.device,
-) -> None:
-    """Write a folder of pictures for each of the images at some places, then sheet.png and index.json."""
+    progress: bool,
+) -> Path | None:
+    """Write a folder of pictures for each of the images at some places, then the sheet and index.json."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     was_training = network.training
     network.eval()
     index: list[dict[str, object]] = []
-    for number, (i, seen) in enumerate(_opened(images, picks, config, device)):
-        name = f"{number:03d}"
-        (folder / name).mkdir()
-        for key, picture in draw(network, config, seen).items():
-            Image.fromarray(picture).save(folder / name / f"{key}.png")
-        tags = [c for c, present in zip(images.classes, images.tags(i), strict=True) if present]
-        index.append({"name": images.names[i], "tags": tags, "folder": name})
+    device = next(network.parameters()).device
+    with image_progress(f"draw {folder.name}", total=len(picks), enabled=progress) as advance:
+        for number, (i, seen) in enumerate(_opened(images, picks, config, device)):
+            name = f"{number:03d}"
+            (folder / name).mkdir()
+            for key, picture in draw(network, config, seen).items():
+                Image.fromarray(picture).save(folder / name / f"{key}.png")
+            tags = [c for c, present in zip(images.classes, images.tags(i), strict=True) if present]
+            index.append({"name": images.names[i], "tags": tags, "folder": name})
+            advance(1)
     network.train(was_training)
-    if index:
-        rows = [str(entry["folder"]) for entry in index[:_SHEET_ROWS]]
-        draw_sheet([folder / row for row in rows]).save(folder / "sheet.png")
+    sheet = folder / "sheet.png" if index else None
+    if sheet is not None:
+        draw_sheet([folder / str(entry["folder"]) for entry in index[:_SHEET_ROWS]]).save(sheet)
     # Last and in one piece, so that an index never lists a missing picture.
     write_whole(folder / "index.json", json.dumps(index, indent=1) + "\n")
+    return sheet
 
 
 @torch.inference_mode()
@@ -193,13 +233,12 @@ def write_figures(
         raise AfaError(f"{opened.root}: no image with tags to draw; pass --data with another folder")
     draw = {"affinity": _affinity_rows, "cam": _cam_rows, "labels": _label_rows, "results": _result_rows}
     rows: dict[str, list[_Row]] = {name: [] for name in FIGURES}
-    with progress_bar(enabled=progress) as bar:
-        task = bar.add_task("figures", total=len(picks), rate="")
+    with image_progress("draw figures", total=len(picks), enabled=progress) as advance:
         for i in picks:
             seen = _Seen.open(images, i, config, next(network.parameters()).device, enlarge=True)
             for name, sheet in rows.items():
                 sheet += draw[name](network, config, seen)
-            bar.update(task, advance=1)
+            advance(1)
     folder = Run(run).figures
     folder.mkdir(exist_ok=True)
     for name, captions in FIGURES.items():

@@ -24,7 +24,9 @@ class Run:
         self.data = self.path / "data"  # of the demo
         self.checkpoints = self.path / "checkpoints"
         self.examples = self.path / "examples"
-        self.uncertain = self.path / "uncertain"  # more examples, of runs without masks
+        self.worst = self.path / "worst"  # more examples, of runs with masks
+        self.best = self.path / "best"
+        self.uncertain = self.path / "uncertain"  # and of those without
         self.thresholds = self.path / "thresholds"
         self.figures = self.path / "figures"
         self.features = self.path / "features"
@@ -37,6 +39,7 @@ class Run:
         self._metrics = self.path / "metrics.jsonl"
         self._environment = self.path / "environment.json"
         self._evaluation = self.path / "evaluation"
+        self._trackers = self.path / "trackers.json"
         self._worth = self.path / "worth.json"
         self._report = self.path / "report.json"
 
@@ -208,6 +211,14 @@ class Run:
         """Write what `worth` reads."""
         _write_object(self._worth, worth)
 
+    def tracker_ids(self) -> dict[str, Any]:
+        """The runs of trackers that this one is, by their names; raises `AfaError` if the file is broken."""
+        return _read_object(self._trackers)
+
+    def write_tracker_ids(self, ids: Mapping[str, str]) -> None:
+        """Write what `tracker_ids` reads."""
+        _write_object(self._trackers, ids)
+
     def report(self) -> dict[str, Any]:
         """The figures of the report; empty before it is written. Raises `AfaError` for a broken file."""
         return _read_object(self._report)
@@ -228,6 +239,9 @@ def _read_figures(path: Path) -> dict[str, Any]:
     per_class = figures.get("per_class", {})
     scores = [figures.get(name) for name in ("miou", "tag_f1", "boundary_iou")]
     scores += per_class.values() if isinstance(per_class, dict) else ["not an object"]
+    images, confusion = figures.get("images", []), figures.get("confusion") or []
+    scores += [each.get("iou", "none") if isinstance(each, dict) else "not an object" for each in images]
+    scores += [pixels for row in confusion for pixels in (row if len(row) == len(confusion) else ["another length"])]
     if not all(score is None or (isinstance(score, int | float) and score is not True) for score in scores):
         raise AfaError(f"{path}: not what afa evaluate --json writes; write it again or delete it")
     return figures

@@ -1,14 +1,18 @@
-"""metrics.jsonl and TensorBoard: one line of figures at a time, safe against a kill."""
+"""metrics.jsonl and trackers: one line of figures at a time, safe against a kill."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
+
+from PIL import Image
 
 from afa.config import Config
+from afa.evaluation.scores import EvaluationResult
 from afa.runs.run import Run
+from afa.training.trackers import Trackers
 
 LOSSES: Final = ("cls_loss", "seg_loss", "aff_loss", "reg_loss")
 """Keys of the losses in metrics.jsonl, beside their weighted sum."""
@@ -23,28 +27,48 @@ class MetricsLog:
     Args:
         run: Run folder, whose log it is.
         resume_step: Lines of later steps, which a resumed run will write again, are dropped.
-        tensorboard: Also write TensorBoard events, if the package is installed.
+        trackers: What else is told of every line.
     """
 
-    def __init__(self, run: Path, *, resume_step: int, tensorboard: bool) -> None:
+    def __init__(self, run: Path, *, resume_step: int, trackers: Trackers | None = None) -> None:
         self._run = Run(run)
         self._run.write_metrics([line for line in self._run.metrics() if line["step"] <= resume_step])
-        self._writer = _tensorboard_writer(self._run.tensorboard) if tensorboard else None
+        self._trackers = trackers
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line; it has `kind` and `step`. Numbers that are not finite, which JSON lacks, become null."""
         line = {key: None if _is_not_finite(value) else value for key, value in line.items()}
         self._run.append_metrics(line)
-        if self._writer is not None:
-            for key, value in line.items():
-                if key not in ("step", "kind") and isinstance(value, (int, float)):
-                    name = f"{line['kind']}/{line['labels']}_{key}" if "labels" in line else f"{line['kind']}/{key}"
-                    self._writer.add_scalar(name, value, line["step"])
+        self.track(line, line["kind"], line["step"])
 
-    def close(self) -> None:
-        """Flush what TensorBoard holds back."""
-        if self._writer is not None:
-            self._writer.close()
+    def track(self, figures: Mapping[str, Any], kind: str, step: int) -> None:
+        """Tell the trackers the numbers among some figures, as `KIND/NAME` or `KIND/LABELS_NAME`."""
+        if self._trackers is None:
+            return
+        prefix = f"{kind}/{figures['labels']}_" if "labels" in figures else f"{kind}/"
+        numbers = {key: value for key, value in figures.items() if isinstance(value, (int, float)) and key != "step"}
+        self._trackers.tell("scalars", {prefix + key: value for key, value in numbers.items()}, step)
+
+    def show(self, step: int, *, sheet: Path | None = None, result: EvaluationResult | None = None) -> None:
+        """Give the trackers a sheet of examples, and of an evaluation the curves of its tags."""
+        if self._trackers is None:
+            return
+        if sheet is not None and sheet.is_file():
+            with Image.open(sheet) as picture:
+                self._trackers.tell("picture", "examples", picture.convert("RGB"), step)
+        if result is not None and result.tags is not None:
+            self._trackers.tell("tags", list(result.per_class)[1:], *result.tags, step)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Hand over what the trackers hold back; `failed` tells them how the run ended."""
+        if self._trackers is not None:
+            self._trackers.close(failed=failed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(failed=kind is not None)
 
 
 def describe(line: Mapping[str, Any]) -> str:
@@ -68,11 +92,3 @@ def affinity_warning(line: Mapping[str, Any], config: Config) -> str | None:
 
 def _is_not_finite(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def _tensorboard_writer(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder))

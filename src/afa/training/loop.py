@@ -6,7 +6,7 @@ import contextlib
 import platform
 import shutil
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,14 @@ from afa.training.feature_cache import prepare_features
 from afa.training.log import LOSSES, MetricsLog, affinity_warning, describe
 from afa.training.schedule import learning_rate, phase
 from afa.training.step import LossFunction, StepLosses, compute_losses
+from afa.training.trackers import Trackers
 from afa.types import Batch
 
 _FREE_KEYS = frozenset(
     {"data.root", "data.workers", "data.cache_gib", "data.feature_dir", "evaluation.batch_size"}
     | {"train.device", "train.cuda_graphs", "train.compile", "train.log_steps", "train.eval_steps"}
     | {"train.eval_images", "train.feature_cache_gib", "train.save_steps", "train.example_images", "train.tensorboard"}
+    | {"train.trackers"}
 )
 """Keys that may differ between a run and its resumption, because they do not change the weights."""
 
@@ -51,11 +53,13 @@ class TrainResult:
         network: Trained network, in evaluation mode.
         classes: Names of the C foreground classes.
         seconds: Time spent in training steps, all resumptions added up.
+        log: What the run is told to, for what comes after; the caller closes it. None but in the main process.
     """
 
     network: AfaNetwork
     classes: tuple[str, ...]
     seconds: float
+    log: MetricsLog | None = None
 
 
 @dataclass
@@ -91,6 +95,7 @@ def train(
     processes: Processes = ALONE,
     resume: bool = False,
     progress: bool = True,
+    show: Callable[[AfaNetwork], Path | None] | None = None,
 ) -> TrainResult:
     """Train a network and write its run folder, up to the final weights; from tags, or as `train.supervision` says.
 
@@ -102,13 +107,14 @@ def train(
         processes: Processes that train together.
         resume: Go on from the newest checkpoint of `run`; without one, start.
         progress: Show progress on standard error.
+        show: Called by the main process at each evaluation, to draw what is there; returns a sheet of examples.
 
     Returns:
         The trained network.
 
     Raises:
         AfaError: Bad data, configuration or weights; `run` holds a run already and `resume` is off, or holds one
-            with other settings; the disk is full; the loss stays not finite.
+            with other settings; a tracker does not start; the disk is full; the loss stays not finite.
     """
     progress = progress and processes.is_main
     images, compute = _open_training(config, data, tell=processes.is_main)
@@ -121,23 +127,28 @@ def train(
     processes.wait()
     engine = TrainingEngine(network, config, device=device, processes=processes, compute=compute)
     start, seconds = _restore(run, engine) if resume else (0, 0.0)
-    large = LargeImages(images, Run(run).pixels, int(config.data.large_gib * 2**30))
-    cache = PixelCache(len(images), resolve_cache(config.data.cache_gib, processes=processes.count), large=large)
-    if config.train.feature_cache:
-        engine.features = prepare_features(
-            network, images, config, run, processes=processes, cache=cache, progress=progress
-        )
-    log = MetricsLog(run, resume_step=start, tensorboard=config.train.tensorboard) if processes.is_main else None
-    loop = _Loop(run, engine, scored, log, start, seconds, progress=progress)
-    with contextlib.closing(log) if log else contextlib.nullcontext():
-        seconds = loop.run(_batches(engine, images, start, cache))
-    network.eval()
+    log = None
     if processes.is_main:
-        shutil.rmtree(Run(run).pixels, ignore_errors=True)
-        save_weights(Run(run).weights, network)
-        _write_environment(run, engine, seconds)
-    processes.wait()
-    return TrainResult(network, images.classes, seconds)
+        log = MetricsLog(run, resume_step=start, trackers=Trackers(Run(run), config, resumed=start > 0))
+    with contextlib.ExitStack() as unfinished:
+        if log is not None:
+            unfinished.enter_context(log)
+        large = LargeImages(images, Run(run).pixels, int(config.data.large_gib * 2**30))
+        cache = PixelCache(len(images), resolve_cache(config.data.cache_gib, processes=processes.count), large=large)
+        if config.train.feature_cache:
+            engine.features = prepare_features(
+                network, images, config, run, processes=processes, cache=cache, progress=progress
+            )
+        loop = _Loop(run, engine, scored, log, start, seconds, progress=progress, show=show)
+        seconds = loop.run(_batches(engine, images, start, cache))
+        network.eval()
+        if processes.is_main:
+            shutil.rmtree(Run(run).pixels, ignore_errors=True)
+            save_weights(Run(run).weights, network)
+            _write_environment(run, engine, seconds)
+        processes.wait()
+        unfinished.pop_all()
+    return TrainResult(network, images.classes, seconds, log)
 
 
 def _restore(run: Path, engine: TrainingEngine) -> tuple[int, float]:
@@ -194,7 +205,9 @@ class _Loop:
         seconds: float,
         *,
         progress: bool,
+        show: Callable[[AfaNetwork], Path | None] | None,
     ) -> None:
+        self.show = show
         self.run_folder = run
         self.engine = engine
         self.config = engine.config
@@ -267,21 +280,17 @@ class _Loop:
             save_checkpoint(self.run_folder, step=self.step, network=self.engine.network, state=state)
 
     def _evaluate(self) -> None:
-        if self.scored is None:
-            return
-        paused = time.perf_counter()
-        result = evaluate(
-            self.engine.network,
-            first_images(self.scored, self.config.train.eval_images),
-            self.config,
-            processes=self.engine.processes,
-            progress=False,
-        )
-        if self.log is not None:
+        paused, network, result = time.perf_counter(), self.engine.network, None
+        if self.scored is not None:
+            images = first_images(self.scored, self.config.train.eval_images)
+            result = evaluate(network, images, self.config, processes=self.engine.processes, progress=self.progress)
+        if self.log is not None and result is not None:
             figures = result.to_json()
             keys = ("labels", "protocol", "miou", "num_images", "seconds")
             self.log.write({"kind": "eval", "step": self.step} | {key: figures[key] for key in keys})
             say(f"step {self.step}: segmentation mIoU {result.miou:.1f} on {result.num_images} images")
+        if self.log is not None:
+            self.log.show(self.step, sheet=self.show(network) if self.show else None, result=result)
         # Neither the training time nor the rate includes evaluation.
         self._began += time.perf_counter() - paused
 
