@@ -63,6 +63,9 @@ SCORED_LABELS = ("seg", "cam", "propagated")
 _TRAINED = ("augment", "model", "loss", "schedule")
 """Sections that only training reads."""
 
+_LIVE_EXAMPLES = 4
+"""Examples at most that an evaluation during a training draws: each takes as long as scoring several images."""
+
 _DEMO_IMAGE_SIZE = 128
 
 _SMOKE: dict[str, Any] = {"schedule.max_steps": 40, "schedule.cls_steps": 15, "schedule.refined_steps": 25}
@@ -161,7 +164,7 @@ def _show_running(config: Config, data: DataSet, run: Path, network: AfaNetwork)
     try:
         if config.train.example_images and data.has_validation:
             images = loop.open_validation(config, data) or data.validation()
-            count = config.train.example_images
+            count = min(_LIVE_EXAMPLES, config.train.example_images)
             sheet = write_examples(network, images, run, config=config, count=count, progress=False)
         write_report(run, running=True)
     except AfaError as error:
@@ -558,7 +561,7 @@ def masks(
         network, images, out, config=config, kind="cam", refine=True, overlay=True, tiling=tiling, progress=progress
     )
     written = _labels_with_formats(written, names, images, out, progress=progress)
-    summary = summarize_masks(written, images, out)
+    summary = summarize_masks(written, images, out, progress=progress)
     write_masks_page(network, images, out, summary, config=config, count=examples, progress=progress)
     return summary
 

@@ -263,7 +263,7 @@ def progress_bar(*, enabled: bool = True, extra: str = "") -> Progress:
 
 @contextlib.contextmanager
 def image_progress(
-    description: str, *, total: int, done: int = 0, images: int = 1, enabled: bool = True, unit: str = "images"
+    description: str, *, total: int | None, done: int = 0, images: int = 1, enabled: bool = True, unit: str = "images"
 ) -> Iterator[Advance]:
     """Show images done, rate and time left on standard error: as a bar, or a line now and then.
 
@@ -271,7 +271,7 @@ def image_progress(
 
     Args:
         description: What is going on.
-        total: How many there are to do.
+        total: How many there are to do; None where it is not known.
         done: How many of them are done already.
         images: Images of each.
         enabled: False shows nothing.
@@ -279,25 +279,30 @@ def image_progress(
 
     Yields:
         Function that takes how many were done since its last call; then, if they are known, images per second, else
-        their mean since the start, and words to show beside them.
+        their mean since the start, and words to show beside them. Threads may call it.
     """
     first, began = done, time.monotonic()
-    told = began
+    told, lock = began, threading.Lock()
     with _as_innermost(description), progress_bar(enabled=enabled and len(_bars) == 1, extra="words") as bar:
         in_lines = enabled and (len(_bars) > 1 or not bar.console.is_terminal)
         task = bar.add_task(description, total=total, completed=done, rate="", words="")
 
         def advance(count: int, rate: float | None = None, words: str = "") -> None:
             nonlocal done, told
-            done += count
             now = time.monotonic()
+            with lock:
+                done += count
+                telling = in_lines and now - told > _TOLD_SECONDS
+                told = now if telling else told
             if rate is None:
                 rate = (done - first) * images / max(now - began, 1e-6)
             bar.update(task, completed=done, rate=f"{rate:.3g} {unit}/s" if rate else "", words=words)
-            if in_lines and rate and now - told > _TOLD_SECONDS:
-                parts = [f"{description} {done}/{total}", f"{rate:.3g} {unit}/s", *([words] if words else [])]
-                say("  ".join([*parts, f"{duration((total - done) * images / rate)} left"]))
-                told = now
+            if telling:
+                parts = [f"{description} {done}" if total is None else f"{description} {done}/{total}"]
+                parts += [f"{rate:.3g} {unit}/s"] if rate else []
+                parts += [words] if words else []
+                parts += [f"{duration((total - done) * images / rate)} left"] if rate and total is not None else []
+                say("  ".join(parts))
 
         yield advance
 

@@ -140,7 +140,7 @@ def test_what_is_wrong_with_images_is_said_by_name(troubled: Path, tmp_path: Pat
     assert json.loads((tmp_path / "out" / "check.json").read_text(encoding="utf-8")) == report
     html = page.read_text(encoding="utf-8")
     assert html.count("data:image/jpeg;base64,") == 6  # three groups of two
-    assert not re.search("<script|http", html)
+    assert not re.search("<script [^>]|http", html)
     assert "3 errors, 4 warnings" in html
 
 
@@ -184,8 +184,8 @@ def test_the_page_has_a_chart_and_shares_and_escapes_texts(tmp_path: Path) -> No
     assert [row["label"] for row in page["chart"]["rows"]] == ["dog", "cat"]
     assert page["chart"]["rows"][0]["words"] == "dog\nto train on: 20\nfor validation: 5"
     report["together"] = [[20, 5], [5, 10]]
-    cells = [[(cell["count"], cell["share"]) for cell in row["cells"]] for row in collect_page(report)["matrix"]]
-    assert cells == [[(20, 0.0), (5, 0.25)], [(5, 0.5), (10, 0.0)]]
+    cells = [[(cell.text, cell.heat) for cell in row["cells"]] for row in collect_page(report)["matrix"]]
+    assert cells == [[("20", 0.0), ("5", 0.65 * 0.25)], [("5", 0.65 * 0.5), ("10", 0.0)]]
     html = write_check(report, tmp_path).read_text(encoding="utf-8")
     assert html.count("&lt;b&gt;&amp;") == len(page["problems"]) == 200
     assert "and 100 more in check.json" in html

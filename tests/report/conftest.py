@@ -11,6 +11,12 @@ from PIL import Image
 
 from afa.config import config_to_toml, load_config
 
+IMAGES = [
+    {"image": "a", "iou": 40.0, "accuracy": 80.0, "truth": "background", "prediction": "cat", "share": 20.0},
+    {"image": "<i>", "iou": 12.5, "accuracy": 25.0, "truth": "cat", "prediction": "dog & <b>", "share": 75.0},
+    {"image": "empty", "iou": None, "accuracy": None, "truth": "", "prediction": "", "share": None},
+]
+
 
 @pytest.fixture
 def bare(tmp_path: Path) -> Path:
@@ -38,6 +44,8 @@ def full(bare: Path) -> Path:
     for kind, miou in (("seg", 71.25), ("propagated", 65.0), ("cam", 60.0)):
         per_class = {"background": 90.0, "cat": miou, "dog & <b>": None}
         scores = {"miou": miou, "per_class": per_class, "protocol": "single", "num_images": 3, "tag_f1": 88.0}
+        if kind == "seg":
+            scores |= {"confusion": [[80, 15, 5], [10, 30, 0], [0, 0, 0]], "images": IMAGES}
         (bare / "evaluation" / f"{kind}.json").write_text(json.dumps(scores))
     for number, pictures in (("000", "image cam propagated pseudo prediction truth"), ("001", "image cam")):
         (bare / "examples" / number).mkdir(parents=True)

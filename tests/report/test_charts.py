@@ -80,7 +80,7 @@ def test_long_lines_are_thinned_to_means() -> None:
 def test_tooltips_and_accessible_name() -> None:
     series = [Series("a", "seg", [(0, 0.5), (1000, 0.125)]), Series("late", "cam", [(1000, 7.0)])]
     chart = drawn(line_chart(series, title="Loss"))
-    assert chart["bands"] == [(0, 50, "step 0\na: 0.5"), (50, 50, "step 1,000\na: 0.125\nlate: 7")]
+    assert chart["bands"] == [(0, 50, 0, "step 0\na: 0.5"), (50, 50, 100, "step 1,000\na: 0.125\nlate: 7")]
     assert chart["words"] == "Loss by step, up to step 1,000; at the end: a 0.125, late 7"
 
 

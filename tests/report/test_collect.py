@@ -25,6 +25,9 @@ def test_finished_run_gives_every_key(full: Path) -> None:
     assert {key: report[key] for key in expected} == expected
     assert report["config"]["schedule"]["max_steps"] == 40
     assert report["per_class"]["cam"]["cat"] == 60.0
+    assert report["confusion"] == [[80, 15, 5], [10, 30, 0], [0, 0, 0]]
+    assert [[each["image"] for each in report[side]] for side in ("worst", "best")] == [["<i>", "a"], ["a", "<i>"]]
+    assert report["latest"]["step"] == 40
     json.dumps(report, allow_nan=False)
 
 
@@ -59,6 +62,9 @@ def test_torn_and_repeated_lines(bare: Path) -> None:
         ("[1]", "holds list, not a JSON object"),
         ('{"miou": "x"}', "not what afa evaluate --json writes"),
         ('{"miou": 5, "per_class": {"cat": true}}', "not what afa evaluate --json writes"),
+        ('{"confusion": [[1], [1, 2]]}', "not what afa evaluate --json writes"),
+        ('{"images": [{"image": "a"}]}', "not what afa evaluate --json writes"),
+        ('{"images": [7]}', "not what afa evaluate --json writes"),
         ('{"miou": 5, "per_class": 5}', "not what afa evaluate --json writes"),
     ],
 )

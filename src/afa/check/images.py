@@ -19,7 +19,7 @@ from afa.data.images import level_warning
 from afa.data.pixels import WHITE_LEVEL
 from afa.errors import AfaError, BrokenImageError
 from afa.report.render import counted
-from afa.runtime import progress_bar
+from afa.runtime import image_progress
 
 TINY_SIDE: Final = 64
 """Images with a shorter side, in pixels, have too little detail."""
@@ -82,14 +82,13 @@ def read_images(opened: OpenedData, limit: int | None, *, threads: int, progress
         if scored is not None and rows[index, 1] >= 0:
             scored.mask(int(rows[index, 1]))
 
-    with progress_bar(enabled=progress) as bar:
-        task = bar.add_task("reading images", total=len(paths), rate="")
+    with image_progress("reading images", total=len(paths), enabled=progress) as advance:
         scan = scan_images(
             paths,
             threads=threads,
             white_level=opened.train.white_level if opened.train else WHITE_LEVEL,
             read_mask=read_mask,
-            tell=lambda: bar.advance(task),
+            tell=lambda: advance(1),
         )
     classes = opened.data.classes
     tags = [opened.train_tags[one] if one >= 0 else opened.validation_tags[other] for one, other in rows.tolist()]

@@ -21,8 +21,6 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from rich.console import Console
-from rich.progress import track
 
 from afa.data.classes import check_classes, check_count
 from afa.data.files import ImageFiles, check_paths
@@ -32,6 +30,7 @@ from afa.data.readers.coco import CocoFile, Id, id_order, parse
 from afa.data.readers.tag_files import read_tags
 from afa.errors import AfaError, shown
 from afa.runs.files import link_or_copy, write_whole
+from afa.runtime import image_progress
 from afa.types import IGNORE_INDEX
 
 _FINE: Final = 7  # Polygons are drawn this much larger, and the middle of each block of pixels is taken: an odd number.
@@ -113,11 +112,14 @@ def convert_coco(instances: Path, images: Path, out: Path, *, split: str, progre
         masks = {number: out / "SegmentationClassAug" / f"{stem}.png" for number, stem in stems.items()}
         missing = [number for number, path in masks.items() if not path.is_file()]
         index = {category: value for value, category in enumerate(found.names, start=1)}
-        for number in track(missing, f"Masks of {split}", console=Console(stderr=True), disable=not progress):
-            image = found.images[number]
-            parts = [part["instance"]._replace(category=part["category_id"]) for part in found.annotations[number]]
-            where = f"{instances}, image {image['file_name']!r}"
-            write_index_png(masks[number], semantic_mask(parts, index, image["height"], image["width"], where=where))
+        with image_progress(f"masks of {split}", total=len(missing), enabled=progress) as advance:
+            for number in missing:
+                image = found.images[number]
+                parts = [part["instance"]._replace(category=part["category_id"]) for part in found.annotations[number]]
+                where = f"{instances}, image {image['file_name']!r}"
+                mask = semantic_mask(parts, index, image["height"], image["width"], where=where)
+                write_index_png(masks[number], mask)
+                advance(1)
         _write_tags(out / "lists" / "tags.csv", {stem: found.tags(number) for number, stem in stems.items()}, classes)
         write_whole(out / "lists" / f"{split}.txt", "".join(f"{stem}\n" for stem in stems.values()))
     except OSError as error:

@@ -15,12 +15,11 @@ from typing import Final
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from afa.data.palette import write_index_png
 from afa.demo.shapes import DEFAULT_STYLE, SHAPE_CLASSES, Scene, ShapesStyle, draw_shapes
 from afa.errors import AfaError
+from afa.runtime import image_progress
 
 MARKER_NAME: Final = "shapes.json"
 """File in the data set's folder that holds the parameters it was made with."""
@@ -99,13 +98,15 @@ def _write_files(
         (root / name).mkdir(parents=True)
     tags = {}
     jobs = [(split, i) for split, count in enumerate(counts.values()) for i in range(count)]
-    for split, i in track(jobs, "Generating images", console=Console(stderr=True), disable=not progress):
-        name = f"{list(counts)[split]}_{i:05d}"
-        scene = draw(split, i)
-        image_path = root / "JPEGImages" / f"{name}.jpg"
-        Image.fromarray(scene.image).save(image_path, quality=_JPEG_QUALITY, subsampling="4:4:4")
-        write_index_png(root / "SegmentationClassAug" / f"{name}.png", scene.mask)
-        tags[name] = " ".join(c for c in classes if c in scene.visible)
+    with image_progress("generating", total=len(jobs), enabled=progress) as advance:
+        for split, i in jobs:
+            name = f"{list(counts)[split]}_{i:05d}"
+            scene = draw(split, i)
+            image_path = root / "JPEGImages" / f"{name}.jpg"
+            Image.fromarray(scene.image).save(image_path, quality=_JPEG_QUALITY, subsampling="4:4:4")
+            write_index_png(root / "SegmentationClassAug" / f"{name}.png", scene.mask)
+            tags[name] = " ".join(c for c in classes if c in scene.visible)
+            advance(1)
     files = {
         "classes.txt": classes,
         "lists/tags.csv": ["image,tags", *(f"{name},{text}" for name, text in tags.items())],

@@ -19,6 +19,7 @@ from afa.data.images import IMAGE_SUFFIXES, read_size
 from afa.data.palette import index_png, voc_palette
 from afa.errors import AfaError, first_line
 from afa.formats.job import Job
+from afa.runtime import image_progress
 from afa.types import IGNORE_INDEX
 
 FOLDER: Final = "results/VOC2012/Segmentation/comp5_test_cls"
@@ -105,16 +106,19 @@ def check_voc_test(
     def blame(kind: str, what: str) -> None:
         problems.setdefault(kind, []).append(what)
 
-    for entry, content in _entries(path):
-        mask = PurePosixPath(entry)
-        if str(mask.parent) != FOLDER or mask.suffix != ".png":
-            blame(f"not a PNG in {FOLDER}", entry)
-            continue
-        if mask.stem in found:
-            blame("twice in the archive", mask.name)
-        found.add(mask.stem)
-        if fault := _mask_fault(content, _image_size(mask.stem, images)):
-            blame(fault[0], mask.name + fault[1])
+    total = None if names is None else len(names)
+    with image_progress("checking masks", total=total, unit="masks") as advance:
+        for entry, content in _entries(path):
+            advance(1)
+            mask = PurePosixPath(entry)
+            if str(mask.parent) != FOLDER or mask.suffix != ".png":
+                blame(f"not a PNG in {FOLDER}", entry)
+                continue
+            if mask.stem in found:
+                blame("twice in the archive", mask.name)
+            found.add(mask.stem)
+            if fault := _mask_fault(content, _image_size(mask.stem, images)):
+                blame(fault[0], mask.name + fault[1])
     if names is not None:
         wanted = set(names)
         for name in sorted(wanted - found):

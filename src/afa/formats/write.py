@@ -26,7 +26,7 @@ from afa.formats.labelstudio import write_labelstudio
 from afa.formats.png import write_cvat, write_hf, write_mmseg, write_voc
 from afa.formats.polygons import MIN_AREA, write_labelme, write_yolo
 from afa.formats.voc_test import write_voc_test
-from afa.runtime import progress_bar
+from afa.runtime import image_progress
 from afa.types import IGNORE_INDEX
 
 
@@ -173,13 +173,13 @@ def write_format(
 
     def masks() -> Iterator[tuple[MaskItem, NDArray[np.uint8]]]:
         nonlocal num_images
-        with progress_bar(enabled=progress) as bar:
-            task = bar.add_task(f"write {format}", total=len(items) if isinstance(items, Sized) else None, rate="")
+        total = len(items) if isinstance(items, Sized) else None
+        with image_progress(f"write {format}", total=total, enabled=progress) as advance:
             for item in items:
                 _check_name(item)
                 yield item, _read(item, len(classes))
                 num_images += 1
-                bar.update(task, advance=1)
+                advance(1)
         if not num_images:
             raise AfaError(f"{target}: there is no mask to write as {format}; predict some images first")
 

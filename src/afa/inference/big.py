@@ -64,7 +64,7 @@ class Large:
                 def counted() -> Bands:
                     for band in self.bands(name, rows):
                         yield band
-                        advance(1, 0)
+                        advance(1)
 
                 write_bands(out_dir, name, rows, counted(), overlay=overlay)
 

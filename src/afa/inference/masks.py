@@ -122,24 +122,29 @@ class MasksSummary:
         }
 
 
-def summarize_masks(written: PredictSummary, images: TaggedImages, out_dir: Path) -> MasksSummary:
+def summarize_masks(
+    written: PredictSummary, images: TaggedImages, out_dir: Path, *, progress: bool = True
+) -> MasksSummary:
     """Read the masks of tagged images again, say how sure they are, and write OUT/masks.json.
 
     Args:
         written: What was done.
         images: The images; one without a current mask is passed over.
         out_dir: Folder that has the masks.
+        progress: Show progress on standard error.
     """
     finished = set(current_masks(out_dir, images.names))
     indices = [index for index, name in enumerate(images.names) if name in finished]
     nothing: dict[str, list[str]] = {}
     covered = total = 0
-    for index, reading in read_ahead(lambda index: _count_values(mask_path(out_dir, images.names[index])), indices):
-        counts = reading.result()
-        missed = np.flatnonzero(images.tagged[index] & (counts[1 : 1 + len(images.classes)] == 0))
-        if missed.size:
-            nothing[images.names[index]] = [images.classes[place] for place in missed]
-        covered, total = covered + int(counts[1:255].sum()), total + int(counts.sum())
+    with image_progress("summing up masks", total=len(indices), enabled=progress) as advance:
+        for index, reading in read_ahead(lambda index: _count_values(mask_path(out_dir, images.names[index])), indices):
+            counts = reading.result()
+            missed = np.flatnonzero(images.tagged[index] & (counts[1 : 1 + len(images.classes)] == 0))
+            if missed.size:
+                nothing[images.names[index]] = [images.classes[place] for place in missed]
+            covered, total = covered + int(counts[1:255].sum()), total + int(counts.sum())
+            advance(1)
     summary = MasksSummary(written, 100 * covered / max(1, total), nothing, len(indices))
     write_whole(out_dir / "masks.json", json.dumps(summary.to_json(), indent=1) + "\n")
     return summary

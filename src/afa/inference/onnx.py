@@ -12,7 +12,7 @@ import inspect
 import io
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -35,6 +35,7 @@ from afa.errors import AfaError, first_line, quiet
 from afa.evaluation.protocols import MIN_SIDE
 from afa.model.network import AfaNetwork
 from afa.runs.files import write_whole
+from afa.runtime import image_progress
 from afa.types import IMAGE_MEAN, IMAGE_STD
 
 PIXELS_FILE: Final = "afa_pixels.py"
@@ -56,6 +57,7 @@ MIN_AGREEMENT: Final = 0.9999
 
 _CHECK_SHAPES: Final = ((1, 240, 320), (2, 45, 70), (3, 193, 131))
 _MAX_CHECK_IMAGES: Final = 8
+_LOUD: Final = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 _ONNX_PACKAGES: Final = ("onnx", "onnxscript", "onnxruntime")
 
 _MAX_ONNX_BYTES: Final = 1.9e9
@@ -312,9 +314,20 @@ def _write_checked(
     """Make the content of a file, compare it with PyTorch, and only then write it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with torch.no_grad(), quiet("torch.onnx", "torch.export", "onnxscript", "onnx_ir"):
-            content = make()
-            check = _compare(deployed, load(content), path, images=images or _generated_images(), pixels=pixels)
+        shapes = _check_shapes(deployed)
+        with torch.no_grad(), image_progress(f"export {path.name}", total=2 + len(shapes), unit="parts") as advance:
+            with quiet(*_LOUD):
+                content = make()
+            advance(1, words="loading what was made")
+            with quiet(*_LOUD):
+                run = load(content)
+            source, found = itertools.cycle(images or _generated_images()), []
+            for shape in shapes:
+                advance(1, words="comparing with PyTorch")
+                with quiet(*_LOUD):
+                    found.append(_compare(deployed, run, shape, source, pixels))
+            advance(1)
+        check = _passed(path, shapes, found)
     except AfaError:
         raise
     except OSError as error:
@@ -327,24 +340,35 @@ def _write_checked(
     return check
 
 
+def _check_shapes(deployed: DeployedNetwork) -> tuple[tuple[int, int, int], ...]:
+    """(batch, height, width) of what is compared."""
+    large = ((1, 64, deployed.max_side + 76),) if deployed.max_side and not deployed.short_side else ()
+    return (*_CHECK_SHAPES, *large)
+
+
 def _compare(
-    deployed: DeployedNetwork, run: _Run, path: Path, *, images: Sequence[NDArray[np.uint8]], pixels: Pixels
-) -> ExportCheck:
-    shapes: tuple[tuple[int, int, int], ...] = _CHECK_SHAPES
-    if deployed.max_side and not deployed.short_side:
-        shapes += ((1, 64, deployed.max_side + 76),)
-    differences, agreements = [], []
-    source = itertools.cycle(images)
-    for batch, height, width in shapes:
-        resized = [Image.fromarray(next(source)).resize((width, height)) for _ in range(batch)]
-        pixel_batch = np.stack([np.asarray(image).transpose(2, 0, 1) for image in resized]).astype(pixels)
-        expected = deployed(torch.from_numpy(pixel_batch)).numpy()
-        found = run(pixel_batch)
-        assert found.shape == expected.shape, (found.shape, expected.shape)
-        differences.append(float(np.abs(found - expected).max() / np.abs(expected).max()))
-        agreements.append(float((found.argmax(1) == expected.argmax(1)).mean()))
-    difference, agreement = max(differences), min(agreements)
-    # Written so that a NaN fails.
+    deployed: DeployedNetwork,
+    run: _Run,
+    shape: tuple[int, int, int],
+    source: Iterator[NDArray[np.uint8]],
+    pixels: Pixels,
+) -> tuple[float, float]:
+    """Largest difference of the logits, in parts of the largest; share of the pixels with the same class."""
+    batch, height, width = shape
+    resized = [Image.fromarray(next(source)).resize((width, height)) for _ in range(batch)]
+    pixel_batch = np.stack([np.asarray(image).transpose(2, 0, 1) for image in resized]).astype(pixels)
+    expected = deployed(torch.from_numpy(pixel_batch)).numpy()
+    found = run(pixel_batch)
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    difference = float(np.abs(found - expected).max() / np.abs(expected).max())
+    return difference, float((found.argmax(1) == expected.argmax(1)).mean())
+
+
+def _passed(path: Path, shapes: tuple[tuple[int, int, int], ...], found: Sequence[tuple[float, float]]) -> ExportCheck:
+    """The check, or an error if the file computes something else."""
+    # NumPy's extremes keep a NaN, and the comparison is written so that it fails.
+    differences, agreements = map(np.array, zip(*found, strict=True))
+    difference, agreement = float(differences.max()), float(agreements.min())
     if not (difference <= TOLERANCE and agreement >= MIN_AGREEMENT):
         raise AfaError(
             f"{path}: not written, the exported file differs from PyTorch: logits by {difference:.1e} of the largest "

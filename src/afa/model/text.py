@@ -18,8 +18,10 @@ from torch.nn.functional import normalize
 
 from afa.errors import AfaError, first_line, quiet, shown
 from afa.model.families import TOKEN_FAMILIES, TOKEN_SIZES
+from afa.runtime import image_progress
 
 _VECTORS, _NAMES = "embeddings.safetensors", "names.json"
+_MANY: Final = 1000  # sentences that take long enough to show progress
 _SUFFIX: Final = re.compile(r"[- _](other|stuff)$")
 """COCO-Stuff writes `sky-other` for the sky."""
 
@@ -151,18 +153,21 @@ def _speak(words: Sequence[str], templates: Sequence[str], backbone: str, weight
     tokenizer, encoder = _text_encoder(backbone, weights)
     limit = encoder.config.max_position_embeddings
     found = []
-    for word in words:
-        said = word.replace("_", " ").replace("-", " ")
-        sentences = [template.replace("{}", said).lower() for template in templates]  # not every tokenizer does it
-        longest = max(len(tokenizer(sentence)["input_ids"]) for sentence in sentences)
-        if longest > limit:
-            raise AfaError(f"{shown(word)}: {longest} tokens, the text encoder takes {limit}; use a shorter word")
-        tokens = tokenizer(sentences, padding="max_length", max_length=limit, return_tensors="pt")
-        masked = "attention_mask" in tokens and not TOKEN_FAMILIES[TOKEN_SIZES[backbone].family].pooled
-        arguments = {"attention_mask": tokens["attention_mask"]} if masked else {}
-        output = encoder(input_ids=tokens["input_ids"], **arguments)
-        vectors = output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
-        found.append(normalize(normalize(vectors.float(), dim=1).mean(0), dim=0))
+    is_long = len(words) * len(templates) > _MANY
+    with image_progress("class names", total=len(words), enabled=is_long, unit="words") as advance:
+        for word in words:
+            said = word.replace("_", " ").replace("-", " ")
+            sentences = [template.replace("{}", said).lower() for template in templates]  # not every tokenizer does it
+            longest = max(len(tokenizer(sentence)["input_ids"]) for sentence in sentences)
+            if longest > limit:
+                raise AfaError(f"{shown(word)}: {longest} tokens, the text encoder takes {limit}; use a shorter word")
+            tokens = tokenizer(sentences, padding="max_length", max_length=limit, return_tensors="pt")
+            masked = "attention_mask" in tokens and not TOKEN_FAMILIES[TOKEN_SIZES[backbone].family].pooled
+            arguments = {"attention_mask": tokens["attention_mask"]} if masked else {}
+            output = encoder(input_ids=tokens["input_ids"], **arguments)
+            vectors = output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
+            found.append(normalize(normalize(vectors.float(), dim=1).mean(0), dim=0))
+            advance(1)
     return found
 
 

@@ -239,7 +239,7 @@ class _Loop:
                 last = self.step == total
                 if self.step % train.log_steps == 0 or last:
                     self._log()
-                advance(1, self.rate, self.words)
+                advance(1, self.rate or None, self.words)
                 # A step is logged before it is saved, because a resumed run does not repeat it.
                 if train.eval_steps and self.step % train.eval_steps == 0 and not last:
                     self._evaluate()
