@@ -14,7 +14,7 @@ from PIL import Image
 from afa.cli import build_parser
 from afa.config import load_config
 from afa.config.keys import all_keys
-from afa.inference.predictor import Prediction
+from afa.inference.prediction import Prediction
 from afa.runs import auto as defaults
 
 ROOT = Path(__file__).parents[1]

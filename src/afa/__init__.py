@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from afa.api import check_data, evaluate, masks, predict, pseudo_labels, train
     from afa.config import Config, load_config
     from afa.errors import AfaError
-    from afa.inference.predictor import Prediction, Predictor
+    from afa.inference.prediction import Prediction, show
+    from afa.inference.predictor import Predictor
     from afa.model.network import Network
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "masks",
     "predict",
     "pseudo_labels",
+    "show",
     "train",
 ]
 
@@ -37,7 +39,7 @@ _HOMES = {
     "AfaError": "afa.errors",
     "Config": "afa.config",
     "Network": "afa.model.network",
-    "Prediction": "afa.inference.predictor",
+    "Prediction": "afa.inference.prediction",
     "Predictor": "afa.inference.predictor",
     "check_data": "afa.api",
     "evaluate": "afa.api",
@@ -45,6 +47,7 @@ _HOMES = {
     "masks": "afa.api",
     "predict": "afa.api",
     "pseudo_labels": "afa.api",
+    "show": "afa.inference.prediction",
     "train": "afa.api",
 }
 

@@ -1,6 +1,9 @@
 """The predictor: kinds of input, restriction by tags, sizes, and the messages of its errors."""
 
+import base64
+import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ from PIL import Image
 from afa.config import Config, EvaluationConfig
 from afa.errors import AfaError
 from afa.evaluation.protocols import LogitMaps, logit_maps
-from afa.inference.predictor import Prediction, Predictor, image_array
+from afa.inference.prediction import Prediction, image_array, show
+from afa.inference.predictor import Predictor
 from afa.runs.network import load_run
 from colors import CLASSES, ColorNetwork
 from mistakes import refused
@@ -107,6 +111,59 @@ def test_save_and_overlay(tmp_path: Path) -> None:
     assert prediction.overlay(image).size == (50, 40)
     blank = Prediction(np.zeros((40, 50), dtype=np.uint8), prediction.scores, prediction.classes)
     assert prediction.overlay(image).tobytes() != blank.overlay(image).tobytes()
+
+
+def shown_picture(prediction: Prediction) -> Image.Image:
+    """The picture in what a notebook is given, which holds everything itself."""
+    html = prediction._repr_html_()
+    assert not re.search(r"<script|https?:|url\(", html)
+    found = re.search(r'src="data:image/png;base64,([^"]+)"', html)
+    assert found
+    return Image.open(io.BytesIO(base64.b64decode(found[1])))
+
+
+@pytest.mark.parametrize("kind", [Path, str, Image.Image, np.ndarray])
+def test_a_notebook_shows_the_overlay_with_its_classes(tmp_path: Path, kind: type) -> None:
+    pixels = random_image(40, 50)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    kinds = {Path: tmp_path / "image.png", str: str(tmp_path / "image.png"), np.ndarray: pixels}
+    image = kinds.get(kind, Image.fromarray(pixels))
+    (prediction,) = predictor()([image])
+    assert shown_picture(prediction).tobytes() == prediction.overlay(image).tobytes()
+    html = prediction._repr_html_()
+    share = (prediction.label == 2).mean()
+    assert f"dog {100 * share:.1f} %" in html
+    assert "background:rgb(0, 128, 0)" in html
+    assert (
+        "background alone"
+        in Prediction(np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4)), ("background", *CLASSES))._repr_html_()
+    )
+
+
+def test_a_notebook_shows_the_mask_alone_where_the_image_is_gone(tmp_path: Path) -> None:
+    Image.fromarray(random_image(40, 50)).save(tmp_path / "image.png")
+    prediction = predictor()(tmp_path / "image.png")
+    (tmp_path / "image.png").unlink()
+    assert "the image is not at hand" in prediction._repr_html_()
+    assert shown_picture(prediction).size == (50, 40)
+    assert (
+        "&lt;b&gt;" in Prediction(np.ones((4, 4), np.uint8), np.zeros((2, 4, 4)), ("background", "<b>"))._repr_html_()
+    )
+
+
+def test_large_images_are_shown_small() -> None:
+    label = np.zeros((3000, 5000), np.uint8)
+    label[:, 2500:] = 1
+    image = np.full((3000, 5000, 3), 200, np.uint8)
+    prediction = Prediction(label, np.zeros((4, 1, 1), np.float32), ("background", *CLASSES))
+    prediction.source = image
+    assert max(shown_picture(prediction).size) <= 640
+    picture = show(image, prediction)
+    assert picture.width <= 2 * 640 + 8
+    assert picture.getpixel((10, 10)) == (200, 200, 200)  # the image on the left
+    assert picture.getpixel((8 + 625 + 500, 10)) == (164, 100, 100)  # the class on the right of the mask
+    with refused("200x100", "5000x3000"):
+        show(np.zeros((100, 200, 3), np.uint8), prediction)
 
 
 def test_unknown_tag_names_the_closest_class() -> None:

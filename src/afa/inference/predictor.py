@@ -19,85 +19,20 @@ from torch import Tensor
 
 from afa.config import Config, Precision
 from afa.data.classes import unknown_class
-from afa.data.images import picture_pixels, read_image
-from afa.data.palette import overlay, write_index_png
-from afa.data.pixels import WHITE_LEVEL
 from afa.errors import AfaError
 from afa.evaluation.evaluate import group_by_size, resolve_batch_size
 from afa.evaluation.protocols import PROTOCOLS, LogitMaps, check_choice, group_sizes, host_tensor, logit_maps
 from afa.inference.hub import find_pretrained, load_pretrained, push_to_hub, save_pretrained
+from afa.inference.prediction import ImageLike, Prediction, image_array
 from afa.inference.tiling import Tiling
 from afa.model.network import AfaNetwork
 from afa.runs.network import LoadedRun, load_run
 from afa.runtime import pick_device, read_ahead
 
-ImageLike = str | Path | Image.Image | NDArray[np.uint8]
-"""An image file, a Pillow image, or an (H, W, 3) uint8 RGB array."""
-
-
 MAX_SIDE: Final = 1024
 """Longer side above which images are scaled down for the network or tiled, pixels."""
 
 _Image = TypeVar("_Image", bound=ImageLike)
-
-
-class Prediction:
-    """Prediction of the network for one image.
-
-    Args:
-        label: (H, W) uint8 class indices.
-        scores: (K, H, W) float32, or a function that computes them when they are first asked for.
-        classes: K class names, `background` first.
-        white_level: How the image was read: as of `afa.data.pixels.rgb_pixels`.
-
-    Attributes:
-        label: (H, W) uint8 class indices, 0 = background.
-        classes: K class names, `background` first: `classes[label[y, x]]` names a pixel.
-    """
-
-    def __init__(
-        self,
-        label: NDArray[np.uint8],
-        scores: NDArray[np.float32] | Callable[[], NDArray[np.float32]],
-        classes: tuple[str, ...],
-        white_level: int = WHITE_LEVEL,
-    ) -> None:
-        self.label = label
-        self.classes = classes
-        self._white_level = white_level
-        self._scores = scores
-
-    @property
-    def scores(self) -> NDArray[np.float32]:
-        """(K, H, W) float32 softmax over the classes; 0 for classes that were ruled out by tags.
-
-        They are much larger than the label, so they are computed when they are first asked for, and kept.
-        """
-        if callable(self._scores):
-            self._scores = self._scores()
-        return self._scores
-
-    def save(self, path: str | Path) -> None:
-        """Write the class map as an index PNG with the VOC palette.
-
-        Raises:
-            AfaError: The file cannot be written.
-        """
-        write_index_png(Path(path), self.label)
-
-    def overlay(self, image: ImageLike) -> Image.Image:
-        """Lay the colored class map over the image that it was made from.
-
-        Raises:
-            AfaError: The image is unreadable or has another size.
-        """
-        pixels = image_array(image, white_level=self._white_level)
-        if pixels.shape[:2] != self.label.shape:
-            raise AfaError(
-                f"the image is {pixels.shape[1]}x{pixels.shape[0]} pixels and the prediction "
-                f"{self.label.shape[1]}x{self.label.shape[0]}; pass the image that was predicted"
-            )
-        return Image.fromarray(overlay(pixels, self.label))
 
 
 @dataclass(frozen=True)
@@ -287,7 +222,9 @@ class Predictor:
                 not as many tags as images.
         """
         if not isinstance(image, list):
-            return self._predict([self.prepare(image, tags)])[0]  # type: ignore[arg-type]
+            prediction = self._predict([self.prepare(image, tags)])[0]  # type: ignore[arg-type]
+            prediction.source = image
+            return prediction
         each_tags = [None] * len(image) if tags is None else list(tags)
         if len(each_tags) != len(image):
             raise AfaError(f"there are {len(image)} images and tags of {len(each_tags)}; give one entry for each image")
@@ -300,6 +237,8 @@ class Predictor:
         for group in group_by_size(prepared(), sizes=lambda item: item[1].sizes, batch_size=self.batch_size):
             made = self._predict([each for _, each in group])
             predictions.update({index: prediction for (index, _), prediction in zip(group, made, strict=True)})
+        for index, each in enumerate(image):
+            predictions[index].source = each
         return [predictions[index] for index in range(len(image))]
 
     def prepare(self, image: ImageLike, tags: Sequence[str] | None = None) -> PreparedImage:
@@ -368,23 +307,6 @@ class Predictor:
             if tag not in self.classes:
                 raise AfaError(f"{where}unknown tag {tag!r}; {unknown_class(tag, self.classes)}")
         return np.array([True, *(name in tags for name in self.classes)])
-
-
-def image_array(
-    image: ImageLike, *, white_level: int = WHITE_LEVEL, max_pixels: int | None = None
-) -> NDArray[np.uint8]:
-    """Turn any kind of image that `Predictor` takes into (H, W, 3) uint8 RGB, the same for a file and a picture of it.
-
-    Raises:
-        AfaError: The file or picture is unreadable, or the array is not an RGB image.
-    """
-    if isinstance(image, (str, Path)):
-        return read_image(Path(image), white_level=white_level, max_pixels=max_pixels)
-    if isinstance(image, Image.Image):
-        return picture_pixels(image, "the picture", white_level=white_level)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise AfaError(f"the image is a {image.dtype} array of shape {image.shape}; pass (height, width, 3) uint8 RGB")
-    return image
 
 
 def _scores(maps: LogitMaps, size: tuple[int, int]) -> NDArray[np.float32]:
