@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from afa.api import train_and_report
 from afa.config import load_config
 from afa.evaluation.scores import EvaluationResult
 from afa.runs.run import Run
 from afa.training import trackers as trackers_module
 from afa.training.log import MetricsLog
-from afa.training.trackers import Trackers, check_trackers
+from afa.training.trackers import Trackers
 from mistakes import refused
 from tiny import tiny_config, train_tiny
 
@@ -84,9 +85,8 @@ def test_a_missing_library_is_told_before_anything_is_done(
 ) -> None:
     monkeypatch.setattr(trackers_module, "find_spec", lambda name: None)
     with refused("train.trackers names trackio", "pip install trackio, or leave it out"):
-        check_trackers(["trackio"])
-    with refused("pip install mlflow-skinny"):
-        check_trackers(["mlflow"])
+        train_and_report(tiny_config(tiny_data, {"train.trackers": ["trackio"]}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_unknown_tracker_is_refused() -> None:

@@ -27,8 +27,6 @@ from afa.runtime import say
 PROJECT: Final = "afa"
 """Project or experiment of the runs, where the environment of the tracker names no other."""
 
-_PACKAGES: Final = {"wandb": "wandb", "mlflow": "mlflow-skinny", "trackio": "trackio"}
-
 
 class TensorBoard:
     """Event files; the only one that draws precision-recall curves itself."""
@@ -140,8 +138,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """Raise an `AfaError` if a tracker's library is not installed."""
     for name in names:
         if find_spec(name) is None:
-            remedy = f"run pip install {_PACKAGES[name]}, or leave it out"
-            raise AfaError(f"train.trackers names {name}, which is not installed; {remedy}")
+            raise AfaError(f"train.trackers names {name}, which is not installed; pip install {name}, or leave it out")
 
 
 class Trackers:
@@ -196,4 +193,5 @@ class Trackers:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 200 else f"{line[:200]}..."
