@@ -15,6 +15,7 @@ from afa.api import SCORED_LABELS, run_demo, train_and_report
 from afa.config import config_to_dict, load_config
 from afa.errors import AfaError
 from afa.model.network import AfaNetwork
+from afa.report.page import write_report
 from tiny import SETTINGS, assert_same_weights, tiny_config
 
 REPORT_KEYS = {
@@ -186,8 +187,9 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads((run / "report.json").read_text())
     assert min(report[key] for key in ("miou", "cam_miou", "propagated_miou")) >= 0
     messages = capsys.readouterr().err
-    assert f"segmentation mIoU {report['miou']:.1f}, CAM {report['cam_miou']:.1f}" in messages.splitlines()[-1]
-    assert str(run / "report.html") in messages
+    *_, figures, last = messages.splitlines()
+    assert f"segmentation mIoU {report['miou']:.1f}, CAM {report['cam_miou']:.1f}" in figures
+    assert last.endswith(f"open {run / 'report.html'}, or ask about each pixel with: afa explore {run}")
     # Resuming keeps what is there; the same command without it starts over.
     leftover = run / "leftover"
     leftover.touch()
@@ -229,3 +231,28 @@ def test_the_full_demo_is_larger_than_the_smoke_one(tmp_path: Path, monkeypatch:
     small, full = calls
     assert all(a < b for a, b in zip(small, full, strict=True))
     assert full[1] >= 100  # enough held-out images for a figure that means something
+
+
+def test_the_page_is_written_at_each_evaluation_and_after_the_last_step(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages: list[str] = []
+
+    def noted(run: Path, **settings: Any) -> Path:
+        page = write_report(run, **settings)
+        pages.append(page.read_text(encoding="utf-8"))
+        return page
+
+    monkeypatch.setattr(api, "write_report", noted)
+    keys = {"schedule.max_steps": 4, "train.eval_steps": 2, "train.eval_images": 3, "train.example_images": 4}
+    train_and_report(tiny_config(tiny_data, keys), tmp_path, progress=False)
+    said = ("running, step 2 of 4", "trained, being scored", "finished, 4 steps")
+    assert [[words in page for words in said] for page in pages] == [[i == j for j in range(3)] for i in range(3)]
+    assert "step 2, 3 images" in pages[0]
+    assert 'alt="Prediction of ' in pages[0]
+    assert ["http-equiv" in page for page in pages] == [True, True, False]
+    # A quarter as many best images as examples, and twice as many of the worst.
+    assert [len(list((tmp_path / name).glob("0*"))) for name in ("examples", "worst", "best")] == [4, 2, 1]
+    worst = json.loads((tmp_path / "worst" / "index.json").read_text())
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [each["name"] for each in worst] == [each["image"] for each in report["worst"][:2]]

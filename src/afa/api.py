@@ -46,9 +46,10 @@ from afa.inference.predictor import Predictor
 from afa.model.network import AfaNetwork
 from afa.report.collect import rank_images
 from afa.report.compare import compare_runs, render_text, write_comparison
+from afa.report.figures import write_figures
 from afa.report.masks import write_masks_page
 from afa.report.page import write_report
-from afa.report.pictures import write_examples, write_figures, write_ranked, write_worth
+from afa.report.pictures import write_examples, write_ranked, write_worth
 from afa.runs.auto import choose_defaults
 from afa.runs.network import build_network, load_run
 from afa.runs.run import Run

@@ -21,7 +21,8 @@ from afa.data.palette import voc_palette
 from afa.evaluation.protocols import logit_maps, pseudo_labels
 from afa.report import pictures
 from afa.report.drawing import DISPLAY_SIZE, SHEET_SIDE, blend_heat, blend_label, heat_colors
-from afa.report.pictures import FIGURES, PICTURES, draw_sheet, write_examples, write_figures
+from afa.report.figures import FIGURES, write_figures
+from afa.report.pictures import PICTURES, draw_sheet, write_examples
 from afa.runs.network import build_network, load_run
 from afa.types import NetworkOutput, normalize_image
 from mistakes import refused
@@ -149,7 +150,7 @@ def test_real_network_and_sizes(tmp_path: Path) -> None:
     before = {key: value.clone() for key, value in network.state_dict().items()}
     write_examples(network, images, tmp_path, config=load_config(), count=2)
     assert {read(path).shape for path in (tmp_path / "examples" / "000").iterdir()} == {(64, 96, 3)}
-    assert {read(path).shape for path in (tmp_path / "examples" / "001").iterdir()} == {(13, 256, 3)}
+    assert {read(path).shape for path in (tmp_path / "examples" / "001").iterdir()} == {(19, 384, 3)}
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 

@@ -1,6 +1,6 @@
-"""Pictures of the network's results for some images: examples for the report, and the paper's figures.
+"""Pictures of the network's results for some images: the examples of the report.
 
-Both run the network and write PNGs. How examples are laid out on the page is up to its template.
+They run the network and write PNGs. How examples are laid out on the page is up to its template.
 """
 
 from __future__ import annotations
@@ -16,24 +16,18 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
 
-from afa.config import Config, Propagation, PseudoConfig
+from afa.config import Config, PseudoConfig
 from afa.data.dataset import MaskedImages, TaggedImages
-from afa.data.open import open_data
-from afa.data.split import VALIDATION
-from afa.errors import AfaError, BrokenImageError
+from afa.errors import BrokenImageError
 from afa.evaluation.protocols import image_tensor, logit_maps, pseudo_view
 from afa.evaluation.worth import Worth, spread_evenly, threshold_settings
 from afa.model.network import AfaNetwork
-from afa.pseudo.cam import multi_scale_cam
 from afa.pseudo.pipeline import infer_pseudo
-from afa.pseudo.walk import mean_attention_affinity
-from afa.report.drawing import DISPLAY_SIZE, Pixels, Token, blend_heat, blend_label, draw_star, draw_window, lay_out
+from afa.report.drawing import DISPLAY_SIZE, Pixels, blend_heat, blend_label, lay_out
 from afa.runs.files import write_whole
-from afa.runs.network import load_run
 from afa.runs.run import Run
-from afa.runtime import image_progress, pick_device
+from afa.runtime import image_progress
 
 PICTURES: Final = {
     "image": "image",
@@ -47,14 +41,6 @@ PICTURES: Final = {
 
 THRESHOLD_PICTURES: Final = {"lower": "lower background scores", "set": "as set", "higher": "higher background scores"}
 """Further pictures, those of RUN/thresholds: labels by the names of `threshold_settings`."""
-
-FIGURES: Final = {
-    "affinity": ("query", "attention", "affinity"),
-    "cam": ("image", "CAM, one scale", "CAM, all scales", "by attention", "by affinity"),
-    "labels": ("image", "CAM", "propagated", "CAM + PAR", "propagated + PAR"),
-    "results": ("image", "prediction", "prediction + CRF", "ground truth"),
-}
-"""Name of each figure's sheet and the captions of its columns: Figures 1 and 4, 2, 5 and the labels of 4, and 6."""
 
 _SHEET_ROWS: Final = 5
 _THRESHOLD_EXAMPLES: Final = 4
@@ -127,11 +113,11 @@ def write_ranked(
 
 def _opened(
     images: TaggedImages, picks: Iterable[int], config: Config, device: torch.device
-) -> Iterator[tuple[int, _Seen]]:
+) -> Iterator[tuple[int, Seen]]:
     """The images at some places, without those that are broken: whoever made the masks has told."""
     for i in picks:
         try:
-            seen = _Seen.open(images, i, config, device, enlarge=False)
+            seen = Seen.open(images, i, config, device, enlarge=False)
         except BrokenImageError:
             continue
         yield i, seen
@@ -163,7 +149,7 @@ def _write_drawn(
     network: AfaNetwork,
     images: TaggedImages,
     picks: Sequence[int],
-    draw: Callable[[AfaNetwork, Config, _Seen], dict[str, Pixels]],
+    draw: Callable[[AfaNetwork, Config, Seen], dict[str, Pixels]],
     *,
     config: Config,
     progress: bool,
@@ -193,59 +179,6 @@ def _write_drawn(
     return sheet
 
 
-@torch.inference_mode()
-def write_figures(
-    run: Path, *, data: str | None = None, count: int = 4, device: str = "auto", progress: bool = True
-) -> list[Path]:
-    """Draw RUN/figures/{affinity,cam,labels,results}.png from evenly spaced images with tags.
-
-    - affinity: two query points an image, where the CAM is strongest and where it is weakest; from there the mean
-      attention of the last blocks and the learned affinity at the largest scale, with the window that the affinity is
-      learned and walked in.
-    - cam: of the tagged classes, before and after the random walk.
-    - labels: before and after the refinement, at the background scores of their evaluation.
-    - results: the segmentation by the run's protocol; it alone is not told the tags.
-
-    Args:
-        run: Run folder.
-        data: Folder of the data set; None is that of the run.
-        count: Images.
-        device: `auto`, `cpu`, `cuda` or `mps`.
-        progress: Show progress on standard error.
-
-    Returns:
-        The sheets.
-
-    Raises:
-        AfaError: Not a run folder, no data set there, or none of its images has tags.
-
-    Source:
-        Paper Figures 1, 2, 4, 5 and 6.
-    """
-    keys: dict[str, object] = {"data.class_subset": Run(run).classes()}
-    config = Run(run).config(keys if data is None else keys | {"data.root": data})
-    network = load_run(run, pick_device(device)).network
-    opened = open_data(config.data)
-    opened.leave_out_broken((VALIDATION,), progress=progress)
-    images: TaggedImages = opened.masked() if opened.has_masks else opened.validation()
-    picks = evenly_spaced(images, count)
-    if not picks:
-        raise AfaError(f"{opened.root}: no image with tags to draw; pass --data with another folder")
-    draw = {"affinity": _affinity_rows, "cam": _cam_rows, "labels": _label_rows, "results": _result_rows}
-    rows: dict[str, list[_Row]] = {name: [] for name in FIGURES}
-    with image_progress("draw figures", total=len(picks), enabled=progress) as advance:
-        for i in picks:
-            seen = _Seen.open(images, i, config, next(network.parameters()).device, enlarge=True)
-            for name, sheet in rows.items():
-                sheet += draw[name](network, config, seen)
-            advance(1)
-    folder = Run(run).figures
-    folder.mkdir(exist_ok=True)
-    for name, captions in FIGURES.items():
-        lay_out(rows[name], captions).save(folder / f"{name}.png")
-    return [folder / f"{name}.png" for name in FIGURES]
-
-
 def draw_sheet(folders: Sequence[Path]) -> Image.Image:
     """Put the pictures of several examples on one sheet: a row an example, a column a picture, captions on top.
 
@@ -271,11 +204,8 @@ def evenly_spaced(images: TaggedImages, count: int, *, negatives: int = 0) -> li
     return [*(tagged[pick] for pick in spread_evenly(len(tagged), count - len(few))), *few]
 
 
-_Row = list[Image.Image | None]
-
-
 @dataclass(frozen=True)
-class _Seen:
+class Seen:
     """An image and what is drawn from it.
 
     Attributes:
@@ -293,7 +223,8 @@ class _Seen:
     truth: Tensor | None
 
     @classmethod
-    def open(cls, images: TaggedImages, i: int, config: Config, device: torch.device, *, enlarge: bool) -> _Seen:
+    def open(cls, images: TaggedImages, i: int, config: Config, device: torch.device, *, enlarge: bool) -> Seen:
+        """Read an image; `enlarge` also scales small ones up."""
         pixels = images.image(i)
         height, width = pixels.shape[:2]
         scale = DISPLAY_SIZE / max(height, width)
@@ -326,20 +257,20 @@ class _Seen:
 
 
 @torch.inference_mode()
-def _example_pictures(network: AfaNetwork, config: Config, seen: _Seen) -> dict[str, Pixels]:
+def _example_pictures(network: AfaNetwork, config: Config, seen: Seen) -> dict[str, Pixels]:
     """The pictures of an example by name, all of one size."""
     walks = ("propagated",) if config.pseudo.propagation != "none" else ()
     pseudo = seen.infer(network, config.pseudo, "cam", *walks, "refined_label")
     drawn = {"image": seen.picture, "cam": blend_heat(seen.picture, pseudo["cam"][seen.present])}
     if walks:
-        drawn["propagated"] = blend_heat(seen.picture, _shares(pseudo["propagated"])[seen.present])
+        drawn["propagated"] = blend_heat(seen.picture, class_shares(pseudo["propagated"])[seen.present])
     drawn["pseudo"] = blend_label(seen.picture, pseudo["refined_label"])
     drawn["prediction"] = blend_label(seen.picture, seen.segment(network, config, crf=config.evaluation.crf))
     return drawn if seen.truth is None else drawn | {"truth": blend_label(seen.picture, seen.truth)}
 
 
 @torch.inference_mode()
-def _untrained_pictures(network: AfaNetwork, config: Config, seen: _Seen) -> dict[str, Pixels]:
+def _untrained_pictures(network: AfaNetwork, config: Config, seen: Seen) -> dict[str, Pixels]:
     pseudo = seen.infer(network, config.pseudo, "cam", "cam_label", refined=True)
     return {
         "image": seen.picture,
@@ -349,7 +280,7 @@ def _untrained_pictures(network: AfaNetwork, config: Config, seen: _Seen) -> dic
 
 
 @torch.inference_mode()
-def _threshold_pictures(network: AfaNetwork, config: Config, seen: _Seen) -> dict[str, Pixels]:
+def _threshold_pictures(network: AfaNetwork, config: Config, seen: Seen) -> dict[str, Pixels]:
     drawn = {
         "image": seen.picture,
         "cam": blend_heat(seen.picture, seen.infer(network, config.pseudo, "cam")["cam"][seen.present]),
@@ -360,57 +291,9 @@ def _threshold_pictures(network: AfaNetwork, config: Config, seen: _Seen) -> dic
     return drawn
 
 
-def _shares(propagated: Tensor) -> Tensor:
+def class_shares(propagated: Tensor) -> Tensor:
     """(1 + C, h, w) walked scores -> (C, h, w) share of each class.
 
     The walk weakens all scores of an isolated token alike; the label depends only on the class that they favor.
     """
     return (propagated / propagated.sum(0, keepdim=True).clamp(min=1e-12))[1:]
-
-
-def _affinity_rows(network: AfaNetwork, config: Config, seen: _Seen) -> Iterator[_Row]:
-    found = multi_scale_cam(network.score, seen.view, scales=config.pseudo.scales, affinity=True)
-    assert found.walk is not None
-    logits, learned = found.walk.attention_logits, found.walk.affinity
-    assert logits is not None
-    assert learned is not None
-    # From a token to all: neither map is symmetric in what it shows, so both are read by the query's row.
-    attention = mean_attention_affinity(logits, scale=found.walk.attention_scale)
-    # The tokens where the CAM is strongest and weakest.
-    small = adaptive_avg_pool2d(found.cam[:, seen.present].amax(1), found.grid)[0]
-    for query in (int(small.argmax()), int(small.argmin())):
-        point = Token(*divmod(query, found.grid[1]))
-        maps = [blend_heat(seen.picture, each[:, query].reshape(1, *found.grid)) for each in (attention, learned)]
-        pictures = [draw_star(each, point, found.grid) for each in (seen.picture, *maps)]
-        draw_window(pictures[2], point, found.grid, config.pseudo.affinity_radius)
-        yield [*pictures]
-
-
-def _cam_rows(network: AfaNetwork, config: Config, seen: _Seen) -> Iterator[_Row]:
-    one_scale = replace(config.pseudo, scales=(1.0,))
-    maps = [seen.infer(network, each, "cam")["cam"] for each in (one_scale, config.pseudo)]
-    walks: tuple[Propagation, ...] = ("attention", "affinity")
-    for walk in walks:
-        settings = replace(config.pseudo, propagation=walk)
-        maps.append(_shares(seen.infer(network, settings, "propagated")["propagated"]))
-    heats = [blend_heat(seen.picture, scores[seen.present]) for scores in maps]
-    yield [Image.fromarray(each) for each in (seen.picture, *heats)]
-
-
-def _label_rows(network: AfaNetwork, config: Config, seen: _Seen) -> Iterator[_Row]:
-    kinds = ("cam_label", "propagated_label")
-    labels = [
-        seen.infer(network, config.pseudo, kind, refined=refined)[kind] for refined in (False, True) for kind in kinds
-    ]
-    yield _labeled(seen, labels)
-
-
-def _result_rows(network: AfaNetwork, config: Config, seen: _Seen) -> Iterator[_Row]:
-    labels = [seen.segment(network, config, crf=crf) for crf in (False, True)]
-    yield _labeled(seen, [*labels, seen.truth])
-
-
-def _labeled(seen: _Seen, labels: Sequence[Tensor | None]) -> _Row:
-    """The image, and the image under each label."""
-    drawn = (None if label is None else Image.fromarray(blend_label(seen.picture, label)) for label in labels)
-    return [Image.fromarray(seen.picture), *drawn]
