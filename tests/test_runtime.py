@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import socket
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from afa.errors import AfaError
 from afa.runtime import (
     Processes,
     autocast,
+    image_progress,
     pick_device,
     process_group,
     progress_bar,
@@ -186,6 +189,48 @@ def test_a_bar_on_a_terminal_shows_count_rate_and_extra(
     with progress_bar(enabled=False) as progress:
         progress.add_task("train", total=4, rate="")
     assert capsys.readouterr() == ("", "")
+
+
+def test_without_a_terminal_progress_is_lines_with_rate_and_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "_TOLD_SECONDS", -1.0)
+    with image_progress("read", total=8) as advance:
+        advance(2, 4.0)
+        advance(2, 0.5, "words")
+    with image_progress("walk", total=None, unit="rows") as advance:
+        advance(3, 2.0)
+    with image_progress("quiet", total=2, enabled=False) as advance:
+        advance(1, 1.0)
+    assert capsys.readouterr().err.splitlines() == [
+        "read 2/8  4 images/s  2 s left",
+        "read 4/8  0.5 images/s  words  8 s left",
+        "walk 3  2 rows/s",
+    ]
+
+
+def test_what_goes_on_within_something_that_has_a_bar_tells_in_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = runtime.Console
+    monkeypatch.setattr(runtime, "Console", lambda **settings: console(force_terminal=True, width=120, **settings))
+    monkeypatch.setattr(runtime, "_TOLD_SECONDS", -1.0)
+    with image_progress("steps", total=4) as outer:
+        outer(1, 1.0)
+        with image_progress("evaluate", total=2) as inner:
+            inner(1, 1.0)
+        outer(1, 1.0)
+    err = capsys.readouterr().err
+    assert "evaluate 1/2  1 images/s  1 s left" in err
+    assert "steps 2/4  " not in err  # that is the bar's
+
+
+def test_progress_counts_what_threads_do() -> None:
+    with image_progress("read", total=4000, enabled=False) as advance, ThreadPoolExecutor(8) as pool:
+        for _ in range(4000):
+            pool.submit(advance, 1, 1.0)
+        pool.shutdown()
+        assert inspect.getclosurevars(advance).nonlocals["done"] == 4000
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -287,8 +287,8 @@ def run_demo(
         shutil.rmtree(run)
     say(f"writing {num_train} training and {num_val} validation images to {data}")
     classes, style = (SHAPE_CLASSES[:1], NEGATIVES_STYLE) if one_class else (SHAPE_CLASSES, DEFAULT_STYLE)
-    size = _DEMO_IMAGE_SIZE
-    write_shapes(data, num_train=num_train, num_val=num_val, image_size=size, classes=classes, style=style)
+    sizes = {"num_train": num_train, "num_val": num_val, "image_size": _DEMO_IMAGE_SIZE}
+    write_shapes(data, **sizes, classes=classes, style=style, progress=True)
     train_and_report(config, run, resume=resume)
     figures = Run(run).report()
     say(
