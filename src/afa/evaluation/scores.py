@@ -118,7 +118,13 @@ class Counts:
         self.logits = torch.zeros(len(images), len(images.classes) if labels == "seg" else 0, device=self.device)
 
     def add(self, index: int, mask: Tensor, prediction: Tensor) -> None:
-        """Count the pixels of an image; those that the prediction leaves uncertain are not scored."""
+        """Count the pixels of an image; those that the prediction leaves uncertain are not scored.
+
+        Args:
+            index: Its place in the list.
+            mask: (H, W) uint8 class indices, 255 = not labeled.
+            prediction: (H, W) class indices, 255 = uncertain.
+        """
         prediction, truth = prediction.to(self.device), mask.to(self.device, non_blocking=True)
         decided = truth.masked_fill(prediction == IGNORE_INDEX, IGNORE_INDEX)
         self.pixels += torch.stack([(decided != IGNORE_INDEX).sum(), (truth != IGNORE_INDEX).sum()])
