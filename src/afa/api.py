@@ -163,7 +163,7 @@ def _show_running(config: Config, data: DataSet, run: Path, network: AfaNetwork)
     """Draw the examples of a running training and write its page; returns the sheet. What fails there ends nothing."""
     sheet = None
     try:
-        if config.train.example_images and data.has_validation:
+        if config.train.example_images and config.data.val_list and data.has_validation:
             images = loop.open_validation(config, data) or data.validation()
             count = min(_LIVE_EXAMPLES, config.train.example_images)
             sheet = write_examples(network, images, run, config=config, count=count, progress=False)
