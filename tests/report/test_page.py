@@ -147,4 +147,6 @@ def test_before_the_first_scores_the_last_evaluation_is_shown(full: Path) -> Non
     (full / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     html = written(full)
     assert "mIoU so far" in html
+    assert "Not evaluated" in html
+    assert "at its end" in write_report(full, running=True).read_text(encoding="utf-8")
     assert "step 20, 12 images" in html
