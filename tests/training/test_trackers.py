@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,6 +79,13 @@ def test_tensorboard_gets_figures_pictures_and_curves_of_the_tags(run: Path, she
     assert found["images"] == ["examples"]
     # Of a class that no image is tagged with, there is nothing to draw.
     assert [name for name in found["tensors"] if name.startswith("tags/")] == ["tags/all classes", "tags/cat"]
+
+
+def test_without_tensorboard_only_the_file_is_written(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with opened(run, tensorboard=True) as log:
+        log.write({"kind": "train", "step": 1, "loss": 0.5})
+    assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_missing_library_is_told_before_anything_is_done(

@@ -6,6 +6,7 @@ that stalls holds up no step; what fails there ends that tracker, not the traini
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import uuid
@@ -166,8 +167,9 @@ class Trackers:
                 ) from None
         if self._open:
             run.write_tracker_ids(ids | {name: tracker.id for name, tracker in self._open.items()})
-        if config.train.tensorboard and find_spec("tensorboard") is not None:
-            self._open["tensorboard"] = TensorBoard(run)
+        if config.train.tensorboard:
+            with contextlib.suppress(ImportError):  # it is not installed
+                self._open["tensorboard"] = TensorBoard(run)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="afa-track")
 
     def tell(self, method: str, *values: Any) -> None:
