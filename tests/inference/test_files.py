@@ -25,7 +25,7 @@ from afa.data.open import open_data
 from afa.data.palette import voc_palette
 from afa.errors import AfaError
 from afa.formats.write import mask_items
-from afa.inference import files, masks, predictor
+from afa.inference import files, masks, prediction
 from afa.inference.files import output_names, predict_files, pseudo_files
 from afa.inference.masks import STAMP, PredictSummary
 from afa.inference.predictor import Predictor
@@ -364,7 +364,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_reading_does_not_run_away_from_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = write_images(tmp_path / "images", [1] * 150, size=(32, 32))
     counts, lock = {"read": 0, "written": 0, "ahead": 0}, threading.Lock()
-    read, write = predictor.read_image, masks.write_index_png
+    read, write = prediction.read_image, masks.write_index_png
 
     def count_read(path: Path, **settings: Any) -> np.ndarray:
         with lock:
@@ -378,7 +378,7 @@ def test_reading_does_not_run_away_from_writing(tmp_path: Path, monkeypatch: pyt
         with lock:
             counts["written"] += 1
 
-    monkeypatch.setattr(predictor, "read_image", count_read)
+    monkeypatch.setattr(prediction, "read_image", count_read)
     monkeypatch.setattr(masks, "write_index_png", write_slowly)
     run(paths, tmp_path / "out", batch_size=4, overlay=False)
     assert counts["written"] == 150

@@ -133,7 +133,11 @@ class Counts:
             self.outlines.update(decided, prediction)
 
     def add_tags(self, logits: Mapping[int, Tensor]) -> None:
-        """Count the tags that the classifier finds (logit > 0): (C,) logits of images, by their index."""
+        """Count the tags that the classifier finds (logit > 0).
+
+        Args:
+            logits: (C,) logits of images, by their index; those without tags are passed over.
+        """
         tagged = [index for index in logits if self.images.has_tags(index)]
         if tagged:
             rows = torch.stack([logits[index] for index in tagged]).to(self.device)  # (B, C)
