@@ -1,20 +1,17 @@
 """Compare afa with recorded outputs of the published implementation: `python bench/parity.py VECTORS.npz`.
 
-Runs the functions of training and evaluation on the inputs of the file, prints error and tolerance of every
-recorded output, and exits with status 1 on a miss. Sizes, numbers of classes, radii and scales are read from
-the arrays and their keys.
+Runs the functions of training and evaluation, or whole steps (`parity_step`), on the inputs of the file, prints error
+and tolerance of every recorded output, and exits with status 1 on a miss. Sizes, numbers of classes, radii and scales
+are read from the arrays and their keys.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -34,97 +31,10 @@ from afa.pseudo.scores import present_classes, present_scores, with_background
 from afa.pseudo.walk import propagate
 from afa.training.schedule import learning_rate
 from afa.types import IGNORE_INDEX
+from parity_step import WEIGHT, step_checks  # type: ignore[import-not-found]
+from vectors import Check, Result, Vectors  # type: ignore[import-not-found]
 
 _CAM_PREFIX = "cam_raw_"
-
-
-class Vectors:
-    """Arrays of one `.npz` file by key; a missing key is an error that names it.
-
-    Args:
-        path: The file.
-
-    Raises:
-        AfaError: The file is missing or is not an `.npz` archive of plain arrays.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                self.arrays = {key: archive[key] for key in archive.files}
-        except FileNotFoundError:
-            raise AfaError(f"{path}: no such file; pass an .npz file of recorded vectors") from None
-        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
-            raise AfaError(f"{path}: not an .npz file of plain arrays; record it again") from None
-
-    def __getitem__(self, key: str) -> Tensor:
-        """Array of a key, floating-point ones as float32.
-
-        Raises:
-            AfaError: The key is not in the file.
-        """
-        array = self.recorded(key)
-        return array.float() if array.is_floating_point() else array
-
-    def recorded(self, key: str) -> Tensor:
-        """Array of a key in the precision it was recorded in.
-
-        Raises:
-            AfaError: The key is not in the file.
-        """
-        if key not in self.arrays:
-            raise AfaError(f"{self.path}: key {key} is missing; record it with the same layout as the others")
-        return torch.from_numpy(np.asarray(self.arrays[key]))
-
-    def keys_like(self, prefix: str) -> tuple[str, ...]:
-        """Keys that start with a prefix, in the order of the file.
-
-        Raises:
-            AfaError: There is none.
-        """
-        keys = tuple(key for key in self.arrays if key.startswith(prefix))
-        if not keys:
-            raise AfaError(f"{self.path}: key {prefix}1.0 is missing; record at least one scale")
-        return keys
-
-
-@dataclass(frozen=True)
-class Check:
-    """One recorded output and how afa computes it.
-
-    Attributes:
-        key: Key of the recorded output.
-        what: Description of the output.
-        tolerance: Largest error that passes: a difference or, for labels, a percentage of the elements.
-        compute: Turns the recorded inputs into afa's output.
-        is_label: Whether to count the elements that differ instead of measuring the difference.
-    """
-
-    key: str
-    what: str
-    tolerance: float
-    compute: Callable[[Vectors], Tensor]
-    is_label: bool = False
-
-
-@dataclass(frozen=True)
-class Result:
-    """Outcome of one check.
-
-    Attributes:
-        check: The check.
-        error: Largest absolute difference or, for labels, percentage of elements that differ; NaN where one
-            side is NaN, infinite where the shapes differ.
-    """
-
-    check: Check
-    error: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the error is within the tolerance; NaN is not."""
-        return self.error <= self.check.tolerance
 
 
 def _refined(vectors: Vectors) -> Tensor:
@@ -136,7 +46,7 @@ def _refined(vectors: Vectors) -> Tensor:
 
 def _fused_cam(vectors: Vectors) -> Tensor:
     height, width = vectors["cam_out"].shape[2:]
-    return fuse_scores([vectors[key] for key in vectors.keys_like(_CAM_PREFIX)], (height, width))
+    return fuse_scores([vectors[key] for key in vectors.keys_like(_CAM_PREFIX, such_as="1.0")], (height, width))
 
 
 def _cam_label(vectors: Vectors) -> Tensor:
@@ -202,8 +112,8 @@ def _miou(vectors: Vectors) -> Tensor:
 CHECKS: tuple[Check, ...] = (
     Check("par_out", "refinement, 10 iterations", 1e-5, _refined),
     Check("cam_out", "CAM over scales and flips", 1e-5, _fused_cam),
-    Check("cam_label", "label of the CAM, unrefined", 0.0, _cam_label, is_label=True),
-    Check("refine_label", "initial label", 0.1, _initial_label, is_label=True),
+    Check("cam_label", "label of the CAM, unrefined", 0.0, _cam_label, measure="percent"),
+    Check("refine_label", "initial label", 0.1, _initial_label, measure="percent"),
     Check(
         "walk_out_low",
         "random walk, low background",
@@ -217,7 +127,7 @@ CHECKS: tuple[Check, ...] = (
         lambda vectors: _propagated(vectors, PseudoConfig().background_high),
     ),
     Check("refine2_out", "refinement inside the valid box", 1e-4, _refined_in_box),
-    Check("afflabel_out", "affinity label", 0.0, _affinity_label, is_label=True),
+    Check("afflabel_out", "affinity label", 0.0, _affinity_label, measure="percent"),
     Check("affloss_out", "affinity loss", 1e-6, _affinity_loss),
     Check("segloss_out", "segmentation loss", 1e-5, _segmentation_loss),
     Check("lr_out", "learning rate of the encoder", 1e-12, _learning_rate),
@@ -227,7 +137,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 def compare(vectors: Vectors) -> list[Result]:
-    """Run every check.
+    """Run every check that the file has vectors for: those of single functions, or of whole steps.
 
     Args:
         vectors: Recorded inputs and outputs.
@@ -238,25 +148,15 @@ def compare(vectors: Vectors) -> list[Result]:
     Raises:
         AfaError: A key is missing.
     """
-    return [Result(check, _error(check, vectors)) for check in CHECKS]
-
-
-def _error(check: Check, vectors: Vectors) -> float:
-    expected = vectors.recorded(check.key).double()
-    found = check.compute(vectors).double()
-    if found.shape != expected.shape:
-        return float("inf")
-    if check.is_label:
-        return 100 * (found != expected).double().mean().item()
-    return (found - expected).abs().max().item()
+    with_steps = any(key.startswith(WEIGHT) for key in vectors.arrays)
+    return [check.run(vectors) for check in (step_checks(vectors) if with_steps else CHECKS)]
 
 
 def format_table(results: Sequence[Result]) -> str:
     """Lay the results out as text, one line per key, under a heading."""
     rows = [("key", "what", "error", "tolerance", "")]
     for result in results:
-        unit = " %" if result.check.is_label else ""
-        numbers = (f"{result.error:.2g}{unit}", f"{result.check.tolerance:.2g}{unit}")
+        numbers = tuple(f"{number:.2g}{result.check.unit}" for number in (result.error, result.check.tolerance))
         rows.append((result.check.key, result.check.what, *numbers, "ok" if result.passed else "MISS"))
     a, b, c, d = (max(len(row[column]) for row in rows) for column in range(4))
     lines = [f"{row[0]:<{a}}  {row[1]:<{b}}  {row[2]:>{c}}  {row[3]:>{d}}  {row[4]}" for row in rows]
@@ -277,7 +177,7 @@ def run(path: Path) -> int:
     """
     results = compare(Vectors(path))
     print(format_table(results))
-    missed = [result.check.key for result in results if not result.passed]
+    missed = dict.fromkeys(result.check.key for result in results if not result.passed)
     print(f"missed: {', '.join(missed)}" if missed else f"all {len(results)} outputs agree")
     return 1 if missed else 0
 

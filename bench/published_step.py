@@ -30,7 +30,7 @@ from afa.config import Config
 from afa.model.decoder import MlpDecoder
 from afa.model.network import AfaNetwork
 from afa.training.schedule import Phase, learning_rate_factor
-from afa.types import IGNORE_INDEX, Batch, NetworkOutput, normalize_image
+from afa.types import IGNORE_INDEX, Batch, NetworkOutput, normalize_image, truncate_levels
 from published_par import PublishedRefinement  # type: ignore[import-not-found]
 
 TOKEN_STRIDE: Final = 16
@@ -117,6 +117,9 @@ class PublishedNetwork(nn.Module):
         assert network.attention_factor == 1
         self.encoder = SegformerModel(config)
         self.encoder.load_state_dict(encoder.state_dict())
+        for module, copied in zip(self.encoder.modules(), encoder.modules(), strict=True):
+            if isinstance(module, nn.LayerNorm):
+                module.eps = copied.eps
         self.num_maps = network.backbone.num_attention_maps
         self.classifier = copy.deepcopy(network.classifier)
         self.decoder = PublishedDecoder(network.decoder)
@@ -194,6 +197,8 @@ class PublishedStep:
         batch = batch.to(self.device)
         image = batch.image.float() / 255
         normalized = normalize_image(image)
+        if self.config.pseudo.par_image == "truncated":
+            image = truncate_levels(image)
         initial = refined = None
         if phase.want_initial or phase.want_refined:
             with torch.no_grad():

@@ -55,9 +55,9 @@ def test_flags_win_over_file_wins_over_preset(tmp_path: Path) -> None:
     assert config.preset == "paper_coco"
     assert config.schedule.max_steps == 7
     assert config.schedule.refined_steps == 6_000
-    assert config.schedule.cls_steps == 5_000
+    assert config.schedule.cls_steps == 5_001
     assert config.pseudo.iterations == 15
-    assert load_config(path, preset="paper").schedule.cls_steps == 2_000
+    assert load_config(path, preset="paper").schedule.cls_steps == 2_001
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_flag_text_becomes_the_type_of_the_field(key: str, text: str, value: obj
         ({"pseudo.background_low": 0.6}, "pseudo.background_low is 0.6, above pseudo.background_high (0.55)"),
         ({"augment.scale_min": 3}, "augment.scale_min is 3.0, above augment.scale_max (2.0)"),
         ({"augment.crop_size": 100}, "augment.crop_size is 100; use a multiple of 32"),
-        ({"schedule.refined_steps": 1}, "schedule.refined_steps is 1, before schedule.cls_steps (2000)"),
+        ({"schedule.refined_steps": 1}, "schedule.refined_steps is 1, before schedule.cls_steps (2001)"),
         ({"pseudo.reuse_training_pass": True, "pseudo.scales": "0.5"}, "has no 1.0 to reuse"),
         ({"data.classes": "cat", "data.class_subset": "dog"}, "data.class_subset names 'dog'"),
     ],

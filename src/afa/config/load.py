@@ -15,7 +15,7 @@ import tomllib
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -26,8 +26,23 @@ PRESETS = ("paper", "paper_coco", "rrm", "frozen", "demo")
 """Names of starting values, each a file in presets/."""
 
 
+_LATER: Final[dict[str, Any]] = {
+    "model.decoder_init": "uniform",
+    "model.norm_eps": 1e-5,
+    "pseudo.propagated_scale": "largest",
+    "pseudo.par_image": "exact",
+    "loss.reduction": "batch",
+    "evaluation.multiscale_rule": "direct",
+}
+"""What runs did whose configuration was stored before these keys were there."""
+
+
 def load_config(
-    path: str | Path | None = None, overrides: Mapping[str, Any] | None = None, *, preset: str | None = None
+    path: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    preset: str | None = None,
+    stored: bool = False,
 ) -> Config:
     """Build the configuration: preset, then TOML file, then overrides.
 
@@ -35,6 +50,7 @@ def load_config(
         path: TOML file with `preset` and one table per section, or None.
         overrides: Dotted keys, such as `{"schedule.max_steps": 100}`; texts are parsed as the field's type.
         preset: Name that wins over the file's `preset`.
+        stored: The file is a run's: what it leaves out is what runs did before there was such a key.
 
     Returns:
         The checked configuration.
@@ -43,14 +59,14 @@ def load_config(
         AfaError: The file is missing or not TOML; a key is unknown; a value has the wrong type or is out of range.
     """
     tree = {} if path is None else _read_toml(Path(path))
-    stored = tree.pop("preset", "paper")
-    name = stored if preset is None else preset
+    filed_preset = tree.pop("preset", "paper")
+    name = filed_preset if preset is None else preset
     if name not in PRESETS:
         blamed = f"{path}: " if preset is None else ""
         raise AfaError(f"{blamed}preset is {shown(name)}; use one of {', '.join(PRESETS)}")
-    defaults = _read_toml(Path(__file__).parent / "presets" / f"{name}.toml")
+    defaults = _LATER if stored else _flatten(_read_toml(Path(__file__).parent / "presets" / f"{name}.toml"), "")
     filed, given = _flatten(tree, f"{path}: "), overrides or {}
-    values = _convert(_flatten(defaults, ""), "") | _convert(filed, f"{path}: ")
+    values = _convert(defaults, "") | _convert(filed, f"{path}: ")
     config = _build(name, values | _convert({key: _parse(value, kinds().get(key)) for key, value in given.items()}, ""))
     for message in _contradictions(config):
         named = set(re.findall(r"[a-z]\w*\.\w+", message))
@@ -62,14 +78,14 @@ def config_from_dict(tree: Mapping[str, Any], *, origin: str) -> Config:
     """Rebuild a configuration from what `config_to_dict` gave.
 
     Args:
-        tree: Nested dictionary; what it leaves out has its default.
+        tree: Nested dictionary; what it leaves out has its default, or what runs did before there was such a key.
         origin: File it came from, for messages.
 
     Raises:
         AfaError: As `load_config`.
     """
     flat = _flatten({section: values for section, values in tree.items() if section != "preset"}, f"{origin}: ")
-    config = _build(str(tree.get("preset", "paper")), _convert(flat, f"{origin}: "))
+    config = _build(str(tree.get("preset", "paper")), _convert(_LATER | flat, f"{origin}: "))
     for message in _contradictions(config):
         raise AfaError(f"{origin}: {message}")
     return config

@@ -151,6 +151,11 @@ class ModelConfig:
     """The encoder's embedding and its first blocks up to this number keep their initial weights."""
     feature_levels: Annotated[int, Meta(ge=1, le=24)] = 4
     """Feature maps of a plain vision transformer that the decoder sees, of evenly spaced blocks; MiT has 4."""
+    decoder_init: Literal["kaiming", "uniform"] = "kaiming"
+    """Initial weights of the decoder's fusing convolution: kaiming = normal by the fan out (reference), uniform =
+    PyTorch's default, a fifth as large."""
+    norm_eps: Annotated[float, Meta(ge=1e-12, le=1e-2)] = 1e-6
+    """MiT: epsilon of the norm layers in blocks and after stages; transformers' SegFormer has 1e-5 there."""
     attention_scaling: bool = False
     """Divide Q K^T by sqrt(d) before the affinity head (paper, Eq. 1); the reference does not."""
     affinity_init: Literal["published", "calibrated"] = "published"
@@ -188,6 +193,9 @@ class PseudoConfig:
     """Background score when CAMs are scored as labels."""
     background_propagated: Share = 0.35
     """Background score when propagated CAMs are scored as labels."""
+    propagated_scale: Literal["one", "largest"] = "one"
+    """Scale of the pass whose affinity propagated CAMs walk on when they are scored or shown: one (reference), or the
+    largest of `scales`, as in training."""
     label_rule: Literal["two_pass", "threshold"] = "two_pass"
     """How two background scores become one label: two_pass = softmax, refine and argmax once for each, then
     merge (reference); threshold = refine the CAM, then Eq. 4 as printed (paper)."""
@@ -203,6 +211,9 @@ class PseudoConfig:
     """Dilations of the 8 neighbors, pixels."""
     iterations: Annotated[int, Meta(ge=0, le=1000)] = 10
     """Refinement iterations (COCO: 15)."""
+    par_image: Literal["truncated", "exact"] = "truncated"
+    """Levels of the image that PAR sees: truncated after the normalization is undone, so that seven of them are one too
+    low (reference), or exact."""
     rgb_bandwidth: Annotated[float, Meta(ge=1e-6, le=1e3)] = 0.3
     """w1 of Eq. 8."""
     pos_bandwidth: Annotated[float, Meta(ge=1e-6, le=1e3)] = 0.3
@@ -242,6 +253,9 @@ class LossConfig:
     segmentation_stride: Annotated[int, Meta(ge=1, le=16)] = 1
     """The segmentation loss looks at one pixel of this many in each direction: features at stride 16 say little more,
     and a step costs far less. 1: at every pixel (the reference)."""
+    reduction: Literal["process", "batch"] = "process"
+    """Over which images the segmentation and the affinity loss are means: those of each process, averaged over
+    processes (reference: two images each), or the whole batch, so that the number of processes changes nothing."""
     affinity_form: Literal["balanced", "paper"] = "balanced"
     """balanced = halves, each over count + 1 (reference); paper = sums over the bare counts, no halves."""
 
@@ -254,8 +268,8 @@ class ScheduleConfig:
     """Training steps."""
     batch_size: Annotated[int, Meta(ge=1)] = 8
     """Images per step, over all processes."""
-    cls_steps: Annotated[int, Meta(ge=0)] = 2_000
-    """Steps that learn the classification alone (COCO: 5,000)."""
+    cls_steps: Annotated[int, Meta(ge=0)] = 2_001
+    """Steps that learn the classification alone (COCO: 5,001). In the reference step 2,000 is the last of them."""
     refined_steps: Annotated[int, Meta(ge=0)] = 6_000
     """Steps after which the segmentation learns from the refined label (COCO: 15,000)."""
     affinity_target: Literal["initial", "segmentation"] = "initial"
@@ -294,6 +308,9 @@ class EvaluationConfig:
     """Scales of the multiscale protocol (0.5 to 1.5 by the authors' word; these by their script)."""
     long_side: Annotated[int, Meta(ge=32, le=8192)] = 512
     """Longer side of the image in the multiscale protocol, pixels."""
+    multiscale_rule: Literal["reference", "direct"] = "reference"
+    """reference = the image at `long_side` is scaled on, sizes are rounded down, and the maximum is taken on the grid
+    of scale 1's logits; direct = each scale from the image itself, rounded, and the maximum at its size."""
     batch_size: Annotated[int, Meta(ge=0, le=256)] = 0
     """Images of one size that go through the network together; larger ones than 512 x 512 fewer. 0 = automatic: 8 on
     a GPU, else 1."""

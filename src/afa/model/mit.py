@@ -16,7 +16,7 @@ from transformers import SegformerConfig, SegformerModel
 from afa.errors import AfaError
 from afa.model.attention import ATTENTION_NAME, Recorder
 from afa.model.backbone import Backbone, BackboneOutput, join_attention
-from afa.model.families import MIT_SIZES
+from afa.model.families import MIT_SIZES, MitSize
 from afa.model.layers import speed_up
 from afa.model.weights import Architecture, build_encoder
 
@@ -28,13 +28,14 @@ class MixTransformer(Backbone):
     """MiT with its raw attention.
 
     Args:
-        size: Name in `MIT_SIZES`.
+        size: Name in `MIT_SIZES`, or sizes that are not there.
         weights: Local folder or hub id in transformers' layout, an original `mit_b*.pth` file, or empty for
             random weights. The hub's nvidia/mit-b0..b5 are under NVIDIA's non-commercial license.
         drop_path: Stochastic depth of the last block; linear over depth.
         attention_blocks: Number of last-stage blocks, counted from the end, whose Q K^T is returned.
         freeze_blocks: Number of blocks, counted over all stages from the first, that are frozen; with them the
             patch embeddings before them, and the final norm of a stage whose blocks are all frozen.
+        norm_eps: Epsilon of the norm layers in blocks and after stages.
 
     Raises:
         AfaError: More blocks are asked for than there are; weights as in `afa.model.weights.build_encoder`.
@@ -42,15 +43,16 @@ class MixTransformer(Backbone):
 
     def __init__(
         self,
-        size: str,
+        size: str | MitSize,
         weights: str = "",
         *,
         drop_path: float = 0.1,
         attention_blocks: int = 2,
         freeze_blocks: int = 0,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        shape = MIT_SIZES[size]
+        shape = MIT_SIZES[size] if isinstance(size, str) else size
         if attention_blocks > shape.depths[-1]:
             raise AfaError(
                 f"model.affinity_blocks is {attention_blocks}, but the last stage of {size} has "
@@ -60,7 +62,11 @@ class MixTransformer(Backbone):
             raise AfaError(
                 f"model.freeze_blocks is {freeze_blocks}, but {size} has {shape.depth} blocks; use at most that many"
             )
-        self.encoder = build_encoder(_architecture(size, drop_path), weights)
+        self.encoder = build_encoder(_architecture(str(size), shape, drop_path), weights)
+        for name, module in self.encoder.named_modules():
+            # Those of patch embeddings and of spatial reduction have PyTorch's own, as published.
+            if re.search(r"\d\.(layer_norm|layernorm_before|layernorm_after)$", name):
+                module.eps = norm_eps
         speed_up(self.encoder)
         self.channels = shape.channels
         self.strides = (4, 8, 16, 16)
@@ -146,8 +152,8 @@ def convert_original_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def _architecture(name: str, drop_path: float) -> Architecture:
-    size = MIT_SIZES[name].settings()
+def _architecture(name: str, shape: MitSize, drop_path: float) -> Architecture:
+    size = shape.settings()
     config = SegformerConfig(**size, strides=list(STRIDES), drop_path_rate=drop_path)
     config._attn_implementation = ATTENTION_NAME
     return Architecture(

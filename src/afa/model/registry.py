@@ -66,6 +66,7 @@ def build_backbone(
     attention_blocks: int = 2,
     freeze_blocks: int = 0,
     feature_levels: int = 4,
+    norm_eps: float = 1e-5,
     language: bool = False,
 ) -> Backbone:
     """Build an encoder. The name alone decides the architecture, so that weights of a run can be loaded into it.
@@ -78,6 +79,7 @@ def build_backbone(
         attention_blocks: Number of blocks, counted from the end, whose Q K^T is returned.
         freeze_blocks: Number of blocks, counted from the image, that are frozen with all before them.
         feature_levels: Number of feature maps; MiT always has the four of its stages.
+        norm_eps: MiT only: epsilon of the norm layers in blocks and after stages.
         language: Let the last feature map be one in which words can be looked up: a `LanguageBackbone`.
 
     Raises:
@@ -113,7 +115,7 @@ def build_backbone(
         )
     from afa.model.mit import MixTransformer
 
-    return MixTransformer(name, weights, **shared)
+    return MixTransformer(name, weights, norm_eps=norm_eps, **shared)
 
 
 def backbone_of(weights: str) -> str | None:

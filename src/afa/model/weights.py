@@ -217,6 +217,15 @@ def load_weights(network: nn.Module, path: Path) -> None:
         raise AfaError(f"{path}: no such weights file") from None
     except (SafetensorError, OSError) as error:
         raise AfaError(f"{path}: broken weights file ({error}); restore it or train again") from None
+    load_state(network, state, path)
+
+
+def load_state(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load tensors by key into a network, all keys or none.
+
+    Raises:
+        AfaError: A key or shape does not match; the message names it and the file `path` that the tensors come from.
+    """
     expected = network.state_dict()
     odd = sorted(expected.keys() ^ state.keys())
     if odd:

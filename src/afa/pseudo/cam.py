@@ -80,8 +80,8 @@ class CamResult:
 
     Attributes:
         cam: (B, C, H, W) in [0, 1], each class and image scaled to its own range; the channels that were picked.
-        grid: (h, w) tokens of the pass at the largest scale.
-        walk: Output of the unflipped pass at the largest scale, with affinity and attention, if it was asked for.
+        grid: (h, w) tokens of the pass at the largest scale, or of `walk`.
+        walk: Output of the unflipped pass whose affinity CAMs walk on, if it was asked for: that at the largest scale.
     """
 
     cam: Tensor

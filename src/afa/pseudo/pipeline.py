@@ -29,7 +29,7 @@ from afa.pseudo.scores import (
     with_background,
 )
 from afa.pseudo.walk import mean_attention_affinity, propagate, walk
-from afa.types import IGNORE_INDEX
+from afa.types import IGNORE_INDEX, normalize_image
 
 PSEUDO_KINDS = ("cam", "propagated", "cam_label", "propagated_label", "initial_label", "refined_label")
 """What `infer_pseudo` can be asked for."""
@@ -135,7 +135,9 @@ def infer_pseudo(
         `refined_label` (B, H, W) int64 in 0..C and 255.
     """
     assert set(want) <= set(PSEUDO_KINDS), want
-    walks = config.propagation != "none" and bool({"propagated", "propagated_label", "refined_label"} & set(want))
+    walks = config.propagation != "none"
+    scored = walks and not {"propagated", "propagated_label"}.isdisjoint(want)
+    at_one = scored and config.propagated_scale == "one"
     present = present_classes(tags, num_slots=num_slots)
     foreground = present.foreground
     picked = multi_scale_cam(
@@ -143,7 +145,7 @@ def infer_pseudo(
         image,
         scales=config.scales,
         mirrored=config.mirror,
-        affinity=walks,
+        affinity=(scored and not at_one) or (walks and "refined_label" in want),
         pick=foreground.gather,
         limits=limits,
     )
@@ -161,6 +163,9 @@ def infer_pseudo(
     if "cam" in want:
         made["cam"] = cam.cam
     if "propagated" in want or "propagated_label" in want:
+        if at_one:
+            found = score(normalize_image(image), True)
+            cam = dataclasses.replace(cam, grid=found.class_scores.shape[2:], walk=found)
         scores = _propagated_scores(cam, tags, config)  # (B, K, h, w)
         if "propagated" in want:
             made["propagated"] = resized(scores, refiner.size)  # (B, K, H, W)

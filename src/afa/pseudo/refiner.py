@@ -13,6 +13,7 @@ from afa.filtering.crf import CrfSettings, dense_crf
 from afa.kernels.box import move_box
 from afa.kernels.par import refine, refinement_kernel
 from afa.kernels.resize import resize
+from afa.types import truncate_levels
 
 Size = tuple[int, int]
 
@@ -29,6 +30,7 @@ class Refiner:
 
     def __init__(self, image: Tensor, config: PseudoConfig) -> None:
         self.image = image
+        self.seen = truncate_levels(image) if config.par_image == "truncated" else image  # by PAR, not by the CRF
         self.config = config
         self.size = (image.shape[2], image.shape[3])
         self.small_size = self._reduced(self.size)
@@ -41,7 +43,7 @@ class Refiner:
     @cached_property
     def kernel(self) -> Tensor:
         """(B, n, h, w) kernel of the whole canvas, at the size at which scores are refined."""
-        return self._kernel(resized(self.image, self.small_size))
+        return self._kernel(resized(self.seen, self.small_size))
 
     def on_canvas(self, scores: Tensor, *, num_sets: int = 1) -> Tensor:
         """Refine scores over the whole canvas.
@@ -95,7 +97,7 @@ class Refiner:
         extent = torch.stack([valid_box[:, 1] - valid_box[:, 0], valid_box[:, 3] - valid_box[:, 2]], 1)  # (B, 2)
         extent = (extent // self.config.refinement_stride).clamp(min=1)
         corner = torch.stack([torch.zeros_like(extent), extent], 2).flatten(1)  # (B, 4)
-        image = move_box(self.image, self.small_size, source=valid_box, target=corner, align_corners=False)
+        image = move_box(self.seen, self.small_size, source=valid_box, target=corner, align_corners=False)
         small = move_box(scores, self.small_size, source=valid_box, target=corner, align_corners=True)
         refined = self._refine(small, self._kernel(image, extent), extent)  # (B, P, H/2, W/2)
         return move_box(refined, self.size, source=corner, target=valid_box, align_corners=False)  # (B, P, H, W)
@@ -110,7 +112,7 @@ class Refiner:
         if size == self.size:
             kernel = self.kernel[index : index + 1]  # (1, n, h/2, w/2)
         else:
-            kernel = self._kernel(resized(self.image[inside], small_size))  # (1, n, h/2, w/2)
+            kernel = self._kernel(resized(self.seen[inside], small_size))  # (1, n, h/2, w/2)
         return resized(self._refine(small, kernel), size)  # (1, P, h, w)
 
     def _kernel(self, image: Tensor, extent: Tensor | None = None) -> Tensor:

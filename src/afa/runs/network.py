@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from afa.config import Config, ModelConfig
 from afa.model.families import TOKEN_SIZES
@@ -61,6 +62,7 @@ def build_network(
         attention_blocks=model.affinity_blocks,
         freeze_blocks=model.freeze_blocks,
         feature_levels=model.feature_levels,
+        norm_eps=model.norm_eps,
         language=with_text,
     )
     if model.second_backbone:
@@ -71,7 +73,7 @@ def build_network(
             levels=model.second_feature_levels,
             similarity=model.second_similarity,
         )
-    return AfaNetwork(
+    network = AfaNetwork(
         backbone,
         num_classes,
         pooling=model.pooling,
@@ -82,6 +84,9 @@ def build_network(
         affinity_init=model.affinity_init,
         text=_text_classifier(model, num_classes, words if pretrained else ()) if with_text else None,
     )
+    if model.decoder_init == "kaiming":
+        nn.init.kaiming_normal_(network.decoder.fuse.weight, mode="fan_out", nonlinearity="relu")
+    return network
 
 
 def _text_classifier(model: ModelConfig, num_classes: int, words: Sequence[Sequence[str]]) -> TextClassifier:

@@ -81,7 +81,7 @@ class Run:
             raise self._no_run()
         if not self._config.read_bytes().strip():
             raise AfaError(f"{self._config}: is empty; restore it or train again")
-        return load_config(self._config, overrides)
+        return load_config(self._config, overrides, stored=True)
 
     @property
     def has_classes(self) -> bool:

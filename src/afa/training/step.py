@@ -92,6 +92,7 @@ def compute_losses(
                 plain_scores=reused,
                 num_slots=num_slots,
             )
+    group = processes if config.loss.reduction == "batch" else ALONE  # the processes that a mean is over
     loss = cls = classification_loss(output.image_logits, batch.tags)
     seg = aff = reg = None
     stride = config.loss.segmentation_stride
@@ -101,8 +102,8 @@ def compute_losses(
         assert target is not None
         seg_target = target[:, stride // 2 :: stride, stride // 2 :: stride]  # (B, H / stride, W / stride)
         logits = resize(output.seg_logits, seg_target.shape[1:])  # (B, K, H/4, W/4) -> (B, K, H / stride, W / stride)
-        seg = segmentation_loss(logits, seg_target, form=config.loss.segmentation_form, total=processes.total)
-        loss = loss + processes.count * config.loss.segmentation_weight * seg
+        seg = segmentation_loss(logits, seg_target, form=config.loss.segmentation_form, total=group.total)
+        loss = loss + group.count * config.loss.segmentation_weight * seg
         if config.loss.energy_weight > 0:
             # Building a lattice synchronizes the GPU, and on a GPU the sum over all pairs is fast.
             on_host = logits.device.type in ("cpu", "mps")
@@ -110,19 +111,20 @@ def compute_losses(
             loss = loss + config.loss.energy_weight * reg
     if phase.affinity:
         follows = config.schedule.affinity_target == "segmentation"
-        aff = _affinity_loss(output, target if follows else labels.initial_label, config, processes)
-        loss = loss + processes.count * config.loss.affinity_weight * aff
-    seg, aff, reg = (None if part is None else part.detach() for part in (seg, aff, reg))
-    return StepLosses(loss, cls.detach(), seg, aff, reg, labels)
+        aff = _affinity_loss(output, target if follows else labels.initial_label, config, group)
+        loss = loss + group.count * config.loss.affinity_weight * aff
+    share = group.count / processes.count
+    seg, aff = (None if part is None else share * part.detach() for part in (seg, aff))
+    return StepLosses(loss, cls.detach(), seg, aff, None if reg is None else reg.detach(), labels)
 
 
-def _affinity_loss(output: NetworkOutput, label: Tensor | None, config: Config, processes: Processes) -> Tensor:
+def _affinity_loss(output: NetworkOutput, label: Tensor | None, config: Config, group: Processes) -> Tensor:
     assert output.affinity is not None
     assert label is not None
     grid = (output.class_scores.shape[2], output.class_scores.shape[3])
     tokens = token_label(label, grid)  # (B, H, W) -> (B, h, w)
     pairs = affinity_label(tokens, radius=config.pseudo.affinity_radius)  # (B, h, w) -> (B, hw, hw)
-    return affinity_loss(output.affinity, pairs, form=config.loss.affinity_form, total=processes.total)
+    return affinity_loss(output.affinity, pairs, form=config.loss.affinity_form, total=group.total)
 
 
 def gradients_are_finite(parameters: list[torch.nn.Parameter]) -> Tensor:
