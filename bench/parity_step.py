@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ WEIGHT: Final = "weight/"
 SIZE: Final = MitSize((16, 32, 64, 64), (1, 1, 1, 2), (1, 2, 4, 8))
 TOKEN_STRIDE: Final = 16
 
-_LABELS: Final = ("initial_label", "refined_label")
+ParImage = Literal["truncated", "exact"]
+
 _TINY_NORM: Final = 1e-6
 """Gradients of a smaller norm are rounding."""
 _NAMES: Final = {
@@ -108,7 +109,7 @@ class Steps:
         self.network.train()
 
     @cache  # noqa: B019
-    def at(self, number: int, par_image: str, name: str = "") -> Step:
+    def at(self, number: int, par_image: ParImage, name: str = "") -> Step:
         """Take a step.
 
         Args:
@@ -127,29 +128,32 @@ class Steps:
             config=config,
             phase=kind,
         )
-        losses.total.backward()
+        losses.total.backward()  # type: ignore[no-untyped-call]
         weights = network.named_parameters()
         return Step(losses, {key: torch.zeros_like(each) if each.grad is None else each.grad for key, each in weights})
 
-    def loss(self, _: Vectors, *, number: int, par_image: str, name: str) -> Tensor:
+    def loss(self, _: Vectors, *, number: int, par_image: ParImage, name: str) -> Tensor:
         """One loss; afa does not compute those that the first phase weighs with 0, so these are of the second phase."""
-        value = getattr(self.at(number, par_image).losses, name)
-        return getattr(self.at(number, par_image, "initial").losses, name) if value is None else value
+        value: Tensor | None = getattr(self.at(number, par_image).losses, name)
+        other: Tensor = getattr(self.at(number, par_image, "initial").losses, name) if value is None else value
+        return other
 
-    def label(self, _: Vectors, *, number: int, par_image: str, name: str) -> Tensor:
+    def label(self, _: Vectors, *, number: int, par_image: ParImage, name: str) -> Tensor:
         """One pseudo label, or the affinity label, (B, hw, hw)."""
         labels = self.at(number, par_image).losses.labels
-        if name in _LABELS:
-            return getattr(labels, name)
+        label = labels.refined_label if name == "refined_label" else labels.initial_label
+        assert label is not None
+        if name != "affinity_label":
+            return label
         height, width = (side // TOKEN_STRIDE for side in self.batch.image.shape[2:])
-        return affinity_label(token_label(labels.initial_label, (height, width)), radius=PseudoConfig().affinity_radius)
+        return affinity_label(token_label(label, (height, width)), radius=PseudoConfig().affinity_radius)
 
     def cam(self, _: Vectors) -> Tensor:
         """(B, C, H, W) CAM of all classes."""
         config = PseudoConfig()
         return multi_scale_cam(self.network.score, self.batch.image.float() / 255, scales=config.scales).cam
 
-    def gradient(self, vectors: Vectors, *, key: str, number: int, par_image: str, recorded: bool) -> Tensor:
+    def gradient(self, vectors: Vectors, *, key: str, number: int, par_image: ParImage, recorded: bool) -> Tensor:
         """Gradient of a published weight in afa's layout, flat: the recorded one, or afa's."""
         theirs = our_layout({key.split("/grad/")[1]: vectors[key]})
         ours = self.at(number, par_image).gradients
@@ -179,14 +183,14 @@ def step_checks(vectors: Vectors) -> Iterator[Check]:
                 raise AfaError(f"{vectors.path}: key {key} is unknown; record losses, labels, cam and gradients")
             continue
         name, number = found[3], int(found[2])
-        at = {"number": number, "par_image": "truncated" if found[1] == "published" else "exact"}
+        at: dict[str, Any] = {"number": number, "par_image": "truncated" if found[1] == "published" else "exact"}
         if found[4]:
             compute = partial(steps.loss, **at, name=found[4])
             yield Check(key, "loss", 1e-5, compute, "relative")
         elif found[5]:
             check = Check(key, "label", 2, partial(steps.label, **at, name=name), "pixels")
             yield check
-            if found[1] == "published" and name in _LABELS:
+            if found[1] == "published" and name != "affinity_label":
                 compute = partial(steps.label, **at | {"par_image": "exact"}, name=name)
                 yield replace(
                     check, what="label, image not truncated", tolerance=0.1, measure="percent", compute=compute

@@ -8,7 +8,7 @@ box (top, bottom, left, right) half open, tags (C,).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -317,6 +317,26 @@ def classification_loss(logits: Array, tags: Array) -> float:
         probability = 1 / (1 + math.exp(-logit))
         terms.append(-(tag * math.log(probability) + (1 - tag) * math.log(1 - probability)))
     return sum(terms) / len(terms)
+
+
+# --- Several scales ---
+
+
+def multiscale_logits(
+    image: Array, logits_of: Callable[[Array], Array], *, long_side: int, scales: Sequence[float]
+) -> Array:
+    """(K, H, W) as the published script computes them; `logits_of` turns (3, h, w) into (K, h', w')."""
+    height, width = image.shape[1:]
+    factor = long_side / max(height, width)
+    seen = bilinear(image, (int(height * factor), int(width * factor)))
+    passes = {}
+    for scale in scales:
+        view = bilinear(seen, (int(seen.shape[1] * scale), int(seen.shape[2] * scale)))
+        mirrored = np.ascontiguousarray(view[:, :, ::-1])
+        passes[scale] = (logits_of(view) + logits_of(mirrored)[:, :, ::-1]) / 2
+    grid = passes[1.0].shape[1:]
+    largest = np.maximum.reduce([bilinear(each, grid) for each in passes.values()])
+    return bilinear(largest, (height, width))
 
 
 # --- Schedule and score ---

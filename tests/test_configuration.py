@@ -190,6 +190,28 @@ def test_round_trip_through_toml_and_json(tmp_path: Path) -> None:
     assert config_from_dict(config_to_dict(config), origin="checkpoint") == config
 
 
+def test_a_run_of_an_earlier_version_keeps_what_it_did(tmp_path: Path) -> None:
+    config = load_config(preset="paper")
+    tree = config_to_dict(config)
+    for key in ("decoder_init", "norm_eps"):
+        del tree["model"][key]
+    del tree["pseudo"]["par_image"], tree["loss"]["reduction"]
+    words = "\n".join(line for line in config_to_toml(config).splitlines() if not line.startswith(("norm_eps", "par_")))
+    for run in (config_from_dict(tree, origin="old"), load_config(write(tmp_path, words), stored=True)):
+        assert (run.model.norm_eps, run.pseudo.par_image) == (1e-5, "exact")
+        assert run.pseudo.propagated_scale == config.pseudo.propagated_scale
+    assert config_from_dict(tree, origin="old").loss.reduction == "batch"
+    assert config.loss.reduction == "process"
+
+
+def test_presets_of_afa_leave_out_what_the_published_code_does_by_accident() -> None:
+    for preset in ("demo", "frozen"):
+        config = load_config(preset=preset)
+        assert (config.pseudo.par_image, config.loss.reduction) == ("exact", "batch")
+        assert (config.model.decoder_init, config.evaluation.multiscale_rule) == ("uniform", "direct")
+    assert load_config(preset="paper_coco").loss.energy_weight == 0
+
+
 def test_a_stored_configuration_with_foreign_keys_is_refused() -> None:
     with pytest.raises(AfaError, match=r"checkpoint: unknown section \[optimizer\]"):
         config_from_dict({"optimizer": {}}, origin="checkpoint")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+import naive
 from afa.config import Config, EvaluationConfig, ModelConfig, PseudoConfig
 from afa.errors import AfaError
 from afa.evaluation import protocols
@@ -108,7 +109,8 @@ def test_multiscale_runs_each_scale_with_its_flip() -> None:
 
 def test_multiscale_is_the_maximum_over_scales_of_the_mean_over_flips() -> None:
     image = random_image(40, 80)
-    network, logits = run_spy(image, protocol="multiscale", long_side=96, scales=(1.0, 0.75))
+    rule = {"multiscale_rule": "direct"}
+    network, logits = run_spy(image, protocol="multiscale", long_side=96, scales=(1.0, 0.75), **rule)
     passes = []
     for view in network.views:
         again = SpyNetwork()(view, segmentation=True, affinity=False).seg_logits
@@ -118,6 +120,24 @@ def test_multiscale_is_the_maximum_over_scales_of_the_mean_over_flips() -> None:
     torch.testing.assert_close(logits, torch.maximum(*passes), rtol=0, atol=1e-5)
     assert not torch.allclose(logits, passes[0])
     assert not torch.allclose(logits, passes[1])
+
+
+@pytest.mark.parametrize("scales", [(1.0, 0.5, 0.75), (0.75, 1.0)])
+def test_multiscale_of_the_reference_scales_on_what_it_scaled(scales: tuple[float, ...]) -> None:
+    image = random_image(45, 70)
+    network, logits = run_spy(image, protocol="multiscale", long_side=101, scales=scales)
+
+    def logits_of(view: np.ndarray) -> np.ndarray:
+        output = SpyNetwork()(torch.from_numpy(view).float()[None], segmentation=True, affinity=False)
+        return output.seg_logits[0].numpy()
+
+    seen = normalize_image(image_tensor(image, device=torch.device("cpu")))[0].numpy()
+    expected = naive.multiscale_logits(seen, logits_of, long_side=101, scales=scales)
+    np.testing.assert_allclose(logits.numpy(), expected, atol=1e-5)
+    sizes = {1.0: (64, 101), 0.5: (32, 50), 0.75: (48, 75)}
+    assert [view.shape[2:] for view in network.views] == [sizes[scale] for scale in scales]
+    _, direct = run_spy(image, protocol="multiscale", long_side=101, scales=scales, multiscale_rule="direct")
+    assert (direct - logits).abs().max() > 0.01
 
 
 def test_image_logits_come_from_the_same_passes() -> None:
@@ -198,7 +218,9 @@ def test_every_pseudo_label_of_a_real_network(kind: str, size: tuple[int, int]) 
 
 def real_network() -> AfaNetwork:
     torch.manual_seed(0)
-    return build_network(ModelConfig(backbone="mit_tiny", weights="", decoder_width=8), 3).eval()
+    return build_network(
+        ModelConfig(backbone="mit_tiny", weights="", decoder_width=8, decoder_init="uniform"), 3
+    ).eval()
 
 
 # Under a short side of 64 all three are seen at 64 x 96.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from afa.pseudo.labels import ignore_outside, threshold_label
 from afa.pseudo.pipeline import PSEUDO_KINDS, infer_pseudo, initial_label, refined_label, training_labels
 from afa.pseudo.refiner import Refiner
 from afa.pseudo.scores import present_classes
-from afa.types import NetworkOutput
+from afa.types import NetworkOutput, normalize_image, truncate_levels
 from tensors import TAGS, FakeScore, assert_images_agree, symmetric_affinity, unchanged, uniform
 
 SIZE = (24, 34)
@@ -209,6 +209,47 @@ def test_attention_is_another_walk() -> None:
     )
     assert not torch.allclose(by_affinity, by_attention)
     assert not torch.allclose(by_affinity, without)
+
+
+@pytest.mark.parametrize(("scale", "factor"), [("one", 1.0), ("largest", 1.5)])
+@pytest.mark.parametrize("want", [("cam", "propagated"), ("cam", "propagated", "refined_label")])
+def test_propagated_scores_walk_on_the_affinity_of_one_scale(
+    scale: Literal["one", "largest"], factor: float, want: tuple[str, ...]
+) -> None:
+    made = inferred(*want, config=replace(CONFIG, propagated_scale=scale))
+    size = int(SIZE[0] * factor), int(SIZE[1] * factor)
+    walked = FakeScore()(normalize_image(enlarged(images(), size)), True)
+    assert walked.affinity is not None
+    for i in range(2):
+        small = naive.bilinear(made["cam"][i].numpy(), walked.class_scores.shape[2:])
+        affinity = walked.affinity[i].numpy()
+        spread = naive.propagate(small, TAGS[i].numpy(), affinity, background=0.35, radius=1)
+        np.testing.assert_allclose(made["propagated"][i].numpy(), naive.bilinear(spread, SIZE), atol=1e-5)
+    if "refined_label" in want:
+        assert torch.equal(made["refined_label"], labels()[1])
+
+
+def test_par_sees_truncated_levels_and_the_crf_exact_ones() -> None:
+    levels = torch.arange(256).float().view(1, 1, 1, 256).expand(1, 3, 1, 256) / 255
+    seen = (255 * truncate_levels(levels)).round()[0, :, 0]  # (3, 256)
+    lost = [[level for level in range(256) if seen[c, level] != level] for c in range(3)]
+    assert lost == [[1, 6, 61, 62], [56], [42, 45]]
+    assert all(seen[c, level] == level - 1 for c in range(3) for level in lost[c])
+
+    image = (255 * images()).round() / 255
+    image[:, 0, 5:9] = 61 / 255
+    between = image + 0.3 / 255
+    assert torch.equal(truncate_levels(between), between)
+    truncated, exact = (replace(CONFIG, par_image=kind) for kind in ("truncated", "exact"))
+    low = truncate_levels(image)
+    assert not torch.equal(low, image)
+    assert torch.equal(Refiner(image, truncated).kernel, Refiner(low, exact).kernel)
+    assert not torch.equal(Refiner(image, truncated).kernel, Refiner(image, exact).kernel)
+    scores = smooth(2, 4, seed=5).softmax(1)
+    found, expected = (Refiner(*pair).in_box(scores, BOXES) for pair in ((image, truncated), (low, exact)))
+    assert torch.equal(found, expected)
+    by_crf = [Refiner(image, replace(each, refinement="crf")).in_box(scores, BOXES) for each in (truncated, exact)]
+    assert torch.equal(*by_crf)
 
 
 @pytest.mark.parametrize("kind", PSEUDO_KINDS)

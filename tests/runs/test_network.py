@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -63,6 +64,7 @@ def test_every_model_key_reaches_the_network() -> None:
             decoder_dropout=0.3,
             affinity_blocks=1,
             attention_scaling=True,
+            norm_eps=1e-4,
         ),
         7,
     )
@@ -73,6 +75,18 @@ def test_every_model_key_reaches_the_network() -> None:
     assert network.backbone.encoder.config.drop_path_rate == 0.4
     assert network.backbone.num_attention_maps == network.affinity_head.mix.in_channels == 8
     assert network.attention_factor == network.backbone.attention_scale
+    norms = {name: each.eps for name, each in network.backbone.named_modules() if isinstance(each, torch.nn.LayerNorm)}
+    inner = ("patch_embeddings.layer_norm", "sequence_reduction.layer_norm")
+    assert {eps for name, eps in norms.items() if name.endswith(inner)} == {1e-5}
+    assert {eps for name, eps in norms.items() if not name.endswith(inner)} == {1e-4}
+    assert sum(eps == 1e-4 for eps in norms.values()) == 4 + 2 * 5
+
+
+@pytest.mark.parametrize(("kind", "std"), [("kaiming", (2 / 256) ** 0.5), ("uniform", 1024**-0.5 / 3**0.5)])
+def test_initial_weights_of_the_fusing_convolution(kind: Literal["kaiming", "uniform"], std: float) -> None:
+    torch.manual_seed(0)
+    network = build_network(ModelConfig(backbone="mit_tiny", weights="", decoder_init=kind), 2)
+    assert network.decoder.fuse.weight.detach().std().item() == pytest.approx(std, rel=0.01)
 
 
 def test_initial_weights_are_loaded_only_when_asked_for() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import process_means
 from afa.api import SCORED_LABELS, train_and_report
 from afa.runs.run import Run
 from afa.runtime import Processes
@@ -50,6 +51,22 @@ def test_a_single_process_needs_no_group() -> None:
     assert alone.any(True, torch.device("cpu"))
     assert not alone.any(False, torch.device("cpu"))
     alone.wait()
+
+
+@pytest.mark.slow
+def test_losses_of_two_processes_are_means_of_each_or_of_the_whole_batch(tmp_path: Path) -> None:
+    process = start_python([*TORCHRUN, process_means.__file__, str(tmp_path / "made.pt")])
+    each = [process_means.gradients(slice(i, i + 1), "process") for i in (0, 1)]
+    whole = process_means.gradients(slice(0, 2), "batch")
+    _, messages = process.communicate()
+    assert process.returncode == 0, messages
+    made = torch.load(tmp_path / "made.pt", weights_only=True)
+    for name, found in made["process"].items():
+        torch.testing.assert_close(found, (each[0][name] + each[1][name]) / 2, rtol=1e-4, atol=1e-6, msg=name)
+    for name, found in made["batch"].items():
+        torch.testing.assert_close(found, whole[name], rtol=1e-4, atol=1e-6, msg=name)
+    for name in ("seg", "aff"):
+        assert abs(float(made["process"][name] / made["batch"][name]) - 1) > 1e-3
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ REFINED = Phase("refined", segmentation=True, affinity=True, want_initial=True, 
 
 @pytest.mark.parametrize(
     ("step", "expected"),
-    [(0, CLS), (1999, CLS), (2000, INITIAL), (5999, INITIAL), (6000, INITIAL), (6001, REFINED), (19_999, REFINED)],
+    [(0, CLS), (2000, CLS), (2001, INITIAL), (5999, INITIAL), (6000, INITIAL), (6001, REFINED), (19_999, REFINED)],
 )
 def test_voc_phases(step: int, expected: Phase) -> None:
     assert at(step) == expected
@@ -31,8 +31,8 @@ def test_voc_phases(step: int, expected: Phase) -> None:
 @pytest.mark.parametrize(
     ("step", "expected"),
     [
-        (4999, CLS),
-        (5000, INITIAL),
+        (5000, CLS),
+        (5001, INITIAL),
         (15_000, INITIAL),
         # The affinity learns from what the segmentation learns from, so nothing needs the initial label any more.
         (15_001, dataclasses.replace(REFINED, want_initial=False)),

@@ -514,7 +514,7 @@ def test_shares_of_two_processes_add_up_to_the_whole_batch() -> None:
     """Averaged over processes, as DistributedDataParallel does, the gradient is that of the whole batch."""
     scores = centered_scores(2)
     scores[1] = -1.0  # all foreground is in the first image: plain means per process would differ
-    config = config_with(loss__energy_weight=1000)
+    config = config_with(loss__energy_weight=1000, loss__reduction="batch")
     whole = Scripted.of(scores)
     batch = make_batch(FULL, (0, SIZE, 0, 32))
     expected = whole.losses(batch, config, INITIAL_STEP)

@@ -159,11 +159,27 @@ def view_sizes(size: tuple[int, int], config: Config) -> tuple[tuple[int, int], 
     """
     height, width = size
     evaluation = config.evaluation
+    if _chained(evaluation):
+        base = _long_size(size, evaluation)
+        return tuple(_scaled_down(base, scale) for scale in evaluation.scales)
     if evaluation.multiscale:
         factors = [scale * evaluation.long_side / max(size) for scale in evaluation.scales]
     else:
         factors = [evaluation.short_side / min(size) if evaluation.short_side else 1.0]
     return tuple((max(MIN_SIDE, round(height * f)), max(MIN_SIDE, round(width * f))) for f in factors)
+
+
+def _chained(evaluation: EvaluationConfig) -> bool:
+    """Whether the other scales are made from the image at the long side."""
+    return evaluation.multiscale and evaluation.multiscale_rule == "reference"
+
+
+def _long_size(size: tuple[int, int], evaluation: EvaluationConfig) -> tuple[int, int]:
+    return _scaled_down(size, evaluation.long_side / max(size))
+
+
+def _scaled_down(size: tuple[int, int], factor: float) -> tuple[int, int]:
+    return max(MIN_SIDE, int(size[0] * factor)), max(MIN_SIDE, int(size[1] * factor))
 
 
 def group_sizes(size: tuple[int, int], config: Config) -> tuple[tuple[int, int], ...]:
@@ -184,9 +200,10 @@ def logit_maps(
 
     single: one pass at native size, or at `evaluation.short_side`. multiscale: the longer side becomes
     `evaluation.long_side`, then one pass per scale with its horizontal flip; mean over the flip, maximum over the
-    scales, on logits. Sides below 32 pixels are stretched to 32. Logits are enlarged bilinearly
-    (align_corners=False) before they are fused. +crf: what is fused at the size of the image, as a softmax, is
-    refined by the dense CRF; the logits returned are the logarithm of its probabilities.
+    scales, on logits; `evaluation.multiscale_rule` says from which image, and at which size. Sides below 32 pixels are
+    stretched to 32. Logits are enlarged bilinearly (align_corners=False) before they are fused. +crf: what is fused at
+    the size of the image, as a softmax, is refined by the dense CRF; the logits returned are the logarithm of its
+    probabilities.
 
     Args:
         network: In eval mode; its parameters say the device.
@@ -206,11 +223,18 @@ def logit_maps(
     check_choice(config.evaluation.protocol, PROTOCOLS, what="protocol")
     device = next(network.parameters()).device
     pixels = [normalize_image(image_tensor(image, device=device)) for image in images]  # (1, 3, H, W) each
-    sizes = {view_sizes((image.shape[2], image.shape[3]), config) for image in pixels}
+    sizes = {view_sizes(_size(image), config) for image in pixels}
     assert len(sizes) == 1, sizes
+    if chained := _chained(config.evaluation):
+        pixels = [_resize(each, _long_size(_size(each), config.evaluation)) for each in pixels]
     passes = [_view_logits(network, pixels, size, config) for size in sizes.pop()]
     image_logits = functools.reduce(torch.maximum, [image for _, image in passes])  # (B, C)
-    maps = [LogitMaps(tuple(scale[i] for scale, _ in passes), image_logits[i]) for i in range(len(images))]
+    logits = [segmentation for segmentation, _ in passes]  # (B, K, h, w) each
+    if chained:
+        scales = config.evaluation.scales
+        grid = _size(logits[scales.index(1.0) if 1.0 in scales else 0])
+        logits = [functools.reduce(torch.maximum, [_resize(each, grid) for each in logits])]
+    maps = [LogitMaps(tuple(each[i] for each in logits), image_logits[i]) for i in range(len(images))]
     allowed = allowed or [None] * len(maps)
     maps = [each.allow(classes) for each, classes in zip(maps, allowed, strict=True)]
     if not config.evaluation.crf:
@@ -398,6 +422,11 @@ def _pseudo_view_size(size: tuple[int, int], config: Config) -> tuple[int, int]:
     factor = short_side / min(size) if short_side else 1.0
     min_side = math.ceil(MIN_SIDE / min(1.0, *config.pseudo.scales))
     return max(min_side, round(size[0] * factor)), max(min_side, round(size[1] * factor))
+
+
+def _size(maps: Tensor) -> tuple[int, int]:
+    """(height, width) of (B, C, H, W)."""
+    return maps.shape[2], maps.shape[3]
 
 
 def _resize(image: Tensor, size: tuple[int, int], *, antialias: bool = False) -> Tensor:

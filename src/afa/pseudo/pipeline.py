@@ -165,7 +165,8 @@ def infer_pseudo(
     if "propagated" in want or "propagated_label" in want:
         if at_one:
             found = score(normalize_image(image), True)
-            cam = dataclasses.replace(cam, grid=found.class_scores.shape[2:], walk=found)
+            height, width = found.class_scores.shape[2:]
+            cam = dataclasses.replace(cam, grid=(height, width), walk=found)
         scores = _propagated_scores(cam, tags, config)  # (B, K, h, w)
         if "propagated" in want:
             made["propagated"] = resized(scores, refiner.size)  # (B, K, H, W)
