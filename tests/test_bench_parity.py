@@ -208,7 +208,10 @@ def test_wrong_steps_are_missed(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert parity.main([str(save(tmp_path, step_vectors | {key: change(step_vectors[key])}))]) == 1
+    step, first = key.split("/")[:2], "published/1000/cls_loss"
+    some = {name: each for name, each in step_vectors.items() if name[0] not in "pe" or name.split("/")[:2] == step}
+    changed = some | {first: step_vectors[first], key: change(step_vectors[key])}
+    assert parity.main([str(save(tmp_path, changed))]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in lines if line.endswith("MISS")} == {key}
 

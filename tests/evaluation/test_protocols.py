@@ -218,9 +218,7 @@ def test_every_pseudo_label_of_a_real_network(kind: str, size: tuple[int, int]) 
 
 def real_network() -> AfaNetwork:
     torch.manual_seed(0)
-    return build_network(
-        ModelConfig(backbone="mit_tiny", weights="", decoder_width=8, decoder_init="uniform"), 3
-    ).eval()
+    return build_network(ModelConfig(backbone="mit_tiny", weights="", decoder_width=8), 3).eval()
 
 
 # Under a short side of 64 all three are seen at 64 x 96.
@@ -343,7 +341,8 @@ def test_images_of_one_view_and_several_sizes_go_through_the_crf() -> None:
     for image, maps in zip(SAME_VIEWS, batch, strict=True):
         (alone,) = logit_maps(network, [image], config)
         size = image.shape[0], image.shape[1]
-        torch.testing.assert_close(maps.scores(size), alone.scores(size), rtol=0, atol=1e-4)
+        # The CRF enlarges what a batch rounds otherwise.
+        torch.testing.assert_close(maps.scores(size), alone.scores(size), rtol=0, atol=5e-4)
         assert group_sizes(size, config) == ((64, 96), size)
     assert group_sizes((50, 60), with_settings(short_side=64)) == ((64, 77),)
 
