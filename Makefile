@@ -1,6 +1,6 @@
 # make demo       set up, train on generated images, leave the run in runs/demo (SMOKE=1: a tiny setting)
 # make test       set up, run the tests (ARGS="-k par" passes arguments to pytest)
-# make parity     compare with reference vectors: make parity VECTORS=reference_vectors.npz
+# make parity     compare with the published code: make parity VECTORS=reference_vectors.npz, or =step_vectors.npz
 # make lint       ruff and mypy
 # make bench-par  time the refinement against a plain version
 # make bench-step time a training step against one organized the published way
