@@ -221,10 +221,15 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
 
 def load_state(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load tensors by key into a network, all keys or none.
+    """Load tensors into a network, all keys or none.
+
+    Args:
+        network: Where they go.
+        state: Tensors of any shape by key.
+        path: File that they come from, for messages.
 
     Raises:
-        AfaError: A key or shape does not match; the message names it and the file `path` that the tensors come from.
+        AfaError: A key or shape does not match; the message names it.
     """
     expected = network.state_dict()
     odd = sorted(expected.keys() ^ state.keys())

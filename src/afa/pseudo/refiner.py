@@ -30,7 +30,6 @@ class Refiner:
 
     def __init__(self, image: Tensor, config: PseudoConfig) -> None:
         self.image = image
-        self.seen = truncate_levels(image) if config.par_image == "truncated" else image  # by PAR, not by the CRF
         self.config = config
         self.size = (image.shape[2], image.shape[3])
         self.small_size = self._reduced(self.size)
@@ -39,6 +38,11 @@ class Refiner:
         """Size at which scores of this size are refined."""
         stride = self.config.refinement_stride
         return max(1, size[0] // stride), max(1, size[1] // stride)
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """(B, 3, H, W) image as PAR sees it; the CRF sees the exact one."""
+        return truncate_levels(self.image) if self.config.par_image == "truncated" else self.image
 
     @cached_property
     def kernel(self) -> Tensor:
