@@ -129,8 +129,8 @@ def choose_defaults(
         chosen |= {"augment.short_side": _SCRATCH_SIDE, "evaluation.short_side": _SCRATCH_SIDE, "data.workers": -1}
     else:
         assert spec is not None
-        chosen |= _PLAIN | _crop(spec, device) | {"train.precision": resolve_precision(device, "auto"), "train.eval_steps": 0}
-        chosen |= {"train.save_steps": 200 if device.type == "cpu" else 500}
+        chosen |= _PLAIN | _crop(spec, device) | {"train.precision": resolve_precision(device, "auto")}
+        chosen |= {"train.eval_steps": 0, "train.save_steps": 200 if device.type == "cpu" else 500}
     batch_size = load_config(None, chosen | stated, preset=preset).schedule.batch_size
     most = _SCRATCH_STEPS if scratch else _MAX_STEPS[device.type]
     chosen["schedule.max_steps"] = min(most, max(MIN_STEPS, round(EPOCHS * num_images / batch_size)))
