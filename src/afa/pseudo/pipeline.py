@@ -29,7 +29,7 @@ from afa.pseudo.scores import (
     with_background,
 )
 from afa.pseudo.walk import mean_attention_affinity, propagate, walk
-from afa.types import IGNORE_INDEX, normalize_image
+from afa.types import IGNORE_INDEX, NetworkOutput, normalize_image
 
 PSEUDO_KINDS = ("cam", "propagated", "cam_label", "propagated_label", "initial_label", "refined_label")
 """What `infer_pseudo` can be asked for."""
@@ -135,9 +135,9 @@ def infer_pseudo(
         `refined_label` (B, H, W) int64 in 0..C and 255.
     """
     assert set(want) <= set(PSEUDO_KINDS), want
-    walks = config.propagation != "none"
-    scored = walks and not {"propagated", "propagated_label"}.isdisjoint(want)
-    at_one = scored and config.propagated_scale == "one"
+    walks = (
+        {"refined_label"} if config.propagated_scale == "one" else {"propagated", "propagated_label", "refined_label"}
+    )
     present = present_classes(tags, num_slots=num_slots)
     foreground = present.foreground
     picked = multi_scale_cam(
@@ -145,7 +145,7 @@ def infer_pseudo(
         image,
         scales=config.scales,
         mirrored=config.mirror,
-        affinity=(scored and not at_one) or (walks and "refined_label" in want),
+        affinity=config.propagation != "none" and not walks.isdisjoint(want),
         pick=foreground.gather,
         limits=limits,
     )
@@ -163,10 +163,8 @@ def infer_pseudo(
     if "cam" in want:
         made["cam"] = cam.cam
     if "propagated" in want or "propagated_label" in want:
-        if at_one:
-            found = score(normalize_image(image), True)
-            height, width = found.class_scores.shape[2:]
-            cam = dataclasses.replace(cam, grid=(height, width), walk=found)
+        if config.propagation != "none" and config.propagated_scale == "one":
+            cam = _with_affinity(cam, score(normalize_image(image), True))
         scores = _propagated_scores(cam, tags, config)  # (B, K, h, w)
         if "propagated" in want:
             made["propagated"] = resized(scores, refiner.size)  # (B, K, H, W)
@@ -260,6 +258,12 @@ def _walked_affinity(cam: CamResult, config: PseudoConfig) -> Tensor:
         return mean_attention_affinity(logits, scale=cam.walk.attention_scale)
     assert cam.walk.affinity is not None
     return cam.walk.affinity
+
+
+def _with_affinity(cam: CamResult, found: NetworkOutput) -> CamResult:
+    """The same CAM, to walk along the affinity of another pass."""
+    height, width = found.class_scores.shape[2:]
+    return dataclasses.replace(cam, grid=(height, width), walk=found)
 
 
 def _propagated_scores(cam: CamResult, tags: Tensor, config: PseudoConfig) -> Tensor:
