@@ -152,8 +152,7 @@ class ModelConfig:
     feature_levels: Annotated[int, Meta(ge=1, le=24)] = 4
     """Feature maps of a plain vision transformer that the decoder sees, of evenly spaced blocks; MiT has 4."""
     decoder_init: Literal["kaiming", "uniform"] = "kaiming"
-    """Initial weights of the decoder's fusing convolution: kaiming = normal by the fan out (reference), uniform =
-    PyTorch's default, a fifth as large."""
+    """Initial weights of the decoder's fusing layer: kaiming = normal by fan out (reference), or PyTorch's own."""
     norm_eps: Annotated[float, Meta(ge=1e-12, le=1e-2)] = 1e-6
     """MiT: epsilon of the norm layers in blocks and after stages; transformers' SegFormer has 1e-5 there."""
     attention_scaling: bool = False
