@@ -21,7 +21,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"runs", "formats", "demo"}),
     frozenset({"training", "evaluation", "inference"}),
     frozenset({"report"}),
-    frozenset({"check"}),
+    frozenset({"check", "explore"}),
     frozenset({"api"}),
     frozenset({"cli"}),
     frozenset({"__main__", "__init__"}),

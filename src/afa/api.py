@@ -1,4 +1,4 @@
-"""The commands as functions: train, demo, masks, evaluate, predict, pseudo labels, check, export, report.
+"""The commands as functions: train, demo, masks, evaluate, predict, pseudo labels, check, export, report, explorer.
 
 `afa.train` is `afa.api.train`. Only this module composes rooms: a room below it does one thing.
 
@@ -36,6 +36,8 @@ from afa.evaluation.evaluate import first_images
 from afa.evaluation.scores import EvaluationResult
 from afa.evaluation.tags import TagResult, evaluate_tags
 from afa.evaluation.worth import measure_worth
+from afa.explore.explorer import ExploredRun, Explorer
+from afa.explore.serve import require_gradio, serve
 from afa.formats.voc_test import SubmissionCheck, check_voc_test
 from afa.formats.write import mask_items, parse_formats, write_format
 from afa.inference import files as prediction
@@ -703,6 +705,34 @@ def report(run: str | Path, *, figures: bool = False, data: str | None = None) -
     """
     drawn = write_figures(Path(run), data=data) if figures else []
     return [*drawn, write_report(Path(run))]
+
+
+def explore(
+    run: str | Path,
+    *,
+    data: str | None = None,
+    compare: str | Path | None = None,
+    port: int = 0,
+    browser: bool = True,
+    device: str = "auto",
+) -> None:
+    """Serve a page on this machine that shows why masks are as they are, until Ctrl-C, as `afa explore`.
+
+    Args:
+        run: Run folder.
+        data: Folder of the data set; None is that of the run, and if it is gone, photographs can still be dropped.
+        compare: Another run folder, whose maps are laid beside.
+        port: 0 takes a free one. The first line on standard output is the address.
+        browser: Open the page in the browser.
+        device: `auto`, `cpu`, `cuda` or `mps`.
+
+    Raises:
+        AfaError: Not a run folder; no data set in `data`; gradio is missing; the port is taken.
+    """
+    require_gradio()
+    where = pick_device(device)
+    other = None if compare is None else ExploredRun.open(compare, data, where)
+    serve(Explorer(ExploredRun.open(run, data, where), other), port=port, browser=browser)
 
 
 def compare(runs: Sequence[str | Path], *, out: str | Path | None = None) -> str:

@@ -98,6 +98,12 @@ def _folder(text: str) -> str:
     return text
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
+    return int(text)
+
+
 def _minutes(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) < math.inf:
@@ -221,6 +227,14 @@ _REPORT = (
     _argument("--figures", action="store_true", help="also draw the paper's figures, as RUN/figures/*.png"),
     _argument("--data", metavar="DIR", help="--figures: folder of the data set (default: that of the run)"),
 )
+_EXPLORE = (
+    _RUN,
+    _argument("--data", metavar="DIR", help="folder of the data set (default: that of the run)"),
+    _argument("--compare", metavar="RUN", help="another run to compare with"),
+    _argument("--port", type=_port, default=0, metavar="N", help="default: a free one"),
+    _argument("--no-browser", action="store_true", help="open no browser; the first line printed is the address"),
+    _NETWORK[0],
+)
 _KEYS = (
     _argument("word", nargs="?", metavar="SECTION|WORD", help="only the keys of a section, or those with a word"),
     _argument("--markdown", action="store_true", help="the page docs/configuration.md"),
@@ -248,9 +262,10 @@ def build_parser() -> argparse.ArgumentParser:
         ("check-voc", _check_voc, "check an archive for PASCAL VOC's test server", _CHECK_VOC),
         ("export", _export, "write the network as a file for other programs", _EXPORT),
         ("report", _report, "write report.html and report.json anew", _REPORT),
+        ("explore", _explore, "look at a run in the browser: why is a mask as it is?", _EXPLORE),
         ("keys", _keys, "list the keys of the configuration: default, range, unit, source", _KEYS),
     ):
-        takes_keys = _NETWORK[0] in arguments
+        takes_keys = _NETWORK[1] in arguments
         more = "Any key is a flag, such as --model.weights FOLDER: afa keys lists them." if takes_keys else None
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=more)
         command.set_defaults(run=run)
@@ -423,6 +438,16 @@ def _report(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
         return 0
     for path in report(runs[0], figures=arguments.figures, data=arguments.data):
         print(path)
+    return 0
+
+
+def _explore(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    device = overrides.pop("train.device", "auto")
+    _refuse_keys("explore", overrides)
+    from afa.api import explore
+
+    named = _named(arguments, "data", "compare", "port")
+    explore(arguments.folder, browser=not arguments.no_browser, device=device, **named)
     return 0
 
 

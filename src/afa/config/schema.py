@@ -225,6 +225,8 @@ class PseudoConfig:
     """alpha of Eq. 6."""
     walk_epsilon: Annotated[float, Meta(ge=0.0, le=1e3)] = 0.1
     """Added to the degree that normalizes the transition matrix; the paper has 0, the reference 0.1."""
+    walk_steps: Annotated[int, Meta(ge=1, le=64)] = 1
+    """Steps of the random walk; the paper has one."""
     propagation: Propagation = "affinity"
     """What the random walk walks on: the learned affinity, the mean attention of the last blocks, or none: no
     walk (Table 3)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -210,16 +211,44 @@ def reading(path: Path) -> Iterator[None]:
         raise AfaError(f"{path}: {kind}; check the path")
     if path.stat().st_size == 0:
         raise BrokenImageError(f"{path}: the file is empty (0 bytes); replace it or leave it out")
+    with _decoding(str(path)):
+        yield
+
+
+@contextlib.contextmanager
+def _decoding(where: str) -> Iterator[None]:
+    """Turn whatever is wrong with an image into an `AfaError` of one line that says so."""
     try:
         yield
     except AfaError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise AfaError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; save it as PNG, TIFF or JPEG") from None
+        raise AfaError(f"{where}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; save it as PNG, TIFF or JPEG") from None
     except UnidentifiedImageError:
-        raise BrokenImageError(f"{path}: not an image that Pillow can read; replace it or leave it out") from None
+        raise BrokenImageError(f"{where}: not an image that Pillow can read; replace it or leave it out") from None
     except Exception as error:  # Decoders raise nearly anything on a broken file.
-        raise _unreadable(str(path), error) from None
+        raise _unreadable(where, error) from None
+
+
+def decode_image(content: bytes, where: str, *, white_level: int = WHITE_LEVEL) -> NDArray[np.uint8]:
+    """The image that `read_image` would read from a file with this content; formats that need a plug-in excepted.
+
+    Args:
+        content: The bytes of the file.
+        where: What it is called in messages.
+        white_level: As of `rgb_pixels`.
+
+    Raises:
+        BrokenImageError: As `read_image`.
+        AfaError: It has more than `MAX_PIXELS` pixels.
+    """
+    if not content:
+        raise BrokenImageError(f"{where}: the file is empty (0 bytes); choose another")
+    with _decoding(where):
+        image = Image.open(io.BytesIO(content))
+        if image.width * image.height > MAX_PIXELS:
+            raise AfaError(f"{where}: more than {MAX_PIXELS:,} pixels; scale it down")
+        return rgb_pixels(image, white_level=white_level)
 
 
 def _unreadable(where: str, error: Exception) -> BrokenImageError:

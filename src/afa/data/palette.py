@@ -41,6 +41,13 @@ def overlay(image: NDArray[np.uint8], label: NDArray[np.uint8], *, alpha: float 
         alpha: Weight of the class color in the tint, 0 to 1.
     """
     assert image.shape[:2] == label.shape, (image.shape, label.shape)
+    color, weight = tint(label, alpha=alpha)
+    mixed = image + weight[:, :, None] * (color.astype(np.float64) - image)
+    return np.rint(mixed).astype(np.uint8)
+
+
+def tint(label: NDArray[np.uint8], *, alpha: float = 0.5) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """What `overlay` lays over an image: (H, W, 3) uint8 RGB and the (H, W) weight of each pixel, 0 to 1."""
     rows, columns = np.indices(label.shape)
     edge = np.zeros(label.shape, dtype=bool)
     edge[:, 1:] |= label[:, 1:] != label[:, :-1]
@@ -53,8 +60,7 @@ def overlay(image: NDArray[np.uint8], label: NDArray[np.uint8], *, alpha: float 
     weight[label == 0] = 0.0
     color = voc_palette()[label]
     color[ignored] = 255
-    mixed = image + weight[:, :, None] * (color.astype(np.float64) - image)
-    return np.rint(mixed).astype(np.uint8)
+    return color, weight
 
 
 def index_png(label: NDArray[np.uint8], palette: NDArray[np.uint8] | None = None) -> bytes:

@@ -240,7 +240,7 @@ def logit_maps(
     if not config.evaluation.crf:
         return maps
     # Repeated after the CRF, which gives every class at least a small probability.
-    refined = _through_crf(maps, images, config=config.evaluation)
+    refined = through_crf(maps, images, config=config.evaluation)
     return [each.allow(classes) for each, classes in zip(refined, allowed, strict=True)]
 
 
@@ -263,10 +263,19 @@ def _view_logits(
     return segmentation, image_logits
 
 
-def _through_crf(
+def through_crf(
     maps: Sequence[LogitMaps], images: Sequence[np.ndarray | Tensor], *, config: EvaluationConfig
 ) -> list[LogitMaps]:
-    """One map of log probabilities at the size of each image; on a GPU, images of one size together."""
+    """Put logits through the dense CRF; on a GPU, images of one size together.
+
+    Args:
+        maps: Logits of each image.
+        images: (H, W, 3) uint8 RGB each.
+        config: Its `crf_*` keys.
+
+    Returns:
+        One map of log probabilities at the size of each image.
+    """
     device = maps[0].image.device
     groups: dict[object, list[int]] = {}
     for i, image in enumerate(images):

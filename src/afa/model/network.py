@@ -88,7 +88,7 @@ class AfaNetwork(nn.Module):
         if isinstance(image, Encoded):
             return self._from_encoded(image, segmentation=segmentation, affinity=affinity)
         encoded: BackboneOutput = self.backbone(image, attention=affinity)
-        output = self._classify(encoded)
+        output = self.classify(encoded)
         if segmentation:
             output = replace(output, seg_logits=self._segment(encoded.features))  # (B, K, H / 4, W / 4)
         return output
@@ -108,7 +108,7 @@ class AfaNetwork(nn.Module):
             return self._from_encoded(image, segmentation=False, affinity=affinity)
         with _in_eval_mode(self.backbone):
             encoded: BackboneOutput = self.backbone(image, attention=affinity)
-        return self._classify(encoded)
+        return self.classify(encoded)
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Encoded:
@@ -120,7 +120,7 @@ class AfaNetwork(nn.Module):
         assert self.text is not None
         with _in_eval_mode(self.backbone):
             encoded: BackboneOutput = self.backbone(image)
-        return Encoded(encoded.features, self._classify(encoded).class_scores)
+        return Encoded(encoded.features, self.classify(encoded).class_scores)
 
     def segment(self, image: Tensor) -> Tensor:
         """Segment a batch.
@@ -152,13 +152,18 @@ class AfaNetwork(nn.Module):
             **self._affinity(attention),
         )
 
-    def _classify(self, encoded: BackboneOutput) -> NetworkOutput:
-        """All but the segmentation."""
-        feature = encoded.features[-1]  # (B, D, h, w)
-        if self.text is not None:
+    def classify(self, encoded: BackboneOutput, *, text: TextClassifier | None = None) -> NetworkOutput:
+        """Compute all but the segmentation.
+
+        Args:
+            encoded: What the backbone made of images; its last level is enough.
+            text: What class scores come from instead of the network's own words; for a `LanguageBackbone`.
+        """
+        feature, text = encoded.features[-1], text or self.text  # (B, D, h, w)
+        if text is not None:
             assert encoded.agreement is not None
-            logits = self.text(feature)  # (B, C, h, w)
-            image_logits, class_scores = logits.amax((2, 3)), self.text.scores(logits, encoded.agreement).detach()
+            logits = text(feature)  # (B, C, h, w)
+            image_logits, class_scores = logits.amax((2, 3)), text.scores(logits, encoded.agreement).detach()
         else:
             image_logits = self.classifier(self._pool(feature))[:, :, 0, 0].float()  # (B, C)
             # After the logits: autocast keeps the first copy of a weight, and one made here would have no gradient.

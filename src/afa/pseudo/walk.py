@@ -57,4 +57,6 @@ def propagate(
 def walk(affinity: Tensor, scores: Tensor, config: PseudoConfig) -> Tensor:
     """Spread scores over the affinity with the settings of a configuration: (B, P, h, w) -> (B, P, h, w)."""
     radius, power, epsilon = config.affinity_radius, config.affinity_power, config.walk_epsilon
-    return spread(affinity, scores, radius=radius, power=power, epsilon=epsilon)
+    for _ in range(config.walk_steps):
+        scores = spread(affinity, scores, radius=radius, power=power, epsilon=epsilon)  # (B, P, h, w)
+    return scores

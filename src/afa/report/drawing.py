@@ -92,12 +92,17 @@ def blend_heat(image: Pixels, scores: Tensor) -> Pixels:
     Returns:
         (H, W, 3) uint8.
     """
+    blended: NDArray[np.float64] = 0.35 * _gray(image) + 0.65 * heat_map(scores, (image.shape[0], image.shape[1]))
+    return blended.round().astype(np.uint8)
+
+
+def heat_map(scores: Tensor, size: tuple[int, int]) -> Pixels:
+    """The colors of `blend_heat` without the image: (height, width, 3) uint8 at `size`."""
     heat = scores.float().amax(0)[None, None] if len(scores) else scores.new_zeros(1, 1, 1, 1, dtype=torch.float32)
-    heat = interpolate(heat, size=image.shape[:2], mode="bilinear", align_corners=False, antialias=True)[0, 0]
+    heat = interpolate(heat, size=size, mode="bilinear", align_corners=False, antialias=True)[0, 0]
     heat = heat - heat.min()
     stretched: NDArray[np.float64] = (heat / heat.max().clamp(min=1e-6)).cpu().double().numpy()
-    blended: NDArray[np.float64] = 0.35 * _gray(image) + 0.65 * heat_colors(stretched)
-    return blended.round().astype(np.uint8)
+    return heat_colors(stretched)
 
 
 def blend_label(image: Pixels, label: Tensor) -> Pixels:

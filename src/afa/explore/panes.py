@@ -1,0 +1,188 @@
+"""The pictures of the page as values that JSON holds: layers as data URIs, so that no file is served, and captions."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from afa.config import Config
+from afa.data.palette import tint, voc_palette
+from afa.explore.encoded import EncodedImage, Look, Pixels, Stages, at_size
+from afa.explore.scores import mean_iou
+from afa.report.drawing import heat_map
+from afa.types import IGNORE_INDEX
+
+_DISPLAY: Final = 560
+_SMALL: Final = 112
+
+
+def show_stages(
+    seen: EncodedImage, stages: Stages, config: Config, classes: Sequence[str], tags: NDArray[np.float32]
+) -> dict[str, Any]:
+    """The photograph, the panes in the order of the method, and the legend.
+
+    Args:
+        seen: The image.
+        stages: Its maps.
+        config: The settings that made them, for the captions.
+        classes: C names.
+        tags: (C,) the tags.
+    """
+    size = _display(seen)
+    photo = Image.fromarray(seen.pixels).resize(size[::-1], Image.Resampling.BILINEAR)
+    return {
+        "photo": _uri(photo, "JPEG", quality=85),
+        "ratio": size[1] / size[0],
+        "panes": list(_panes(seen, stages, config, classes, tags, size)),
+        "legend": _legend(seen, stages, classes),
+    }
+
+
+def _panes(
+    seen: EncodedImage,
+    stages: Stages,
+    config: Config,
+    classes: Sequence[str],
+    tags: NDArray[np.float32],
+    size: tuple[int, int],
+) -> Iterator[dict[str, str]]:
+    chosen = [name for name, on in zip(classes, tags, strict=True) if on]
+    told = ", ".join(chosen) or "no tag"
+    pseudo, judged = config.pseudo, _Judged(seen, len(classes))
+    yield _pane("image", "image", "What the network saw" + (", scaled down." if seen.shrunk else "."))
+    text = f"Where the classifier sees {told}. Bright is strong."
+    yield _pane("cam", "CAM", text + judged(stages.cam_label), _heat(stages.cam, size))
+    if stages.propagated is None:
+        yield _pane("propagated", "propagated CAM", "This run has no random walk (pseudo.propagation is none).", None)
+    else:
+        text = f"The CAM after a random walk along the {pseudo.propagation}."
+        layer = _heat(stages.propagated, size)
+        yield _pane("propagated", "propagated CAM", text + judged(stages.propagated_label), layer)
+    share = float((stages.pseudo == IGNORE_INDEX).float().mean())
+    text = f"What the segmentation learns from: it is told {told}. Hatched: {share:.0%} left open."
+    yield _pane("pseudo", "pseudo label", text + judged(stages.pseudo), _label(stages.pseudo, size))
+    if stages.prediction is not None and stages.certainty is not None:
+        text = f"What the segmentation says by itself, {float(stages.certainty.mean()):.0%} certain."
+        yield _pane("prediction", "prediction", text + judged(stages.prediction), _label(stages.prediction, size))
+        text = "Where the prediction is least certain. Bright is doubt."
+        yield _pane("doubt", "doubt", text, _heat(1 - stages.certainty[None], size))
+    if seen.truth is not None:
+        truth = torch.from_numpy(seen.truth)
+        yield _pane("truth", "ground truth", "The mask. It never trains; it only judges.", _label(truth, size))
+
+
+class _Judged:
+    """The end of a caption: how good a label is, where there is a mask."""
+
+    def __init__(self, seen: EncodedImage, num_classes: int) -> None:
+        self.seen, self.num_classes = seen, num_classes
+
+    def __call__(self, label: Tensor | None) -> str:
+        if label is None or self.seen.truth is None or int(label[label != IGNORE_INDEX].amax()) > self.num_classes:
+            return ""
+        found = mean_iou(at_size(label, self.seen.size), self.seen.truth, self.num_classes)
+        return "" if found is None else f" IoU with the mask: {found:.0f} %."
+
+
+def show_look(seen: EncodedImage, look: Look, *, blocks: int, which: int, learned: bool) -> dict[str, Any]:
+    """The panes of a point: attention, learned affinity, and a sheet of all blocks and heads.
+
+    Args:
+        seen: The image.
+        look: From the point.
+        blocks: How many blocks the maps are of.
+        which: 0 for the mean of all maps, else the number of one, from 1.
+        learned: Whether the affinity was learned.
+    """
+    size, (height, width) = _display(seen), seen.grid
+    count = len(look.attention)
+    heads = count // blocks
+    chosen = look.attention.mean(0) if which == 0 else look.attention[which - 1]
+    title = "attention, mean" if which == 0 else f"attention, {map_name(which, heads)}"
+    affinity = "Which places the affinity head takes for the same class as the star: the walk follows it."
+    if not learned:
+        affinity += " This run did not train it, so it is noise."
+    return {
+        "point": {
+            "x": (look.column + 0.5) / width,
+            "y": (look.row + 0.5) / height,
+            "dx": 1 / width,
+            "dy": 1 / height,
+        },
+        "look": [
+            _pane("attention", title, "What the encoder looks at from the star.", _heat(chosen[None], size)),
+            _pane("affinity", "learned affinity", affinity, _heat(look.affinity[None], size)),
+        ],
+        "sheet": {"src": _sheet(look.attention, heads), "heads": heads, "blocks": blocks},
+    }
+
+
+def map_name(which: int, heads: int) -> str:
+    """Name of an attention map by its number, from 1."""
+    block, head = divmod(which - 1, heads)
+    return f"block {block + 1}, head {head + 1}"
+
+
+def _sheet(attention: Tensor, heads: int) -> str:
+    """All maps, (n, h, w): a row a block, a column a head."""
+    count, height, width = attention.shape
+    shrink = _SMALL / max(height, width)
+    size = (max(1, round(height * shrink)), max(1, round(width * shrink)))
+    sheet = Image.new("RGB", (heads * (size[1] + 4), count // heads * (size[0] + 4)))
+    for index, each in enumerate(attention):
+        row, column = divmod(index, heads)
+        sheet.paste(Image.fromarray(heat_map(each[None], size)), (column * (size[1] + 4), row * (size[0] + 4)))
+    draw = ImageDraw.Draw(sheet)
+    for row in range(count // heads):
+        draw.text((3, row * (size[0] + 4) + 2), f"block {row + 1}", fill="white", font=ImageFont.load_default(11))
+    return _uri(sheet, "JPEG", quality=85)
+
+
+def _display(seen: EncodedImage) -> tuple[int, int]:
+    """(height, width) at which layers are drawn."""
+    height, width = seen.pixels.shape[:2]
+    scale = _DISPLAY / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _pane(key: str, title: str, text: str, layer: str | None = "") -> dict[str, str]:
+    """A picture of the page; an empty layer is the photograph alone, none has no picture."""
+    return {"key": key, "title": title, "text": text, "layer": layer or "", "empty": "yes" if layer is None else ""}
+
+
+def _heat(scores: Tensor, size: tuple[int, int]) -> str:
+    return _uri(Image.fromarray(heat_map(scores.cpu(), size)), "JPEG", quality=85)
+
+
+def _label(label: Tensor, size: tuple[int, int]) -> str:
+    color, weight = tint(at_size(label, size), alpha=0.75)
+    layer = np.dstack([color, np.rint(255 * weight).astype(np.uint8)])
+    return _uri(Image.fromarray(layer), "PNG", compress_level=1)
+
+
+def _uri(image: Image.Image, form: str, **settings: Any) -> str:
+    encoded = io.BytesIO()
+    image.save(encoded, format=form, **settings)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(encoded.getvalue()).decode()}"
+
+
+def _legend(seen: EncodedImage, stages: Stages, classes: Sequence[str]) -> list[dict[str, str]]:
+    """Color and name of each class that a label shows."""
+    palette, shown = voc_palette(), np.zeros(256, dtype=bool)
+    labels = [stages.pseudo] + ([] if stages.prediction is None else [stages.prediction])
+    maps: list[Pixels] = [each.to(torch.uint8).cpu().numpy() for each in labels]
+    for each in maps + ([] if seen.truth is None else [seen.truth]):
+        shown |= np.bincount(each.ravel(), minlength=256) > 0
+    return [
+        {"name": name, "color": "#{:02x}{:02x}{:02x}".format(*palette[value].tolist())}
+        for value, name in enumerate(classes, start=1)
+        if shown[value]
+    ]
