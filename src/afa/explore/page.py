@@ -176,7 +176,9 @@ class Page:
         self.reset.click(self._reset, self.inputs, [*self.controls, self.board], **quick)
         self.save.click(self._save, [self.kind, self.form, *self.inputs], [self.board], **slow)
         self.toml.click(self._save_settings, self.inputs, [self.board], **quick)
-        self.timer.tick(self._progress, None, [self.status, self.timer], show_progress="hidden", api_visibility="private")
+        self.timer.tick(
+            self._progress, None, [self.status, self.timer], show_progress="hidden", api_visibility="private"
+        )
 
     # --- What the events do ---
 
@@ -318,9 +320,7 @@ class Page:
 
     def _stages(self, seen: EncodedImage, asked: _Asked) -> Stages:
         tags = self._tags(asked)
-        return make_stages(
-            seen, self._settings(asked), tags, told=asked.told, text=self.explorer.text(asked.words)
-        )
+        return make_stages(seen, self._settings(asked), tags, told=asked.told, text=self.explorer.text(asked.words))
 
     def _tags(self, asked: _Asked) -> NDArray[np.float32]:
         return np.array([name in asked.tags for name in self._classes(asked.words)], dtype=np.float32)

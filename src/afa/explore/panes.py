@@ -61,7 +61,12 @@ def _panes(
     text = f"Where the classifier sees {told}. Bright is strong."
     yield _pane("cam", "CAM", text + judged(stages.cam_label), _heat(stages.cam, size))
     if stages.propagated is None:
-        yield _pane("propagated", "propagated CAM", "This run has no random walk (pseudo.propagation is none).", None)
+        yield _pane(
+            "propagated",
+            "propagated CAM",
+            "No random walk is on (pseudo.propagation is none); choose one under Random walk.",
+            None,
+        )
     else:
         text = f"The CAM after a random walk along the {pseudo.propagation}."
         layer = _heat(stages.propagated, size)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from afa.evaluation.confusion import ConfusionMatrix
@@ -51,8 +52,15 @@ def score_image(seen: EncodedImage, stages: Stages, num_classes: int) -> ImageSc
     return ImageScores(
         iou=None if seen.truth is None else mean_iou(_to_mask(seen, predicted), seen.truth, num_classes),
         certainty=100 * float(stages.certainty.mean()),
-        agreement=mean_iou(predicted, cam, num_classes) if seen.tags.any() else None,
+        agreement=_agreement(predicted, cam, num_classes) if seen.tags.any() else None,
     )
+
+
+def _agreement(one: Pixels, other: Pixels, num_classes: int) -> float:
+    """Mean IoU of two labels in percent, over the classes of the second, or of the first if that has none."""
+    found = mean_iou(one, other, num_classes)
+    found = mean_iou(other, one, num_classes) if found is None else found
+    return 100.0 if found is None else found
 
 
 def mean_iou(label: Pixels, truth: Pixels, num_classes: int) -> float | None:
@@ -72,8 +80,6 @@ def mean_iou(label: Pixels, truth: Pixels, num_classes: int) -> float | None:
 
 def _to_mask(seen: EncodedImage, label: Pixels) -> Pixels:
     """A label at the size of the mask, which is that of the file."""
-    import torch
-
     return label if label.shape == seen.size else at_size(torch.from_numpy(label), seen.size)
 
 
@@ -105,9 +111,7 @@ def explain(seen: EncodedImage, stages: Stages, classes: Sequence[str], tags: ND
 class _Judge:
     """Compares the stages of an image with its mask, class by class."""
 
-    def __init__(
-        self, seen: EncodedImage, stages: Stages, classes: Sequence[str], tags: NDArray[np.float32]
-    ) -> None:
+    def __init__(self, seen: EncodedImage, stages: Stages, classes: Sequence[str], tags: NDArray[np.float32]) -> None:
         assert seen.truth is not None
         assert stages.prediction is not None
         self.truth, self.classes, self.tags = seen.truth, ("background", *classes), tags

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -93,10 +94,8 @@ def serve(explorer: Explorer, *, port: int = 0, browser: bool = True) -> None:
     print("Ctrl-C stops it", file=sys.stderr)
     if browser:
         threading.Timer(1.0, webbrowser.open, [address]).start()
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
-    except KeyboardInterrupt:
-        pass
 
 
 def _listen(port: int) -> socket.socket:
