@@ -62,7 +62,9 @@ class KeptViews(ViewScore):
         found = [self._score(scale, flip, affinity) for flip in flips]
         if len(found) == 1:
             return found[0]
-        return NetworkOutput(*(torch.cat([getattr(each, key) for each in found]) for key in _SCORES))
+        return NetworkOutput(
+            torch.cat([each.image_logits for each in found]), torch.cat([each.class_scores for each in found])
+        )
 
     def _score(self, scale: float, flip: bool, affinity: bool) -> NetworkOutput:
         key = (scale, flip, affinity, self.text)
@@ -83,9 +85,6 @@ class KeptViews(ViewScore):
                 encoded: BackboneOutput = self.network.backbone(view, attention=not flip)
             self._encoded[scale, flip] = replace(encoded, features=encoded.features[-1:])
         return self._encoded[scale, flip]
-
-
-_SCORES: Final = ("image_logits", "class_scores")
 
 
 class EncodedImage:
@@ -129,7 +128,8 @@ class EncodedImage:
     def _found(self) -> NDArray[np.float32]:
         """(C,) classes that the network finds in the image: those of positive logits, at least the likeliest."""
         logits = self.maps.image.float().cpu().numpy()
-        return ((logits > 0) | (logits == logits.max())).astype(np.float32)
+        found: NDArray[np.float32] = ((logits > 0) | (logits == logits.max())).astype(np.float32)
+        return found
 
     @cached_property
     def attention(self) -> NetworkOutput:

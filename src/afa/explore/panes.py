@@ -164,7 +164,8 @@ def _pane(key: str, title: str, text: str, layer: str | None = "") -> dict[str, 
 
 
 def _heat(scores: Tensor, size: tuple[int, int]) -> str:
-    return _uri(Image.fromarray(heat_map(scores.cpu(), size)), "JPEG", quality=85)
+    half = (max(1, size[0] // 2), max(1, size[1] // 2))  # heat is smooth, and the browser enlarges it
+    return _uri(Image.fromarray(heat_map(scores.cpu(), half)), "JPEG", quality=85)
 
 
 def _label(label: Tensor, size: tuple[int, int]) -> str:
