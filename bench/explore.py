@@ -59,7 +59,9 @@ def measure(run: ExploredRun, index: int, times: dict[str, list[tuple[float, flo
         return json.dumps(show_stages(seen, stages, config, run.classes, tags))
 
     def look() -> str:
-        shown = show_look(seen, look_from(seen, 0.4, 0.6), blocks=run.config.model.affinity_blocks, which=0, learned=True)
+        shown = show_look(
+            seen, look_from(seen, 0.4, 0.6), blocks=run.config.model.affinity_blocks, which=0, learned=True
+        )
         return json.dumps(shown)
 
     timed("click a point", look)

@@ -227,19 +227,19 @@ def test_masks_are_saved_in_every_format(form: str, tmp_path: Path) -> None:
         assert seen.shrunk
 
 
-def judged(truth: int, cam: int, pseudo: int, prediction: int, tags: tuple[int, ...] = (1, 0, 0)) -> str:
-    """What is said where the upper half of mask, CAM, pseudo label and prediction are these classes."""
+def judged(truth: int, cam: int, pseudo: int, prediction: int, rows: int = 10) -> str:
+    """What is said where the upper `rows` of a mask, and the upper half of the others, are these classes."""
 
-    def half(value: int) -> torch.Tensor:
+    def upper(value: int, rows: int = 10) -> torch.Tensor:
         label = torch.zeros(20, 20, dtype=torch.int64)
-        label[:10] = value
+        label[:rows] = value
         return label
 
     seen = object.__new__(EncodedImage)
     seen.size, seen.pixels = (20, 20), random_pixels(20, 20)
-    seen.truth, seen.tags = half(truth).to(torch.uint8).numpy(), np.array(tags, dtype=np.float32)
+    seen.truth, seen.tags = upper(truth, rows).to(torch.uint8).numpy(), np.array([1, 0, 0], dtype=np.float32)
     certainty = torch.ones(20, 20)
-    stages = Stages(torch.ones(1, 20, 20), None, half(cam), None, half(pseudo), half(prediction), certainty)
+    stages = Stages(torch.ones(1, 20, 20), None, upper(cam), None, upper(pseudo), upper(prediction), certainty)
     return " ".join(explain(seen, stages, CLASSES, seen.tags))
 
 
@@ -247,6 +247,7 @@ def test_the_stage_that_began_a_fault_is_named() -> None:
     assert judged(1, 1, 1, 1) == "No class is badly wrong here."
     assert "misses 100% of 'cat'; 100% became 'dog'" in judged(1, 1, 1, 2)
     assert "the label is not at fault" in judged(1, 1, 1, 2)
+    assert "only 30% of what it calls 'cat' is that" in judged(1, 1, 1, 2, rows=3)
     assert "takes something else for it" in judged(1, 1, 1, 2)
     assert "CAM covers only 0% of it" in judged(1, 0, 0, 0)
     assert "the pseudo label keeps 0%" in judged(1, 1, 0, 0)

@@ -265,7 +265,7 @@ def look_from(seen: EncodedImage, x: float, y: float) -> Look:
 
 
 def at_size(label: Tensor, size: Sequence[int]) -> Pixels:
-    """A label at another size, (height, width), by nearest neighbor: (h, w) -> uint8."""
+    """Resize a label by nearest neighbor: (H1, W1) -> (H, W) uint8, `size` being (height, width)."""
     resized = interpolate(label[None, None].float(), size=tuple(size), mode="nearest-exact")[0, 0]
     found: Pixels = resized.to(torch.uint8).cpu().numpy()
     return found

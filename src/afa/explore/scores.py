@@ -153,6 +153,12 @@ class _Judge:
                 f"{line} The CAM covers {in_cam:.0%} of it, but the pseudo label keeps {in_label:.0%}: background "
                 "scores, walk or refinement lose it."
             )
+        right = _share(true & (self.pseudo == c), self.counted & (self.pseudo == c))
+        if right < _MISSED:
+            return (
+                f"{line} The pseudo label has it, but only {right:.0%} of what it calls {name!r} is that: the CAM "
+                "spreads, which teaches the segmentation little."
+            )
         return (
             f"{line} The pseudo label has {in_label:.0%} of it, so the label is not at fault: the segmentation "
             "has not learned it."
