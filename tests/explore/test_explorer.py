@@ -122,8 +122,12 @@ def test_other_words_are_looked_for_by_runs_with_a_text_encoder_alone(tmp_path: 
     assert explorer.text(" , ") is None
     assert word_names("zebra, horse | tree") == ("zebra", "horse")
     text = explorer.text("zebra, horse | tree")
-    seen, tags = EncodedImage(run.network, run.config, random_pixels()), np.ones(2, dtype=np.float32)
+    truth, tags = np.full((60, 84), 3, dtype=np.uint8), np.ones(2, dtype=np.float32)
+    seen = EncodedImage(run.network, run.config, random_pixels(), truth=truth)
     stages = make_stages(seen, run.config, tags, text=text)
+    shown = show_stages(seen, stages, run.config, ("zebra", "horse"), tags)
+    assert not {"truth", "prediction"} & {pane["key"] for pane in shown["panes"]}
+    assert {each["name"] for each in shown["legend"]} <= {"zebra", "horse"}
     assert len(stages.cam) == 2
     assert stages.prediction is None
     assert int(stages.pseudo[stages.pseudo < 255].max()) <= 2

@@ -56,7 +56,8 @@ def _panes(
 ) -> Iterator[dict[str, str]]:
     chosen = [name for name, on in zip(classes, tags, strict=True) if on]
     told = ", ".join(chosen) or "no tag"
-    pseudo, judged = config.pseudo, _Judged(seen, len(classes))
+    truth = _truth(seen, stages)
+    pseudo, judged = config.pseudo, _Judged(truth, len(classes))
     yield _pane("image", "image", "What the network saw" + (", scaled down." if seen.shrunk else "."))
     text = f"Where the classifier sees {told}. Bright is strong."
     yield _pane("cam", "CAM", text + judged(stages.cam_label), _heat(stages.cam, size))
@@ -79,21 +80,26 @@ def _panes(
         yield _pane("prediction", "prediction", text + judged(stages.prediction), _label(stages.prediction, size))
         text = "Where the prediction is least certain. Bright is doubt."
         yield _pane("doubt", "doubt", text, _heat(1 - stages.certainty[None], size))
-    if seen.truth is not None:
-        truth = torch.from_numpy(seen.truth)
-        yield _pane("truth", "ground truth", "The mask. It never trains; it only judges.", _label(truth, size))
+    if truth is not None:
+        layer = _label(torch.from_numpy(truth), size)
+        yield _pane("truth", "ground truth", "The mask. It never trains; it only judges.", layer)
+
+
+def _truth(seen: EncodedImage, stages: Stages) -> Pixels | None:
+    """The mask, where the labels have its classes: not under other words."""
+    return None if stages.prediction is None else seen.truth
 
 
 class _Judged:
     """The end of a caption: how good a label is, where there is a mask."""
 
-    def __init__(self, seen: EncodedImage, num_classes: int) -> None:
-        self.seen, self.num_classes = seen, num_classes
+    def __init__(self, truth: Pixels | None, num_classes: int) -> None:
+        self.truth, self.num_classes = truth, num_classes
 
     def __call__(self, label: Tensor | None) -> str:
-        if label is None or self.seen.truth is None or int(label[label != IGNORE_INDEX].amax()) > self.num_classes:
+        if label is None or self.truth is None:
             return ""
-        found = mean_iou(at_size(label, self.seen.size), self.seen.truth, self.num_classes)
+        found = mean_iou(at_size(label, self.truth.shape), self.truth, self.num_classes)
         return "" if found is None else f" IoU with the mask: {found:.0f} %."
 
 
@@ -185,7 +191,8 @@ def _legend(seen: EncodedImage, stages: Stages, classes: Sequence[str]) -> list[
     palette, shown = voc_palette(), np.zeros(256, dtype=bool)
     labels = [stages.pseudo] + ([] if stages.prediction is None else [stages.prediction])
     maps: list[Pixels] = [each.to(torch.uint8).cpu().numpy() for each in labels]
-    for each in maps + ([] if seen.truth is None else [seen.truth]):
+    truth = _truth(seen, stages)
+    for each in maps + ([] if truth is None else [truth]):
         shown |= np.bincount(each.ravel(), minlength=256) > 0
     return [
         {"name": name, "color": "#{:02x}{:02x}{:02x}".format(*palette[value].tolist())}

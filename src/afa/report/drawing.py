@@ -97,7 +97,15 @@ def blend_heat(image: Pixels, scores: Tensor) -> Pixels:
 
 
 def heat_map(scores: Tensor, size: tuple[int, int]) -> Pixels:
-    """The colors of `blend_heat` without the image: (height, width, 3) uint8 at `size`."""
+    """The colors of `blend_heat` without the image.
+
+    Args:
+        scores: (classes, h, w), as there.
+        size: (height, width) of the map.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
     heat = scores.float().amax(0)[None, None] if len(scores) else scores.new_zeros(1, 1, 1, 1, dtype=torch.float32)
     heat = interpolate(heat, size=size, mode="bilinear", align_corners=False, antialias=True)[0, 0]
     heat = heat - heat.min()
