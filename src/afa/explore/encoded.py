@@ -54,8 +54,9 @@ class KeptViews(ViewScore):
         self._scored: dict[tuple[object, ...], NetworkOutput] = {}
 
     def __call__(self, image: Tensor, affinity: bool) -> NetworkOutput:
-        """Score a (1, 3, H, W) normalized image that is not one of the views."""
-        return self.network.score(image, affinity)
+        """Score the (1, 3, H, W) normalized image itself: the view at scale 1."""
+        assert image.shape == self._normalized.shape
+        return self.view(1.0, (False,), affinity)
 
     def view(self, scale: float, flips: Sequence[bool], affinity: bool) -> NetworkOutput:
         """As `ViewScore.view`; class scores are those of `text` where it is set."""
@@ -124,6 +125,8 @@ class EncodedImage:
             for scale in config.pseudo.scales:  # now, so that no slider waits for them
                 self.views.view(scale, (False, True) if config.pseudo.mirror else (False,), False)
             self.views.view(self.largest, (False,), True)
+            if config.pseudo.propagated_scale == "one":
+                self.views.view(1.0, (False,), True)
 
     def _found(self) -> NDArray[np.float32]:
         """(C,) classes that the network finds in the image: those of positive logits, at least the likeliest."""
