@@ -45,7 +45,7 @@ from afa.runtime import autocast, pick_device
 from afa.training.engine import TrainingEngine
 from afa.training.optimizer import set_learning_rate
 from afa.training.schedule import Phase, phase
-from afa.training.step import StepLosses, compute_losses, gradients_are_finite
+from afa.training.step import StepLosses, compute_losses, gradient_norm
 from afa.types import IGNORE_INDEX, Batch, NetworkOutput
 from published_step import PublishedStep, Stage, unmeasured  # type: ignore[import-not-found]
 
@@ -115,7 +115,7 @@ class OurStep:
         with stage("backward"):
             losses.total.backward()  # type: ignore[no-untyped-call]
         with stage("optimizer"):
-            self.optimizer.found_inf = (~gradients_are_finite(self.plain.parameters)).float()  # type: ignore[attr-defined]
+            self.optimizer.found_inf = (~gradient_norm(self.plain.parameters).isfinite()).float()  # type: ignore[attr-defined]
             self.optimizer.step()
 
     def unrecorded(self, batch: Batch, step: int) -> None:

@@ -15,18 +15,19 @@ PACKAGE = Path(__file__).parents[1] / "src" / "afa"
 
 # A part may import the parts of lower levels and itself. Within a level only the listed pairs may meet.
 LEVELS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "types"}),
-    frozenset({"config", "kernels", "runs.files", "runtime"}),
+    frozenset({"elastic", "errors", "types"}),
+    frozenset({"config", "kernels", "peers", "runs.files", "runtime"}),
     frozenset({"data", "model", "pseudo", "losses", "filtering"}),
     frozenset({"runs", "formats", "demo"}),
     frozenset({"training", "evaluation", "inference"}),
     frozenset({"report"}),
     frozenset({"check", "explore"}),
-    frozenset({"api"}),
+    frozenset({"api", "ray"}),
     frozenset({"cli"}),
     frozenset({"__main__", "__init__"}),
 )
 WITHIN_LEVEL = {
+    ("runtime", "peers"),
     ("training", "evaluation"),
     ("inference", "evaluation"),
     ("pseudo", "filtering"),

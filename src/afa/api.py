@@ -30,6 +30,7 @@ from afa.data.readers.tag_files import read_tags
 from afa.data.split import VALIDATION
 from afa.demo.shapes import DEFAULT_STYLE, NEGATIVES_STYLE, SHAPE_CLASSES
 from afa.demo.write import MARKER_NAME, write_shapes
+from afa.elastic import is_main, is_restarted
 from afa.errors import AfaError
 from afa.evaluation import evaluate as evaluation
 from afa.evaluation.evaluate import first_images
@@ -42,9 +43,10 @@ from afa.formats.voc_test import SubmissionCheck, check_voc_test
 from afa.formats.write import mask_items, parse_formats, write_format
 from afa.inference import files as prediction
 from afa.inference.hub import load_pretrained, save_pretrained
-from afa.inference.masks import MasksSummary, PredictSummary, current_masks, summarize_masks
+from afa.inference.masks import MasksSummary, PredictSummary, summarize_masks
 from afa.inference.onnx import ExportCheck, export_metadata, export_onnx, export_torch, read_check_images
 from afa.inference.predictor import Predictor
+from afa.inference.stamp import current_masks
 from afa.model.network import AfaNetwork
 from afa.report.collect import rank_images
 from afa.report.compare import compare_runs, render_text, write_comparison
@@ -108,10 +110,10 @@ def train(
             None if is_file else source,
             file=source if is_file else None,
             overrides=overrides,
-            run=Path(out) if resume else None,
+            run=Path(out) if resume or is_restarted() else None,
             minutes=minutes,
         )
-        for line in choices if progress else ():
+        for line in choices if progress and is_main() else ():
             say(line)
     train_and_report(config, out, data=data, resume=resume, progress=progress)
     return Predictor.from_run(out, device=config.train.device, precision=config.train.precision)
@@ -128,7 +130,7 @@ def train_and_report(
         config: Settings.
         run: Run folder.
         data: The data set, if it is open already.
-        resume: Continue the run in the folder.
+        resume: Continue the run in the folder, as a process does that torchrun starts again.
         progress: Show progress on standard error.
 
     Raises:
@@ -137,7 +139,7 @@ def train_and_report(
     """
     run, device = Path(run), pick_device(config.train.device)
     check_trackers(config.train.trackers)
-    data = data or open_data(config.data)
+    data, resume = data or open_data(config.data), resume or is_restarted()
     with process_group(device) as processes:
         data.leave_out_broken(progress=progress and processes.is_main)
         warnings = _check(config, data)
@@ -343,7 +345,9 @@ def training_config(
         return config, (), None
     data = open_data(config.data)
     device = pick_device(config.train.device)
-    return *choose_defaults(data, device, keys, minutes=minutes, measure=measure_pace), data
+    with process_group(device) as processes:  # each would measure another pace
+        chosen = processes.from_main(lambda: choose_defaults(data, device, keys, minutes=minutes, measure=measure_pace))
+    return *chosen, data
 
 
 def evaluate(
@@ -450,22 +454,25 @@ def predict(
     run, out = Path(run), Path(out)
     paths = [Path(images)] if isinstance(images, str | Path) else [Path(path) for path in images]
     config = run_config(run, overrides)
-    loaded = load_run(run, pick_device(config.train.device))
+    device = pick_device(config.train.device)
     if crf:
         config = dataclasses.replace(config, evaluation=config.evaluation.with_crf(True))
-    predictor = Predictor(loaded.network, loaded.classes, config=config, tiles=tiles, max_pixels=max_pixels)
-    summary = prediction.predict_files(
-        predictor,
-        paths,
-        out,
-        tags=None if tags is None else read_tags(Path(tags), predictor.classes, config.data.negatives),
-        scores=scores,
-        overlay=overlay,
-        resume=resume,
-        progress=progress,
-    )
-    files = prediction.output_names(paths, out) if names else {}
-    return _with_formats(summary, names, files, predictor.classes, out, progress=progress)
+    with process_group(device) as processes:
+        loaded = load_run(run, device)
+        predictor = Predictor(loaded.network, loaded.classes, config=config, tiles=tiles, max_pixels=max_pixels)
+        summary = prediction.predict_files(
+            predictor,
+            paths,
+            out,
+            tags=None if tags is None else read_tags(Path(tags), predictor.classes, config.data.negatives),
+            scores=scores,
+            overlay=overlay,
+            resume=resume,
+            progress=progress,
+            processes=processes,
+        )
+        files = prediction.output_names(paths, out) if names and processes.is_main else {}
+        return _with_formats(summary, names, files, predictor.classes, out, progress=progress, processes=processes)
 
 
 def pseudo_labels(
@@ -507,13 +514,13 @@ def pseudo_labels(
     run, out = Path(run), Path(out)
     config = run_config(run, overrides, data=data)
     device = pick_device(config.train.device)
-    loaded = load_run(run, device)
-    images = open_data(config.data).train(list_file=list_file)
-    tiling = prediction.pseudo_tiling(loaded.network, config, tiles, max_pixels=max_pixels)
-    summary = prediction.pseudo_files(
-        loaded.network, images, out, config=config, kind=kind, tiling=tiling, progress=progress
-    )
-    return _labels_with_formats(summary, names, images, out, progress=progress)
+    with process_group(device) as processes:
+        loaded = load_run(run, device)
+        images = open_data(config.data).train(list_file=list_file)
+        tiling = prediction.pseudo_tiling(loaded.network, config, tiles, max_pixels=max_pixels)
+        shown: dict[str, Any] = {"progress": progress, "processes": processes}
+        summary = prediction.pseudo_files(loaded.network, images, out, config=config, kind=kind, tiling=tiling, **shown)
+        return _labels_with_formats(summary, names, images, out, **shown)
 
 
 def masks(
@@ -555,26 +562,35 @@ def masks(
     if config.model.classifier != "text":
         raise AfaError("model.classifier is learned, and nothing was learned yet; set it to text, or use afa train")
     out, device = Path(out), pick_device(config.train.device)
-    opened = open_data(config.data)
-    images = opened.tagged() if list_file is None else opened.train(list_file=list_file)
-    torch.manual_seed(config.train.seed)
-    network = build_network(config.model, len(images.classes), words=opened.words).to(device).eval()
-    tiling = prediction.pseudo_tiling(network, config, tiles, max_pixels=max_pixels)
-    written = prediction.pseudo_files(
-        network, images, out, config=config, kind="cam", refine=True, overlay=True, tiling=tiling, progress=progress
-    )
-    written = _labels_with_formats(written, names, images, out, progress=progress)
-    summary = summarize_masks(written, images, out, progress=progress)
-    write_masks_page(network, images, out, summary, config=config, count=examples, progress=progress)
-    return summary
+    with process_group(device) as processes:
+        opened = open_data(config.data)
+        images = opened.tagged() if list_file is None else opened.train(list_file=list_file)
+        torch.manual_seed(config.train.seed)
+        network = build_network(config.model, len(images.classes), words=opened.words).to(device).eval()
+        tiling = prediction.pseudo_tiling(network, config, tiles, max_pixels=max_pixels)
+        shown: dict[str, Any] = {"progress": progress, "processes": processes}
+        written = prediction.pseudo_files(
+            network, images, out, config=config, kind="cam", refine=True, overlay=True, tiling=tiling, **shown
+        )
+        written = _labels_with_formats(written, names, images, out, **shown)
+        summary = summarize_masks(written, images, out, **shown)
+        if processes.is_main:
+            write_masks_page(network, images, out, summary, config=config, count=examples, progress=progress)
+        return summary
 
 
 def _labels_with_formats(
-    summary: PredictSummary, formats: Sequence[str], images: TaggedImages, out: Path, *, progress: bool
+    summary: PredictSummary,
+    formats: Sequence[str],
+    images: TaggedImages,
+    out: Path,
+    *,
+    progress: bool,
+    processes: Processes,
 ) -> PredictSummary:
     """As `_with_formats`, for labels of tagged images."""
     files = {name: images.image_path(index) for index, name in enumerate(images.names)} if formats else {}
-    return _with_formats(summary, formats, files, images.classes, out, progress=progress)
+    return _with_formats(summary, formats, files, images.classes, out, progress=progress, processes=processes)
 
 
 def _with_formats(
@@ -585,8 +601,11 @@ def _with_formats(
     out: Path,
     *,
     progress: bool,
+    processes: Processes,
 ) -> PredictSummary:
-    """Write the masks in `out` for other tools too; `files` has the image of each name."""
+    """Let the first process write the masks in `out` for other tools too; `files` has the image of each name."""
+    if not processes.is_main:
+        return summary
     items = mask_items(((name, files[name]) for name in current_masks(out, files)), out) if formats else ()
     written = tuple(write_format(name, items, classes, out, progress=progress) for name in formats)
     return dataclasses.replace(summary, formats=written)
@@ -631,7 +650,8 @@ def check_data(
                 device = pick_device(config.train.device)
                 opened = open_data(config.data)
                 config, _ = choose_defaults(opened, device, keys, need_weights=False)
-    return collect.check_data(config, opened, fast=fast, limit=limit, progress=progress)
+    with process_group(pick_device(config.train.device)) as processes:
+        return collect.check_data(config, opened, fast=fast, limit=limit, progress=progress, processes=processes)
 
 
 def check_voc(

@@ -13,8 +13,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from afa import __version__
-from afa.errors import AfaError
+from afa import __version__, elastic
+from afa.elastic import is_main, is_restarted
+from afa.errors import AfaError, GoneError
 
 if TYPE_CHECKING:
     from afa.inference.masks import PredictSummary
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 1 done with failures, 2 a mistake in what was given.
     """
+    if (status := elastic.ended_with()) is not None:
+        return status  # what failed would fail again
     try:
         words, overrides = _take_keys(sys.argv[1:] if argv is None else argv)
         arguments, rest = build_parser().parse_known_args(words)
@@ -51,19 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(arguments, name, None) is not None:
                 overrides[key] = getattr(arguments, name)
         run: Callable[[argparse.Namespace, dict[str, Any]], int] = arguments.run
-        return run(arguments, overrides)
+        return elastic.end_job(run(arguments, overrides))
     except AfaError as error:
-        print(f"afa: error: {error}", file=sys.stderr)
-        return 2
+        elastic.say_once(f"afa: error: {error}")
+        return 2 if isinstance(error, GoneError) else elastic.end_job(2)
     except KeyboardInterrupt:
-        print("afa: stopped", file=sys.stderr)
+        elastic.say_once("afa: stopped")
         return 130
     except BrokenPipeError:
         # The reader of our output has gone, so the rest of the output has no reader.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(f"afa: error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        elastic.say_once(f"afa: error: {error.filename or 'output'}: {error.strerror or error}")
         return 2
 
 
@@ -317,6 +320,8 @@ def _check(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
     named = _named(arguments, "preset", "fast", "limit")
     report = check_data(arguments.data, file=arguments.config, **named, **overrides)
+    if not is_main():
+        return 0
     if not _write_json(report, arguments.json):
         sys.stdout.write(render_text(report))
     if arguments.out:
@@ -329,9 +334,9 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from afa.config import config_to_toml
 
     named = _named(arguments, "preset", "minutes") | {"file": arguments.config}
-    named["run"] = arguments.out if arguments.resume else None
+    named["run"] = arguments.out if arguments.resume or is_restarted() else None
     config, choices, data = training_config(arguments.folder, overrides=overrides, **named)
-    if _is_main():
+    if is_main():
         for line in choices:
             print(line, file=sys.stderr)
         print(config_to_toml(config), flush=True)
@@ -344,7 +349,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
     named = _named(arguments, "labels", "protocol", "refine", "boundary", "limit")
     result = evaluate(arguments.folder, arguments.data, list_file=arguments.list, **named, **overrides)
-    if not _is_main():
+    if not is_main():
         return 0
     figures = result.to_json()
     if arguments.list:
@@ -385,6 +390,8 @@ def _masks(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     named = {"file": arguments.config, "list_file": arguments.list, "formats": arguments.format or ""}
     named |= _named(arguments, "tiles", "max_pixels")
     summary = masks(arguments.data, arguments.out, examples=arguments.examples, **named, **overrides)
+    if not is_main():
+        return 0
     for line in (summary, *summary.written.formats, f"open {arguments.out}/masks.html"):
         print(line)
     return 1 if summary.written.failed else 0
@@ -399,7 +406,9 @@ def _pseudo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 def _told(summary: PredictSummary) -> int:
-    """Print what was written; the exit status."""
+    """Let the first process print what was written; the exit status."""
+    if not is_main():
+        return 0
     for line in (summary, *summary.formats):
         print(line)
     return 1 if summary.failed else 0
@@ -469,11 +478,6 @@ def _named(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
 def _refuse_keys(command: str, overrides: dict[str, Any]) -> None:
     if overrides:
         raise AfaError(f"--{next(iter(overrides))}: afa {command} takes no configuration keys")
-
-
-def _is_main() -> bool:
-    """Whether this process prints, of those that torchrun started."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _write_json(figures: dict[str, Any], place: str | None) -> bool:

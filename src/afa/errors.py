@@ -21,6 +21,10 @@ class BrokenImageError(AfaError):
     """An image is there but cannot be read; `data.skip_broken` leaves such images out."""
 
 
+class GoneError(AfaError):
+    """Another process of the run has ended or cannot be reached: nobody's mistake, and starting again may help."""
+
+
 class LongNameError(AfaError):
     """A file cannot be written because its name is too long for the disk: other files can."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import signal
 import sys
@@ -10,9 +11,9 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 import torch
@@ -27,8 +28,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from afa.errors import AfaError
+from afa.peers import MEETING_MINUTES, Peers, meet
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Arithmetic of the network by its name in the configuration."""
@@ -122,15 +127,21 @@ class Processes:
     Attributes:
         rank: Number of this process.
         count: How many there are.
+        peers: What is known of the others; None where there are none.
     """
 
     rank: int = 0
     count: int = 1
+    peers: Peers | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and talks."""
         return self.rank == 0
+
+    def share(self, items: Sequence[_Item]) -> Sequence[_Item]:
+        """The items that are this process's to do: every `count`-th, from the `rank`-th on."""
+        return items[self.rank :: self.count]
 
     def total(self, count: Tensor) -> Tensor:
         """Add a tensor of any shape up over all processes."""
@@ -149,35 +160,84 @@ class Processes:
         return bool(self.total(torch.tensor(int(flag), device=device))) if self.count > 1 else flag
 
     def wait(self) -> None:
-        """Wait until every process has reached this call."""
-        if self.count > 1:
+        """Wait until every process has reached this call, however long that takes.
+
+        Raises:
+            AfaError: Another process ended before it came here.
+        """
+        if self.peers is not None:
+            self.peers.wait()
+        elif self.count > 1:
             dist.barrier()
+
+    def gather(self, value: _Result) -> list[_Result]:
+        """What each process gives, by rank, once all have come here; any value that can be pickled."""
+        values = [value] * self.count
+        if self.count > 1:
+            self.wait()
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, make: Callable[[], _Result]) -> _Result:
+        """Let the first process make a value that can be pickled, and hand it to all."""
+        made = [make() if self.is_main else None]
+        if self.count > 1:
+            self.wait()
+            dist.broadcast_object_list(made)
+        return made[0]  # type: ignore[return-value]
 
 
 ALONE: Final = Processes()
 """A group of one."""
 
+_store: Store | None = None
+_joined: Processes | None = None
+
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[Processes]:
-    """Join the processes that torchrun started; a plain start is a group of one.
+    """Join the processes that torchrun started; a plain start is a group of one. Inside of another, it is that one.
 
     Args:
-        device: Device of this process; GPUs talk over NCCL, everything else over gloo.
+        device: Device of this process. GPUs talk over NCCL, everything else over gloo.
+
+    Raises:
+        AfaError: Not all processes come; another process ended inside, for what it told or as a `GoneError`.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Processes()
+    global _store, _joined
+    if _joined is not None or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield _joined or ALONE
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    limit = datetime.timedelta(minutes=MEETING_MINUTES)
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if _store is None:  # the first process may hold it, so it lasts as long as the process
+        _store = next(rendezvous("env://", timeout=limit))[0]
+    name = meet(_store, rank, count)
+    own = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=limit)
+    peers = Peers(PrefixStore(f"afa/{name}", own), rank, count)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store = PrefixStore(f"group/{name}", _store)
     try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit)
+        _joined = Processes(rank, count, peers)
         with warnings.catch_warnings():
             # Said of the gradients of 1x1 convolutions, whose strides are ambiguous; "not an error".
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-            yield Processes(dist.get_rank(), dist.get_world_size())
+            yield _joined
+    except BaseException as error:
+        # What gloo and NCCL raise where a process has gone is a RuntimeError with the place in their source.
+        is_exchange = isinstance(error, dist.DistError) or ("gloo" in str(error) and isinstance(error, RuntimeError))
+        if is_exchange and isinstance(error, Exception):
+            raise peers.explain(error) from None
+        peers.tell(error)
+        raise
     finally:
-        dist.destroy_process_group()
+        peers.close()
+        _joined = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -263,7 +323,14 @@ def progress_bar(*, enabled: bool = True, extra: str = "") -> Progress:
 
 @contextlib.contextmanager
 def image_progress(
-    description: str, *, total: int | None, done: int = 0, images: int = 1, enabled: bool = True, unit: str = "images"
+    description: str,
+    *,
+    total: int | None,
+    done: int = 0,
+    images: int = 1,
+    enabled: bool = True,
+    unit: str = "images",
+    processes: Processes = ALONE,
 ) -> Iterator[Advance]:
     """Show images done, rate and time left on standard error: as a bar, or a line now and then.
 
@@ -276,12 +343,14 @@ def image_progress(
         images: Images of each.
         enabled: False shows nothing.
         unit: What is done.
+        processes: Processes that share the work as `Processes.share` says: the first one shows all of it, at its pace.
 
     Yields:
         Function that takes how many were done since its last call; then, if they are known, images per second, else
         their mean since the start, and words to show beside them. Threads may call it.
     """
     first, began = done, time.monotonic()
+    enabled = enabled and processes.is_main
     told, lock = began, threading.Lock()
     with _as_innermost(description), progress_bar(enabled=enabled and len(_bars) == 1, extra="words") as bar:
         in_lines = enabled and (len(_bars) > 1 or not bar.console.is_terminal)
@@ -291,7 +360,8 @@ def image_progress(
             nonlocal done, told
             now = time.monotonic()
             with lock:
-                done += count
+                done += count * processes.count
+                done = done if total is None else min(total, done)
                 telling = in_lines and now - told > _TOLD_SECONDS
                 told = now if telling else told
             if rate is None:

@@ -27,8 +27,9 @@ from afa.errors import AfaError
 from afa.formats.write import mask_items
 from afa.inference import files, masks, prediction
 from afa.inference.files import output_names, predict_files, pseudo_files
-from afa.inference.masks import STAMP, PredictSummary
+from afa.inference.masks import PredictSummary
 from afa.inference.predictor import Predictor
+from afa.inference.stamp import STAMP
 from colors import CLASSES, ColorNetwork
 from mistakes import refused
 

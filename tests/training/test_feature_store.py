@@ -74,6 +74,29 @@ def test_what_was_not_committed_is_made_again(tmp_path: Path) -> None:
     assert_whole(reopen(tmp_path))
 
 
+def test_several_writers_each_write_a_part(tmp_path: Path) -> None:
+    """One of two writers is killed before it commits all; one process or other writers go on with what is missing."""
+    new_store(tmp_path).commit()
+    for writer, rows, lost in ((0, (0, 3, 4), ()), (1, (1, 2), (5,))):
+        part = reopen(tmp_path).part(writer)
+        for row in rows:
+            write(part, row, row + 1)
+        part.commit()
+        for row in lost:
+            write(part, row, row + 1)
+    store = reopen(tmp_path)
+    assert store.missing(range(4, 11)) == [4, 5]
+    assert store.num_bytes == 2 * sum(SIZES[:5])
+    write(store, 5, 6)
+    store.commit()
+    part = reopen(tmp_path).part(1)
+    write(part, 6, 7)
+    part.commit()
+    assert_whole(reopen(tmp_path))
+    remove_store(tmp_path)
+    assert not tmp_path.exists()
+
+
 def test_the_index_never_counts_rows_that_are_not_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = new_store(tmp_path)
     write(store, 0, 2)

@@ -17,11 +17,17 @@ from afa.data.loader import resolve_workers
 from afa.data.open import DataSet, data_root, open_data
 from afa.errors import AfaError
 from afa.report.render import gibibytes
-from afa.runtime import pick_device, say
+from afa.runtime import ALONE, Processes, pick_device, say
 
 
 def check_data(
-    config: Config, data: DataSet | None = None, *, fast: bool = False, limit: int | None = None, progress: bool = True
+    config: Config,
+    data: DataSet | None = None,
+    *,
+    fast: bool = False,
+    limit: int | None = None,
+    progress: bool = True,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Check a data set for a training with these settings.
 
@@ -31,6 +37,7 @@ def check_data(
         fast: Open no image and try no training step.
         limit: Read only so many images, evenly spread; None reads all.
         progress: Show progress on standard error.
+        processes: Processes that share the reading of images; the report of the first one is whole.
 
     Returns:
         Values that JSON can hold:
@@ -62,7 +69,7 @@ def check_data(
         return report | _listed([Problem("error", str(error))])
     problems = [*opened.problems, *check_tags(opened, config)]
     if not fast and opened.train is not None:
-        measured, found = _measure(config, opened, device, limit, progress=progress)
+        measured, found = _measure(config, opened, device, limit, progress=progress, processes=processes)
         report |= measured
         problems += found
     return report | _listed(problems)
@@ -97,20 +104,30 @@ def _describe_tags(opened: OpenedData) -> dict[str, Any]:
 
 
 def _measure(
-    config: Config, opened: OpenedData, device: torch.device, limit: int | None, *, progress: bool
+    config: Config,
+    opened: OpenedData,
+    device: torch.device,
+    limit: int | None,
+    *,
+    progress: bool,
+    processes: Processes,
 ) -> tuple[dict[str, Any], list[Problem]]:
     """Take a few training steps and read the images: `images`, `training` and `cache` of the report, and problems."""
     problems: list[Problem] = []
     cost = None
     try:
-        if progress:
+        if progress and processes.is_main:
             say(f"trying out a few training steps on {device.type}")
         # Before images are read: on a CPU the memory is the most that this process ever took.
-        cost = measure_cost(config, opened.train_tags, device=device)
+        if processes.is_main:
+            cost = measure_cost(config, opened.train_tags, device=device)
     except AfaError as error:
         problems.append(Problem("error", str(error)))
-    workers = resolve_workers(config.data.workers)
-    table = read_images(opened, limit, threads=workers + 1, progress=progress)  # this thread only waits
+    workers = resolve_workers(config.data.workers, processes=processes.count)
+    # This thread only waits.
+    table = read_images(opened, limit, threads=workers + 1, progress=progress, processes=processes)
+    if table is None:
+        return {}, problems
     problems += check_images(table, config)
     report: dict[str, Any] = {"images": describe_images(table)}
     trained = table.scan.sizes[table.train & (table.scan.sizes[:, 0] > 0)]

@@ -135,7 +135,7 @@ def measure_cost(config: Config, tags: NDArray[np.bool_], *, device: torch.devic
     settings = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=False))
     starts = phase_steps(config)
     try:
-        network = build_network(config.model, tags.shape[1], pretrained=False).to(device).train()
+        network = _random_network(config, tags.shape[1], device)
         engine = TrainingEngine(network, settings, device=device)
 
         cache_seconds = len(tags) * _time_encoding(network, config, device) if config.train.feature_cache else 0.0
@@ -175,6 +175,13 @@ def measure_cost(config: Config, tags: NDArray[np.bool_], *, device: torch.devic
     return TrainingCost(_device_name(device), phases, memory, batch_size, measured, cache_seconds)
 
 
+def _random_network(config: Config, num_classes: int, device: torch.device) -> AfaNetwork:
+    """A network to be trained by this process alone."""
+    network = build_network(config.model, num_classes, pretrained=False).to(device).train()
+    network.decoder.norm.alone = True
+    return network
+
+
 def measure_cache(config: Config, sizes: NDArray[np.int32], num_images: int) -> CacheCost:
     """Compare the decoded training images with the memory for them.
 
@@ -195,7 +202,7 @@ def measure_pace(config: Config, num_classes: int, device: torch.device) -> Pace
         num_classes: C.
         device: Where to train.
     """
-    network = build_network(config.model, num_classes, pretrained=False).to(device).train()
+    network = _random_network(config, num_classes, device)
     engine = TrainingEngine(network, config, device=device)
     tags = torch.eye(num_classes).repeat(config.schedule.batch_size, 1)[: config.schedule.batch_size]
     tags = torch.maximum(tags, tags.roll(1, dims=1))  # two tags an image

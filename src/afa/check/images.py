@@ -19,7 +19,7 @@ from afa.data.images import level_warning
 from afa.data.pixels import WHITE_LEVEL
 from afa.errors import AfaError, BrokenImageError
 from afa.report.render import counted
-from afa.runtime import image_progress
+from afa.runtime import ALONE, Processes, image_progress
 
 TINY_SIDE: Final = 64
 """Images with a shorter side, in pixels, have too little detail."""
@@ -58,7 +58,9 @@ class ImageTable:
     mask_doubt: str = ""
 
 
-def read_images(opened: OpenedData, limit: int | None, *, threads: int, progress: bool) -> ImageTable:
+def read_images(
+    opened: OpenedData, limit: int | None, *, threads: int, progress: bool, processes: Processes = ALONE
+) -> ImageTable | None:
     """Read the images of both sides, each file once, and the masks of those that have one.
 
     Args:
@@ -66,6 +68,7 @@ def read_images(opened: OpenedData, limit: int | None, *, threads: int, progress
         limit: Read only so many, evenly spread; None reads all.
         threads: How many read at the same time.
         progress: Show progress on standard error.
+        processes: Processes that share the reading; the first one gets the table, others None.
     """
     places: dict[Path, list[int]] = {}  # file -> index on each side, -1 where it is not there
     for side, images in enumerate((opened.train, opened.validation)):
@@ -82,14 +85,17 @@ def read_images(opened: OpenedData, limit: int | None, *, threads: int, progress
         if scored is not None and rows[index, 1] >= 0:
             scored.mask(int(rows[index, 1]))
 
-    with image_progress("reading images", total=len(paths), enabled=progress) as advance:
+    with image_progress("reading images", total=len(paths), enabled=progress, processes=processes) as advance:
         scan = scan_images(
             paths,
             threads=threads,
             white_level=opened.train.white_level if opened.train else WHITE_LEVEL,
             read_mask=read_mask,
             tell=lambda: advance(1),
+            processes=processes,
         )
+    if not processes.is_main:
+        return None
     classes = opened.data.classes
     tags = [opened.train_tags[one] if one >= 0 else opened.validation_tags[other] for one, other in rows.tolist()]
     return ImageTable(

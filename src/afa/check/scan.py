@@ -11,15 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from afa.data.images import read_levels
 from afa.data.pixels import WHITE_LEVEL
 from afa.errors import AfaError
+from afa.runtime import ALONE, Processes
 
 THUMBNAIL_SIZE: Final = 8
 """Side of the thumbnails that candidates for near-duplicates are compared by, pixels."""
@@ -78,6 +80,7 @@ def scan_images(
     white_level: int = WHITE_LEVEL,
     read_mask: Callable[[int], object] | None = None,
     tell: Callable[[], object] = lambda: None,
+    processes: Processes = ALONE,
 ) -> Scan:
     """Read images.
 
@@ -87,9 +90,10 @@ def scan_images(
         white_level: As of `afa.data.pixels.rgb_pixels`.
         read_mask: Reads the mask of an image, by index, where it has one; its `AfaError` says what is wrong.
         tell: Called, from any thread, when an image is done.
+        processes: Processes that share the images.
 
     Returns:
-        What was found; a broken image is no error here.
+        What was found, by all processes; a broken image is no error here.
     """
     count = len(paths)
     scan = Scan(
@@ -118,11 +122,34 @@ def scan_images(
     began = time.perf_counter()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="afa-check")
     try:
-        for _ in pool.map(read_block, range(0, count, _BLOCK)):
+        for _ in pool.map(read_block, processes.share(range(0, count, _BLOCK))):
             pass
     finally:
         pool.shutdown(cancel_futures=True)
+    if processes.count > 1:
+        scan = _merge(scan, processes)
     return replace(scan, seconds=time.perf_counter() - began)
+
+
+def _merge(scan: Scan, processes: Processes) -> Scan:
+    """What all processes found: what one did not read is 0 in its arrays."""
+    lists = processes.gather((scan.failures, scan.mask_failures))
+
+    def total(array: Any) -> Any:
+        bits = array.view({8: np.int64, 4: np.int32, 1: np.uint8}[array.itemsize])  # gloo adds up no other kinds
+        return processes.total(torch.from_numpy(bits)).numpy().view(array.dtype)
+
+    return Scan(
+        sizes=total(scan.sizes),
+        pixel_hashes=total(scan.pixel_hashes),
+        difference_hashes=total(scan.difference_hashes),
+        thumbnails=total(scan.thumbnails),
+        gray=total(scan.gray),
+        failures={index: error for found, _ in lists for index, error in found.items()},
+        peaks=total(scan.peaks),
+        mask_failures={index: words for _, found in lists for index, words in found.items()},
+        seconds=scan.seconds,
+    )
 
 
 def difference_hash(pixels: NDArray[np.uint8]) -> int:

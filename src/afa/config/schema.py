@@ -390,6 +390,9 @@ class TrainConfig:
     the precision is fp16."""
     compile: bool = False
     """Let torch.compile fuse the network's kernels; takes a minute or more at the start of each phase."""
+    shard: bool = False
+    """Spread weights, gradients and optimizer over the processes of a training (FSDP), for encoders that are too large
+    for one device. The result is the same, and checkpoints go on with it or without it."""
     feature_cache: bool = False
     """Run the encoder once for each image that a step takes, keep its features on disk, and train from there.
     Needs `model.classifier` = text, all blocks frozen, `augment.whole_images`, `pseudo.scales` = 1 and no `mirror`."""

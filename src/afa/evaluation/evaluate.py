@@ -212,8 +212,8 @@ def image_batches(
         return Sample(index, image, mask, tuple(view for each in sizes for view in each(size, config)))
 
     batch_size = resolve_batch_size(config.evaluation.batch_size, device)
-    shown = image_progress(f"evaluate {', '.join(labels)}", total=total, enabled=progress and processes.is_main)
-    readings = read_ahead(read, range(processes.rank, total, processes.count))
+    shown = image_progress(f"evaluate {', '.join(labels)}", total=total, enabled=progress, processes=processes)
+    readings = read_ahead(read, processes.share(range(total)))
     training = network.training
     network.eval()
     try:
@@ -221,8 +221,7 @@ def image_batches(
             samples = (reading.result() for _, reading in readings)
             for batch in group_by_size(samples, sizes=lambda sample: sample.sizes, batch_size=batch_size):
                 yield batch
-                # The bar counts all processes' images at the pace of this one's.
-                advance(sum(min(processes.count, total - sample.index) for sample in batch))
+                advance(len(batch))
     finally:
         network.train(training)
 

@@ -41,7 +41,7 @@ from afa.inference.masks import Made, PredictSummary, Task, write_masks
 from afa.inference.predictor import MAX_SIDE, Predictor, PreparedImage
 from afa.inference.tiling import Tiling
 from afa.model.network import AfaNetwork
-from afa.runtime import say
+from afa.runtime import ALONE, Processes, say
 
 _MUCH_SMALLER: Final = 4.0
 """Images that the network sees so many times smaller are told of: small objects in them are lost."""
@@ -57,6 +57,7 @@ def predict_files(
     overlay: bool = True,
     resume: bool = False,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> PredictSummary:
     """Segment image files and write OUT/masks/NAME.png, OUT/overlays/NAME.jpg and OUT/scores/NAME.npz.
 
@@ -74,6 +75,7 @@ def predict_files(
         overlay: Also write the colored class map over the image.
         resume: Go on with an interrupted call: leave masks that are there already as they are.
         progress: Show a progress bar on standard error.
+        processes: Processes that share the images.
 
     Returns:
         What was done and what failed.
@@ -85,7 +87,7 @@ def predict_files(
     """
     remarks: list[str] = []
     files = output_names(paths, out_dir, remarks=remarks)
-    for remark in (*remarks, *_remarks(files, predictor.config.data.white_level)):
+    for remark in (*remarks, *_remarks(files, predictor.config.data.white_level)) if processes.is_main else ():
         say(remark)
     known = _image_tags(files, tags)
 
@@ -126,8 +128,9 @@ def predict_files(
         go_on="the same command with --resume goes on",
         large=_large(predictor.tiling, opened, lambda name, rows: predictor.tiling.labels(rows, allowed(name))),
     )
-    summary = write_masks(task, out_dir, list(files), resume=resume, progress=progress)
-    if shrunk:
+    summary = write_masks(task, out_dir, list(files), resume=resume, progress=progress, processes=processes)
+    shrunk = [each for part in processes.gather(shrunk) for each in part]
+    if shrunk and processes.is_main:
         name, (height, width), (seen_height, seen_width) = min(shrunk)
         say(
             f"{len(shrunk)} images, such as {name} of {width} x {height} pixels, were shown to the network at "
@@ -147,6 +150,7 @@ def pseudo_files(
     overlay: bool = False,
     tiling: Tiling | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> PredictSummary:
     """Write pseudo labels of tagged images as OUT/masks/NAME.png, 255 where they are uncertain.
 
@@ -164,6 +168,7 @@ def pseudo_files(
         overlay: Also write OUT/overlays/NAME.jpg.
         tiling: Which images are made in tiles; None: none is.
         progress: Show a progress bar on standard error.
+        processes: Processes that share the images.
 
     Returns:
         What was done, what was skipped and what failed.
@@ -177,7 +182,7 @@ def pseudo_files(
     task = _pseudo_task(network, images, config, kind=kind, refine=refine, overlay=overlay, max_pixels=limit)
     if tiling is not None:
         task = _pseudo_in_tiles(task, images, tiling, kind=kind, refine=refine)
-    return write_masks(task, out_dir, images.names, resume=True, progress=progress)
+    return write_masks(task, out_dir, images.names, resume=True, progress=progress, processes=processes)
 
 
 @dataclass(frozen=True)

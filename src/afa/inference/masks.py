@@ -10,12 +10,12 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -35,14 +35,9 @@ from afa.evaluation.protocols import LogitMaps
 from afa.formats.write import FormatResult, mask_path
 from afa.inference.big import Large
 from afa.inference.predictor import PreparedImage
-from afa.runs.files import write_whole
-from afa.runtime import Advance, image_progress, read_ahead, say
-
-_DIGESTS: Final = ("weights", "tags")
-"""Keys of the stamp whose values are hashes, or None."""
-
-STAMP: Final = "predict.json"
-"""File beside the masks that says what made them: the weights and all settings."""
+from afa.inference.stamp import current_masks, missing_in_all
+from afa.runs.files import only_writer, write_whole
+from afa.runtime import ALONE, Advance, Processes, image_progress, read_ahead, say
 
 _WRITE_BEHIND = 4
 """Number of results that may wait to be written, beside those of the last batch."""
@@ -123,7 +118,12 @@ class MasksSummary:
 
 
 def summarize_masks(
-    written: PredictSummary, images: TaggedImages, out_dir: Path, *, progress: bool = True
+    written: PredictSummary,
+    images: TaggedImages,
+    out_dir: Path,
+    *,
+    progress: bool = True,
+    processes: Processes = ALONE,
 ) -> MasksSummary:
     """Read the masks of tagged images again, say how sure they are, and write OUT/masks.json.
 
@@ -132,21 +132,28 @@ def summarize_masks(
         images: The images; one without a current mask is passed over.
         out_dir: Folder that has the masks.
         progress: Show progress on standard error.
+        processes: Processes that share the reading; the first one writes, and all get the summary.
     """
     finished = set(current_masks(out_dir, images.names))
     indices = [index for index, name in enumerate(images.names) if name in finished]
-    nothing: dict[str, list[str]] = {}
+    missed: dict[int, list[str]] = {}
     covered = total = 0
-    with image_progress("summing up masks", total=len(indices), enabled=progress) as advance:
-        for index, reading in read_ahead(lambda index: _count_values(mask_path(out_dir, images.names[index])), indices):
+    share = processes.share(indices)
+    with image_progress("summing up masks", total=len(indices), enabled=progress, processes=processes) as advance:
+        for index, reading in read_ahead(lambda index: _count_values(mask_path(out_dir, images.names[index])), share):
             counts = reading.result()
-            missed = np.flatnonzero(images.tagged[index] & (counts[1 : 1 + len(images.classes)] == 0))
-            if missed.size:
-                nothing[images.names[index]] = [images.classes[place] for place in missed]
+            places = np.flatnonzero(images.tagged[index] & (counts[1 : 1 + len(images.classes)] == 0))
+            if places.size:
+                missed[index] = [images.classes[place] for place in places]
             covered, total = covered + int(counts[1:255].sum()), total + int(counts.sum())
             advance(1)
+    parts = processes.gather((missed, covered, total))
+    missed = {index: tags for part in parts for index, tags in part[0].items()}
+    nothing = {images.names[index]: missed[index] for index in sorted(missed)}
+    covered, total = sum(part[1] for part in parts), sum(part[2] for part in parts)
     summary = MasksSummary(written, 100 * covered / max(1, total), nothing, len(indices))
-    write_whole(out_dir / "masks.json", json.dumps(summary.to_json(), indent=1) + "\n")
+    if processes.is_main:
+        write_whole(out_dir / "masks.json", json.dumps(summary.to_json(), indent=1) + "\n")
     return summary
 
 
@@ -235,7 +242,13 @@ class Task(Generic[_Image]):
 
 
 def write_masks(
-    task: Task[_Image], out_dir: Path, names: Sequence[str], *, resume: bool, progress: bool
+    task: Task[_Image],
+    out_dir: Path,
+    names: Sequence[str],
+    *,
+    resume: bool,
+    progress: bool,
+    processes: Processes = ALONE,
 ) -> PredictSummary:
     """Read in threads, infer here in batches of one size, write in threads.
 
@@ -246,69 +259,120 @@ def write_masks(
         task: How the masks are made.
         out_dir: Made if missing.
         names: Names of the images.
-        resume: Leave masks that are there already as they are.
+        resume: Leave masks that are there already as they are. A call that torchrun starts again does so anyway.
         progress: Show a progress bar on standard error.
+        processes: Processes that share the images, and all of which see `out_dir`.
 
     Returns:
-        What was done and what failed.
+        What was done and what failed, in all processes.
 
     Raises:
-        AfaError: The masks that are there were made with other weights or settings; a file cannot be written.
+        AfaError: The masks that are there were made with other weights or settings; a file cannot be written; another
+            call is writing there.
     """
     stamp = {**task.stamp, "classes": task.classes, "overlay": task.overlay}
-    missing = _missing(out_dir, names, stamp, resume=resume, otherwise=task.otherwise)
-    started, skipped = time.monotonic(), len(names) - len(missing)
-    failed: list[str] = []
-    broken: list[str] = []
-    large: list[str] = []
-    writing: deque[Future[None]] = deque()
-    written = 0
+    lock = only_writer(out_dir / "masks") if processes.is_main else nullcontext()
+    with lock:
+        missing = missing_in_all(out_dir, names, stamp, processes, resume=resume, otherwise=task.otherwise)
+        started, skipped = time.monotonic(), len(names) - len(missing)
+        work = _Work(task, out_dir, processes.share(missing), progress=progress, processes=processes)
+        try:
+            with image_progress(task.title, total=len(missing), enabled=progress, processes=processes) as advance:
+                work.make(advance)
+            work.make_large()
+        except AfaError as error:
+            count = f"{skipped + work.done} masks are done and {len(missing) - work.done} missing; "
+            raise AfaError(f"{error}; {'' if processes.count > 1 else count}{task.go_on}") from None
+        parts = processes.gather((work.written, {"failed": work.failed, "broken": work.broken}))
+    places = {name: index for index, name in enumerate(names)}
 
-    def leave_out(error: AfaError) -> None:
-        is_left_out = task.skip_broken and isinstance(error, BrokenImageError)
-        (broken if is_left_out else failed).append(str(error))
-        say(f"skipped: {error}")
+    def lines(kind: str) -> tuple[str, ...]:
+        found = [pair for _, lists in parts for pair in lists[kind]]
+        return tuple(line for _, line in sorted(found, key=lambda pair: places[pair[0]]))
 
-    def finish(waiting: int) -> None:
-        nonlocal written
-        while len(writing) > waiting:
-            try:
-                writing.popleft().result()
-                written += 1
-            except LongNameError as error:
-                leave_out(error)
-            advance(1)
+    return PredictSummary(
+        out_dir / "masks",
+        sum(written for written, _ in parts),
+        skipped,
+        lines("failed"),
+        time.monotonic() - started,
+        broken=lines("broken"),
+    )
 
-    try:
+
+class _Work(Generic[_Image]):
+    """The images of this process, and what became of them.
+
+    Attributes:
+        written: Masks written.
+        failed, broken: Name and line of each image that has no mask.
+    """
+
+    def __init__(
+        self, task: Task[_Image], out_dir: Path, names: Sequence[str], *, progress: bool, processes: Processes
+    ) -> None:
+        self.task, self.out_dir, self.names = task, out_dir, names
+        self.is_main, self.shows = processes.is_main, progress and processes.is_main
+        self.written = 0
+        self.failed: list[tuple[str, str]] = []
+        self.broken: list[tuple[str, str]] = []
+        self._large: list[str] = []
+        self._writing: deque[tuple[str, Future[None]]] = deque()
+
+    @property
+    def done(self) -> int:
+        """Masks that are there after an error."""
+        return self.written + sum(future.exception() is None for _, future in self._writing)
+
+    def make(self, advance: Advance) -> None:
+        """Make the masks of all images but those in tiles."""
+        task = self.task
         with (
             ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="afa-write") as writers,
-            image_progress(task.title, total=len(missing), enabled=progress) as advance,
-            closing(_readable(task, missing, leave_out, advance, large)) as images,
+            closing(_readable(task, self.names, self._leave_out, advance, self._large)) as images,
         ):
             for group in group_by_size(images, sizes=lambda item: item[1].sizes, batch_size=task.batch_size):
                 for (name, image), made in zip(group, task.infer([image for _, image in group]), strict=True):
-                    writing.append(writers.submit(task.write, out_dir, name, image.pixels, made))
-                finish(_WRITE_BEHIND + len(group))
-            finish(0)
-        for name in large:
-            assert task.large is not None
-            if name == large[0]:
-                task.large.announce(large)
+                    self._writing.append((name, writers.submit(task.write, self.out_dir, name, image.pixels, made)))
+                self._finish(_WRITE_BEHIND + len(group), advance)
+            self._finish(0, advance)
+
+    def make_large(self) -> None:
+        """Make the masks of images in tiles."""
+        for name in self._large:
+            assert self.task.large is not None
+            if name == self._large[0] and self.is_main:
+                self.task.large.announce(self._large)
             try:
-                task.large.write(out_dir, name, title=task.title, overlay=task.overlay, progress=progress)
-                written += 1
+                self.task.large.write(
+                    self.out_dir, name, title=self.task.title, overlay=self.task.overlay, progress=self.shows
+                )
+                self.written += 1
             except (BrokenImageError, LongNameError) as error:
-                leave_out(error)
-    except AfaError as error:
-        done = skipped + written + sum(future.exception() is None for future in writing)
-        left = len(names) - done
-        raise AfaError(f"{error}; {done} masks are done and {left} missing; {task.go_on}") from None
-    seconds = time.monotonic() - started
-    return PredictSummary(out_dir / "masks", written, skipped, tuple(failed), seconds, broken=tuple(broken))
+                self._leave_out(name, error)
+
+    def _leave_out(self, name: str, error: AfaError) -> None:
+        is_left_out = self.task.skip_broken and isinstance(error, BrokenImageError)
+        (self.broken if is_left_out else self.failed).append((name, str(error)))
+        say(f"skipped: {error}")
+
+    def _finish(self, waiting: int, advance: Advance) -> None:
+        while len(self._writing) > waiting:
+            name, future = self._writing.popleft()
+            try:
+                future.result()
+                self.written += 1
+            except LongNameError as error:
+                self._leave_out(name, error)
+            advance(1)
 
 
 def _readable(
-    task: Task[_Image], names: Sequence[str], leave_out: Callable[[AfaError], None], advance: Advance, large: list[str]
+    task: Task[_Image],
+    names: Sequence[str],
+    leave_out: Callable[[str, AfaError], None],
+    advance: Advance,
+    large: list[str],
 ) -> Generator[tuple[str, _Image], None, None]:
     """Names and images in their order, but for those that cannot be read; those made in tiles go to `large`."""
 
@@ -319,7 +383,7 @@ def _readable(
         try:
             image = reading.result()
         except AfaError as error:
-            leave_out(error)
+            leave_out(name, error)
             advance(1)
             continue
         if image is None:
@@ -327,60 +391,3 @@ def _readable(
             advance(1)
         else:
             yield name, image
-
-
-def _missing(
-    out_dir: Path, names: Sequence[str], stamp: Mapping[str, Any], *, resume: bool, otherwise: str
-) -> Sequence[str]:
-    """Make OUT/masks, stamp OUT, and list the masks that are still to be made."""
-    masks, path = out_dir / "masks", out_dir / STAMP
-    try:
-        masks.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AfaError(f"{masks}: cannot be made ({error.strerror}); choose another folder") from None
-    now = json.loads(json.dumps(stamp))
-    if resume and path.is_file():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            differing = [key for key in now | before if now.get(key) != before.get(key)]
-        except (ValueError, TypeError):
-            raise AfaError(f"{path}: broken; {otherwise} folder") from None
-        if differing:
-            key = differing[0]
-            was, value = before.get(key), now.get(key)
-            words = f"{key} was {_short(was)} for the masks that are there and is {_short(value)} now"
-            if key in _DIGESTS:
-                how = "without" if was is None else "with" if value is None else "with other"
-                words = f"the masks that are there were made {how} {key}"
-            raise AfaError(f"{path}: {words}; {otherwise} folder")
-        finished = set(current_masks(out_dir, names))
-        missing = [name for name in names if name not in finished]
-        if len(missing) < len(names):
-            say(f"{masks}: {len(names) - len(missing)} of {len(names)} masks are there already and left as they are")
-        return missing
-    if resume and next(masks.rglob("*.png"), None) is not None:
-        raise AfaError(f"{path}: missing, so nothing says what made the masks in {masks}; {otherwise} folder")
-    write_whole(path, json.dumps(now, indent=1) + "\n")
-    return names
-
-
-def current_masks(out_dir: Path, names: Iterable[str]) -> list[str]:
-    """Names of images whose masks `STAMP` speaks of, in their order.
-
-    Masks older than it are of an earlier call, and the image failed in the last one or was not reached by it.
-    """
-    since = max(0, _modified(out_dir / STAMP))
-    return [name for name in names if _modified(mask_path(out_dir, name)) >= since]
-
-
-def _modified(path: Path) -> int:
-    """Time of the last change in ns; -1 if there is no such file."""
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return -1
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:16]}..."

@@ -7,7 +7,8 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -67,6 +68,35 @@ def write_whole(
         if not isinstance(error, OSError):
             raise
         raise unwritable(path, error, remedy) from None
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Make a folder, and keep other calls from writing there until this one is done or killed.
+
+    Raises:
+        AfaError: Another call is writing there; the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AfaError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from None
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AfaError(f"{folder}: another call is writing there; wait for it, or choose another folder") from None
+        except OSError:
+            pass  # a network disk that locks no folders
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def unwritable(path: Path, error: OSError, remedy: str = "free space or choose another folder") -> AfaError:

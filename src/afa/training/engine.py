@@ -7,7 +7,7 @@ is recorded once as a CUDA graph and replayed from then on, so that the host's p
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,8 +23,11 @@ from afa.runtime import ALONE, Processes, autocast, seed_step
 from afa.training.feature_cache import CachedScore, FeatureReader, encoded
 from afa.training.optimizer import build_optimizer, set_learning_rate, trained_parameters
 from afa.training.schedule import Phase, phase
-from afa.training.step import ForwardFunction, LossFunction, StepLosses, compute_losses, gradients_are_finite
+from afa.training.step import ForwardFunction, LossFunction, StepLosses, compute_losses, gradient_norm
 from afa.types import IGNORE_INDEX, Batch, NetworkOutput, inside_box, normalize_image
+
+if TYPE_CHECKING:
+    from afa.training.shard import Shards
 
 MAX_SKIPPED_STEPS = 50
 """A run gives up after this many steps in a row with gradients that are not finite."""
@@ -54,6 +57,8 @@ class TrainingEngine:
 
     Attributes:
         features: Feature cache that the batches are read from; None: steps start from pixels.
+        network: The whole network; with `train.shard`, as of the last `collect`.
+        trained: The network that steps change.
     """
 
     def __init__(
@@ -72,15 +77,19 @@ class TrainingEngine:
         self.compute = compute
         self.features: FeatureReader | None = None
         self.optimizer = build_optimizer(network, config.schedule)
+        self.trained = network
+        self.shards: Shards | None = None
+        if config.train.shard and processes.count > 1:
+            self._shard()
         self.parameters = trained_parameters(self.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
         self._affinity_is_set = config.model.affinity_init == "published"
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self.module: torch.nn.Module = network
+        self.module: torch.nn.Module = self.trained
         if config.train.compile:
             network.backbone.compile(dynamic=False)
             network.decoder.compile(dynamic=False)
-        if processes.count > 1:
+        if processes.count > 1 and self.shards is None:
             # The phases leave decoder and affinity head unused at first.
             self.module = DistributedDataParallel(network, find_unused_parameters=True)
         # The dense CRF synchronizes the GPU, and a recording has no place for masks.
@@ -92,13 +101,41 @@ class TrainingEngine:
         self._eager_steps: dict[tuple[Phase, int, int], int] = {}
         self._recordings: dict[tuple[Phase, int, int], _Recording] = {}
 
+    def _shard(self) -> None:
+        """Train a copy of the network that is spread over the processes; `network` is on the CPU meanwhile."""
+        from afa.training.shard import Shards  # here, as it takes a second to import
+
+        train = self.config.train
+        if train.compile or train.precision == "fp16":
+            what = "train.compile is true" if train.compile else "train.precision is fp16"
+            raise AfaError(f"{what}, which train.shard does not know; change one of them")
+        names = {id(weight): name for name, weight in self.network.named_parameters()}
+        self.shards = shards = Shards(self.network, self.device, self.processes)
+        self.trained = shards.network
+        self._names = [names[id(weight)] for weight in trained_parameters(self.optimizer)]
+        for group in self.optimizer.param_groups:
+            group["params"] = [shards.parameters[names[id(weight)]] for weight in group["params"]]
+        self.network.to("cpu")
+
+    def collect(self) -> None:
+        """Bring `network` up to date, on the device; every process calls this at the same time."""
+        if self.shards is not None:
+            self.shards.copy_to(self.network.to(self.device))
+
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the network."""
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        """What a checkpoint keeps beside the network; every process calls this at the same time."""
+        optimizer = self.optimizer.state_dict()
+        if self.shards is not None:
+            optimizer = self.shards.whole_state(optimizer, self._names)
+        return {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict` of any device."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Continue from a `state_dict` of any device and any number of processes, and from the weights of `network`."""
+        optimizer = state["optimizer"]
+        if self.shards is not None:
+            self.shards.copy_from(self.network)
+            optimizer = self.shards.own_state(optimizer, self._names)
+        self.optimizer.load_state_dict(optimizer)
         for group in self.optimizer.param_groups:
             group["capturable"] = self.device.type == "cuda"
         self.scaler.load_state_dict(state["scaler"])
@@ -156,10 +193,15 @@ class TrainingEngine:
         Args:
             batch: This process's share of the batch, on the device.
         """
+        self.collect()
+        trained, self.trained = self.trained, self.network
         output, pairs = self.attend(batch)
+        self.trained = trained
         assert output.attention is not None
         head, scale = self.network.affinity_head, self.network.attention_factor
         head.calibrate(output.attention, pairs, scale=scale, total=self.processes.total)
+        if self.shards is not None:
+            self.shards.copy_from(self.network)
         self._affinity_is_set = bool(head.mix.weight.any())
 
     def attend(self, batch: Batch) -> tuple[NetworkOutput, Tensor]:
@@ -214,8 +256,11 @@ class TrainingEngine:
 
     def _step(self, batch: Batch, kind: Phase, num_slots: int) -> StepLosses:
         schedule = self.config.schedule
-        buffers = list(self.network.buffers())
+        buffers = list(self.trained.buffers())
         before = [buffer.clone() for buffer in buffers]
+        if self.shards is not None:
+            self.network.to("cpu")
+            self.shards.gather()
         forward, score = self._passes(batch)
         losses = self.compute(
             forward,
@@ -228,10 +273,13 @@ class TrainingEngine:
         )
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
+        if self.shards is not None:
+            self.shards.take_gradients()
         self.scaler.unscale_(self.optimizer)
+        norm = gradient_norm(self.parameters) if self.shards is None else self.shards.norm()
         if schedule.grad_clip > 0:
-            torch.nn.utils.clip_grad_norm_(self.parameters, schedule.grad_clip)
-        finite = gradients_are_finite(self.parameters)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, schedule.grad_clip, norm)
+        finite = norm.isfinite()
         if self.scaler.is_enabled():
             # fp16's scaler skips an overflowing step itself and lowers its scale; in other precisions we skip it.
             self.scaler.step(self.optimizer)
@@ -263,4 +311,4 @@ class TrainingEngine:
 
     def _score(self, image: Tensor | Encoded, affinity: bool) -> NetworkOutput:
         with autocast(self.device, self.config.train.precision):
-            return self.network.score(image, affinity)
+            return self.trained.score(image, affinity)

@@ -136,7 +136,7 @@ def prepare_features(
         images: Training images.
         config: Settings.
         run: Run folder.
-        processes: Processes that train together; the first one computes.
+        processes: Processes that train together and share the images; all see the folder.
         cache: Where decoded images stay.
         progress: Show progress on standard error.
 
@@ -163,21 +163,31 @@ def prepare_features(
     key = feature_key(network, images, config)
     base = Path(config.data.feature_dir or Run(run).features)
     folder = base / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    store = FeatureStore.open(folder)
-    if processes.is_main and (store is None or store.missing(taken)):
-        if not config.data.feature_dir:
-            _remove_others(base, folder, key)
-        store = store or FeatureStore(folder, {"key": key})
-        values = sum(grids[index][0] * grids[index][1] for index in store.missing(taken)) * sum(channels)
-        store.reserve(2 * values, config.train.feature_cache_gib, setting="train.feature_cache_gib", advice=_ADVICE)
-        if progress:
-            say(_words(store, taken, len(images), 2 * values, config))
-        _fill(store, network, images, taken, config, processes, cache=cache, progress=progress)
-    while store is None or store.missing(taken):  # Not a barrier, which would time out after some minutes.
-        time.sleep(1)
+    if processes.is_main:
         store = FeatureStore.open(folder)
+        if store is None or store.missing(taken):
+            if not config.data.feature_dir:
+                _remove_others(base, folder, key)
+            store = store or FeatureStore(folder, {"key": key})
+            values = sum(grids[index][0] * grids[index][1] for index in store.missing(taken)) * sum(channels)
+            store.reserve(2 * values, config.train.feature_cache_gib, setting="train.feature_cache_gib", advice=_ADVICE)
+            if progress:
+                say(_words(store, taken, len(images), 2 * values, config))
+            store.commit()
     processes.wait()
+    store = _open(folder)
+    if store.missing(taken):
+        _fill(store, network, images, taken, config, processes, cache=cache, progress=progress)
+        processes.wait()
+        store = _open(folder)
     return FeatureReader(store, grids, channels, patch=patch, crop_size=crop_size)
+
+
+def _open(folder: Path) -> FeatureStore:
+    store = FeatureStore.open(folder)
+    if store is None:
+        raise AfaError(f"{folder}: other machines do not see the feature cache; set data.feature_dir to a shared disk")
+    return store
 
 
 def feature_key(network: AfaNetwork, images: TaggedImages, config: Config) -> dict[str, Any]:
@@ -223,40 +233,44 @@ def _fill(
     cache: PixelCache | None,
     progress: bool,
 ) -> None:
-    """Compute the rows that are missing; says soon how long it takes."""
+    """Compute this process's share of the rows that are missing; says soon how long it takes."""
     device = next(network.parameters()).device
     missing = store.missing(taken)
-    done = there = len(taken) - len(missing)
-    batch_size = _BATCH_IMAGES.get(device.type, 8)
+    size = _BATCH_IMAGES.get(device.type, 8)
+    # Each process takes whole batches: what is kept does not depend on how many there are.
+    batches = processes.share([missing[first : first + size] for first in range(0, len(missing), size)])
+    share = [index for batch in batches for index in batch]
+    part = store.part(processes.rank) if processes.count > 1 else store
     multiple = network.backbone.strides[-1]
-    views = whole_views(images, config, multiple, missing, batch_size=batch_size, processes=processes, cache=cache)
+    views = whole_views(images, config, multiple, share, batch_size=size, processes=processes, cache=cache)
     began = committed = time.perf_counter()
-    pending, tell = 0, progress
-    bar = image_progress("feature cache", total=len(taken), done=done, enabled=progress)
+    done, pending, tell = 0, 0, progress
+    there = len(taken) - len(missing)
+    bar = image_progress("feature cache", total=len(taken), done=there, enabled=progress, processes=processes)
     with bar as advance, interrupts() as asked_to_stop:
         for batch in views:
             for row in _rows(network, batch, config, device):
-                index = missing[done - there]
+                index = share[done]
                 if not np.isfinite(row).all():
                     raise AfaError(
                         f"image {images.names[index]}: its features are too large for fp16; set train.feature_cache "
                         "to false"
                     )
-                store.write(index, row)
+                part.write(index, row)
                 done, pending = done + 1, pending + row.nbytes
             now = time.perf_counter()
             if tell and now - began > _TELL_SECONDS:
-                left = (now - began) / (done - there) * (len(taken) - done)
-                say(f"feature cache: about {duration(left)} left")
+                say(f"feature cache: about {duration((now - began) / done * (len(share) - done))} left")
                 tell = False
             stop = asked_to_stop()
-            if pending > _COMMIT_BYTES or now - committed > _COMMIT_SECONDS or stop or done == len(taken):
-                store.commit()
+            if pending > _COMMIT_BYTES or now - committed > _COMMIT_SECONDS or stop or done == len(share):
+                part.commit()
                 pending, committed = 0, now
             advance(len(batch))
-            if stop and done < len(taken):
+            if stop and done < len(share):
+                so_far = there + min(len(missing), done * processes.count)
                 raise AfaError(
-                    f"stopped after {done} of {len(taken)} images of the feature cache; the same command with "
+                    f"stopped after {so_far} of {len(taken)} images of the feature cache; the same command with "
                     "--resume goes on"
                 )
 

@@ -22,19 +22,20 @@ from afa.errors import AfaError
 from afa.runs.files import write_whole
 
 _GIB: Final = 2**30
-_INDEX, _ROWS = "index.json", "rows.bin"
+_INDEX, _ROWS, _PART = "index.json", "rows.bin", "part_"
 
 
 class FeatureStore:
     """Rows on disk, each with a number of its own.
 
     Rows count as there once `commit` has made them durable: a store whose making was cut off at any point goes on after
-    the last one that counts. Threads may read while one writes.
+    the last one that counts. Threads may read while one writes. Several processes may each write a part of it.
 
     Attributes:
         folder: Where it lies.
         about: What the rows are, as JSON; written into the index and not looked at here.
-        num_done: Rows that are there.
+        num_done: Rows that are there, without those of parts.
+        parts: What other processes wrote, as stores in folders of this one.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class FeatureStore:
         self._sizes = list(sizes)
         self._starts = [0, *itertools.accumulate(sizes)]
         self._places = {number: place for place, number in enumerate(numbers)}
+        self.parts: list[FeatureStore] = []
 
     @classmethod
     def open(cls, folder: Path) -> FeatureStore | None:
@@ -56,6 +58,7 @@ class FeatureStore:
             index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
             store = cls(folder, index["about"], numbers=index["numbers"], sizes=index["sizes"])
             there = (folder / _ROWS).stat().st_size >= store.num_bytes and len(store._sizes) == store.num_done
+            store.parts = [part for each in sorted(folder.glob(f"{_PART}*")) if (part := cls.open(each)) is not None]
             return store if there else None
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             return None
@@ -63,11 +66,20 @@ class FeatureStore:
     @property
     def num_bytes(self) -> int:
         """Size of the rows that were written."""
-        return 2 * self._starts[-1]
+        return 2 * self._starts[-1] + sum(part.num_bytes for part in self.parts)
+
+    def part(self, writer: int) -> FeatureStore:
+        """The part that a process of this number writes, there or new."""
+        folder = self.folder / f"{_PART}{writer}"
+        folder.mkdir(exist_ok=True)
+        return FeatureStore.open(folder) or FeatureStore(folder, self.about)
 
     def missing(self, numbers: Iterable[int]) -> list[int]:
         """Those of some rows that are not there, in the order given."""
-        return [number for number in numbers if self._places.get(number, self.num_done) >= self.num_done]
+        left = [number for number in numbers if self._places.get(number, self.num_done) >= self.num_done]
+        for part in self.parts:
+            left = part.missing(left)
+        return left
 
     def reserve(self, more: int, max_gib: float, *, setting: str, advice: str) -> None:
         """Make sure that more rows fit before anything is written.
@@ -133,7 +145,7 @@ class FeatureStore:
         index = {"about": self.about, "numbers": self._numbers, "sizes": self._sizes}
         remedy = "make room or set data.feature_dir, and use --resume"
         try:
-            with (self.folder / _ROWS).open("r+b") as file:
+            with (self.folder / _ROWS).open("ab") as file:
                 os.fsync(file.fileno())
         except OSError as error:
             raise AfaError(f"{self.folder}: cannot be written ({error.strerror}); {remedy}") from None
@@ -149,8 +161,11 @@ class FeatureStore:
         Returns:
             (size,) fp16, not to be written to.
         """
-        place = self._places[number]
-        assert place < self.num_done, (number, place, self.num_done)
+        place = self._places.get(number, self.num_done)
+        if place >= self.num_done:
+            part = next((part for part in self.parts if not part.missing([number])), None)
+            assert part is not None, number
+            return part.row(number)
         row: NDArray[np.float16] = np.memmap(
             self.folder / _ROWS,
             dtype=np.float16,
@@ -164,6 +179,8 @@ class FeatureStore:
 def remove_store(folder: Path) -> None:
     """Delete a store, complete or not; nothing else in the folder."""
     with contextlib.suppress(OSError):
+        for part in folder.glob(f"{_PART}*"):
+            remove_store(part)
         for name in (_INDEX, _ROWS):
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()

@@ -40,7 +40,7 @@ _FREE_KEYS = frozenset(
     {"data.root", "data.workers", "data.cache_gib", "data.feature_dir", "evaluation.batch_size"}
     | {"train.device", "train.cuda_graphs", "train.compile", "train.log_steps", "train.eval_steps"}
     | {"train.eval_images", "train.feature_cache_gib", "train.save_steps", "train.example_images", "train.tensorboard"}
-    | {"train.trackers"}
+    | {"train.trackers", "train.shard"}
 )
 """Keys that may differ between a run and its resumption, because they do not change the weights."""
 
@@ -141,6 +141,7 @@ def train(
             )
         loop = _Loop(run, engine, scored, log, start, seconds, progress=progress, show=show)
         seconds = loop.run(_batches(engine, images, start, cache))
+        engine.collect()
         network.eval()
         if processes.is_main:
             shutil.rmtree(Run(run).pixels, ignore_errors=True)
@@ -229,7 +230,7 @@ class _Loop:
         """Take the steps that are left; returns `seconds`."""
         train, processes = self.config.train, self.engine.processes
         total, batch_size = self.config.schedule.max_steps, self.config.schedule.batch_size
-        self.engine.network.train()
+        self.engine.module.train()
         bar = image_progress("step", total=total, done=self.step, images=batch_size, enabled=self.progress)
         # An error keeps this frame alive, and with it the threads that prepare batches, unless they are stopped here.
         with bar as advance, interrupts() as asked_to_stop, contextlib.closing(batches):
@@ -275,12 +276,14 @@ class _Loop:
             say(warning)
 
     def _save(self) -> None:
+        self.engine.collect()
+        state = self.engine.state_dict() | {"seconds": self.seconds}
         if self.engine.processes.is_main:
-            state = self.engine.state_dict() | {"seconds": self.seconds}
             save_checkpoint(self.run_folder, step=self.step, network=self.engine.network, state=state)
 
     def _evaluate(self) -> None:
         paused, network, result = time.perf_counter(), self.engine.network, None
+        self.engine.collect()
         if self.scored is not None:
             images = first_images(self.scored, self.config.train.eval_images)
             result = evaluate(network, images, self.config, processes=self.engine.processes, progress=self.progress)

@@ -127,7 +127,6 @@ def _affinity_loss(output: NetworkOutput, label: Tensor | None, config: Config, 
     return affinity_loss(output.affinity, pairs, form=config.loss.affinity_form, total=group.total)
 
 
-def gradients_are_finite(parameters: list[torch.nn.Parameter]) -> Tensor:
-    """Whether every gradient is finite: a boolean scalar on the parameters' device; the GPU is not synchronized."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients).isfinite()
+def gradient_norm(parameters: list[torch.nn.Parameter]) -> Tensor:
+    """Norm of all gradients together, a scalar on the parameters' device; the GPU is not synchronized."""
+    return torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
