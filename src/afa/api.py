@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import shutil
 import time
@@ -20,14 +21,17 @@ import torch
 
 from afa.check import collect
 from afa.check.cost import measure_pace
+from afa.check.scale import parse_count
 from afa.check.tags import check_fast
 from afa.config import Config, DataConfig, config_to_dict, load_config
 from afa.data.classes import read_lines
 from afa.data.dataset import TaggedImages
 from afa.data.images import level_warning, sample_peaks
+from afa.data.members import MemberPath
 from afa.data.open import DataSet, open_data
 from afa.data.readers.tag_files import read_tags
 from afa.data.split import VALIDATION
+from afa.data.stores import is_remote
 from afa.demo.shapes import DEFAULT_STYLE, NEGATIVES_STYLE, SHAPE_CLASSES
 from afa.demo.write import MARKER_NAME, write_shapes
 from afa.elastic import is_main, is_restarted
@@ -42,8 +46,9 @@ from afa.explore.serve import require_gradio, serve
 from afa.formats.voc_test import SubmissionCheck, check_voc_test
 from afa.formats.write import mask_items, parse_formats, write_format
 from afa.inference import files as prediction
+from afa.inference import shards as sharding
 from afa.inference.hub import load_pretrained, save_pretrained
-from afa.inference.masks import MasksSummary, PredictSummary, summarize_masks
+from afa.inference.masks import MasksSummary, PredictSummary, joined_masks, summarize_masks
 from afa.inference.onnx import ExportCheck, export_metadata, export_onnx, export_torch, read_check_images
 from afa.inference.predictor import Predictor
 from afa.inference.stamp import current_masks
@@ -70,6 +75,8 @@ _TRAINED = ("augment", "model", "loss", "schedule")
 
 _LIVE_EXAMPLES = 4
 """Examples at most that an evaluation during a training draws: each takes as long as scoring several images."""
+
+_NO_FORMATS = "--format names or copies image files, and images in shards are none; leave it out, or unpack the shards"
 
 _DEMO_IMAGE_SIZE = 128
 
@@ -422,6 +429,8 @@ def predict(
     overlay: bool = True,
     formats: str = "",
     resume: bool = False,
+    out_shards: int = 0,
+    rle: bool = False,
     tiles: str | int = "off",
     max_pixels: int | None = None,
     progress: bool = True,
@@ -431,14 +440,16 @@ def predict(
 
     Args:
         run: Run folder.
-        images: Image files and folders that are walked.
-        out: Folder of the results.
+        images: Image files and folders that are walked; shards, by file, folder, pattern with braces or address.
+        out: Folder of the results, or address of a store.
         tags: File of tags of the images: only tagged classes, and those that it does not know, are predicted.
         scores: Also write class scores.
         crf: Refine the masks by the dense CRF, whatever the run's protocol.
         overlay: Also write the colored masks over the images.
         formats: Formats of other tools to write as well, names separated by commas.
         resume: Go on with the masks that are in `out` already.
+        out_shards: Images of each shard of masks; 0 writes files, or to a store a shard for each shard that is read.
+        rle: In shards, run lengths as of COCO in place of PNGs.
         tiles: As of `Predictor`.
         max_pixels: As of `Predictor`.
         progress: Show progress on standard error.
@@ -451,8 +462,10 @@ def predict(
         AfaError: As `afa.inference.files.predict_files` and `afa.formats.write.write_format`; not a run folder.
     """
     names = parse_formats(formats) if formats else ()
-    run, out = Path(run), Path(out)
-    paths = [Path(images)] if isinstance(images, str | Path) else [Path(path) for path in images]
+    run = Path(run)
+    texts = [str(images)] if isinstance(images, str | Path) else [str(path) for path in images]
+    sharded = [text for text in texts if sharding.is_sharded(text)]
+    paths = [Path(text) for text in texts if text not in sharded]
     config = run_config(run, overrides)
     device = pick_device(config.train.device)
     if crf:
@@ -460,19 +473,29 @@ def predict(
     with process_group(device) as processes:
         loaded = load_run(run, device)
         predictor = Predictor(loaded.network, loaded.classes, config=config, tiles=tiles, max_pixels=max_pixels)
-        summary = prediction.predict_files(
-            predictor,
-            paths,
-            out,
-            tags=None if tags is None else read_tags(Path(tags), predictor.classes, config.data.negatives),
-            scores=scores,
-            overlay=overlay,
-            resume=resume,
-            progress=progress,
-            processes=processes,
-        )
-        files = prediction.output_names(paths, out) if names and processes.is_main else {}
-        return _with_formats(summary, names, files, predictor.classes, out, progress=progress, processes=processes)
+        known = None if tags is None else read_tags(Path(tags), predictor.classes, config.data.negatives)
+        size = out_shards or (sharding.DEFAULT_SIZE if paths and is_remote(str(out)) else 0)
+        folder = _shard_folder(out, size, rle, predictor.classes, config, refused="--scores" if scores else formats)
+        settings: dict[str, Any] = {"tags": known, "scores": scores, "progress": progress}
+        if folder is None:
+            settings |= {"overlay": overlay, "processes": processes}
+        if not sharded and folder is None:
+            summary = prediction.predict_files(predictor, paths, Path(out), resume=resume, **settings)
+            files = prediction.output_names(paths, Path(out)) if names and processes.is_main else {}
+            shown: dict[str, Any] = {"progress": progress, "processes": processes}
+            return _with_formats(summary, names, files, predictor.classes, Path(out), **shown)
+        if names:
+            raise AfaError(_NO_FORMATS)
+
+        def make(files: Mapping[str, Path], place: Path, *, resume: bool = True) -> PredictSummary:
+            return prediction.predict_files(predictor, files, place, resume=resume, **{"overlay": False, **settings})
+
+        parts = sharding.shard_files(sharded, config.data)
+        if paths:
+            parts = itertools.chain([("images", prediction.output_names(paths, Path(out)))], parts)
+        if folder is None:
+            return sharding.make_parts(make, parts, Path(out), resume=resume, processes=processes)
+        return sharding.whole(folder.write(make, parts, {}, resume=resume, processes=processes), processes)
 
 
 def pseudo_labels(
@@ -483,6 +506,8 @@ def pseudo_labels(
     kind: str = "refined",
     list_file: str | None = None,
     formats: str = "",
+    out_shards: int = 0,
+    rle: bool = False,
     tiles: str | int = "off",
     max_pixels: int | None = None,
     progress: bool = True,
@@ -493,10 +518,12 @@ def pseudo_labels(
     Args:
         run: Run folder.
         data: Folder of the data set.
-        out: Folder of the labels; those that are there already are left as they are.
+        out: Folder of the labels, or address of a store; those that are there already are left as they are.
         kind: `refined`, `initial`, `propagated` or `cam`.
         list_file: Names of the images, one a line; None is what the data has to train on.
         formats: Formats of other tools to write as well, names separated by commas.
+        out_shards: As of `predict`; to a store 10,000 if it is 0.
+        rle: As of `predict`.
         tiles: `auto` makes images of more than 1,024 pixels a side in tiles as large as the training crops; a number
             is the side of the tiles, and larger images are tiled; `off` tiles none.
         max_pixels: As of `Predictor`.
@@ -511,16 +538,25 @@ def pseudo_labels(
             data set is missing or broken.
     """
     names = parse_formats(formats) if formats else ()
-    run, out = Path(run), Path(out)
+    run = Path(run)
     config = run_config(run, overrides, data=data)
     device = pick_device(config.train.device)
     with process_group(device) as processes:
         loaded = load_run(run, device)
         images = open_data(config.data).train(list_file=list_file)
+        folder = _shard_folder(out, out_shards, rle, images.classes, config, refused=formats)
         tiling = prediction.pseudo_tiling(loaded.network, config, tiles, max_pixels=max_pixels)
-        shown: dict[str, Any] = {"progress": progress, "processes": processes}
-        summary = prediction.pseudo_files(loaded.network, images, out, config=config, kind=kind, tiling=tiling, **shown)
-        return _labels_with_formats(summary, names, images, out, **shown)
+        settings: dict[str, Any] = {"config": config, "kind": kind, "tiling": tiling, "progress": progress}
+        if folder is None:
+            _refuse_formats(names, images)
+            summary = prediction.pseudo_files(loaded.network, images, Path(out), processes=processes, **settings)
+            shown: dict[str, Any] = {"progress": progress, "processes": processes}
+            return _labels_with_formats(summary, names, images, Path(out), **shown)
+
+        def make(part: TaggedImages, place: Path) -> PredictSummary:
+            return prediction.pseudo_files(loaded.network, part, place, **settings)
+
+        return sharding.whole(folder.write_images(make, images, processes), processes)
 
 
 def masks(
@@ -531,6 +567,8 @@ def masks(
     list_file: str | None = None,
     formats: str = "",
     examples: int = 8,
+    out_shards: int = 0,
+    rle: bool = False,
     tiles: str | int = "off",
     max_pixels: int | None = None,
     progress: bool = True,
@@ -540,11 +578,13 @@ def masks(
 
     Args:
         data: Folder of the data set; no mask of it is read.
-        out: Folder of the masks; those that are there already are left as they are.
+        out: Folder of the masks, or address of a store; those that are there already are left as they are.
         file: TOML file whose settings win over those of the preset `frozen`.
         list_file: Names of the images, one a line; None is every image with tags.
         formats: Formats of other tools to write as well, names separated by commas.
-        examples: How many images the page OUT/masks.html shows.
+        examples: How many images the page OUT/masks.html shows; there is none beside shards.
+        out_shards: As of `pseudo_labels`.
+        rle: As of `predict`.
         tiles: As of `pseudo_labels`.
         max_pixels: As of `Predictor`.
         progress: Show progress on standard error.
@@ -561,22 +601,52 @@ def masks(
     config = load_config(file, {"data.root": str(data)} | overrides, preset=None if file else "frozen")
     if config.model.classifier != "text":
         raise AfaError("model.classifier is learned, and nothing was learned yet; set it to text, or use afa train")
-    out, device = Path(out), pick_device(config.train.device)
+    device = pick_device(config.train.device)
     with process_group(device) as processes:
         opened = open_data(config.data)
         images = opened.tagged() if list_file is None else opened.train(list_file=list_file)
         torch.manual_seed(config.train.seed)
         network = build_network(config.model, len(images.classes), words=opened.words).to(device).eval()
         tiling = prediction.pseudo_tiling(network, config, tiles, max_pixels=max_pixels)
+        folder = _shard_folder(out, out_shards, rle, images.classes, config, refused=formats)
+        settings: dict[str, Any] = {"config": config, "kind": "cam", "refine": True, "tiling": tiling}
+        if folder is not None:
+            parts: list[MasksSummary] = []
+
+            def make(part: TaggedImages, place: Path) -> PredictSummary:
+                written = prediction.pseudo_files(network, part, place, progress=progress, **settings)
+                parts.append(summarize_masks(written, part, place))
+                return written
+
+            written = sharding.whole(folder.write_images(make, images, processes), processes)
+            return joined_masks(written, [each for made in processes.gather(parts) for each in made])
+        _refuse_formats(names, images)
+        out = Path(out)
         shown: dict[str, Any] = {"progress": progress, "processes": processes}
-        written = prediction.pseudo_files(
-            network, images, out, config=config, kind="cam", refine=True, overlay=True, tiling=tiling, **shown
-        )
+        written = prediction.pseudo_files(network, images, out, overlay=True, **settings, **shown)
         written = _labels_with_formats(written, names, images, out, **shown)
         summary = summarize_masks(written, images, out, **shown)
         if processes.is_main:
             write_masks_page(network, images, out, summary, config=config, count=examples, progress=progress)
         return summary
+
+
+def _shard_folder(
+    out: str | Path, size: int, rle: bool, classes: Sequence[str], config: Config, *, refused: str
+) -> sharding.ShardFolder | None:
+    """Where shards of masks go, if there are to be some; `refused` is what cannot be written beside them."""
+    if not size and not is_remote(str(out)):
+        if rle:
+            raise AfaError("--rle is for shards; add --out-shards N, or leave it out")
+        return None
+    if refused:
+        raise AfaError(f"{refused} is not written beside shards of masks; leave it out, or write files")
+    return sharding.ShardFolder(str(out).rstrip("/"), size, rle, classes, config.data)
+
+
+def _refuse_formats(formats: Sequence[str], images: TaggedImages) -> None:
+    if formats and len(images) and isinstance(images.image_path(0), MemberPath):
+        raise AfaError(_NO_FORMATS)
 
 
 def _labels_with_formats(
@@ -618,6 +688,8 @@ def check_data(
     preset: str | None = None,
     fast: bool = False,
     limit: int | None = None,
+    at_scale: str = "",
+    machine: str = "",
     progress: bool = True,
     **overrides: Any,
 ) -> dict[str, Any]:
@@ -630,6 +702,8 @@ def check_data(
         preset: Name that wins over the file's.
         fast: Tags and counts only: read no image, try no training step.
         limit: Read only so many images, evenly spread.
+        at_scale: Number of images, such as 100M, to say the cost of; empty says none.
+        machine: One of `afa.check.scale.MACHINES` that it is said of; empty: this one.
         progress: Show progress on standard error.
         overrides: Keys of the configuration that win.
 
@@ -639,7 +713,7 @@ def check_data(
     Raises:
         AfaError: No such folder; an unknown key or a value out of range; a device that is not there.
     """
-    opened = None
+    opened, scale = None, (parse_count(at_scale), machine or "this machine") if at_scale else None
     if isinstance(data, Config):
         config = _changed(data, overrides)
     else:
@@ -651,7 +725,8 @@ def check_data(
                 opened = open_data(config.data)
                 config, _ = choose_defaults(opened, device, keys, need_weights=False)
     with process_group(pick_device(config.train.device)) as processes:
-        return collect.check_data(config, opened, fast=fast, limit=limit, progress=progress, processes=processes)
+        shown: dict[str, Any] = {"progress": progress, "processes": processes}
+        return collect.check_data(config, opened, fast=fast, limit=limit, scale=scale, **shown)
 
 
 def check_voc(

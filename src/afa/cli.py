@@ -24,6 +24,7 @@ _FORMAT_HELP = (
     "also write the masks for other tools, names separated by commas: "
     "coco, cvat, hf, labelme, labelstudio, mmseg, panoptic, voc, voc_test, yolo"
 )
+_WRITTEN = ("out_shards", "rle", "tiles", "max_pixels")
 _MIOU = ("mIoU", "miou", "no pixel of a class")
 _SHORTHANDS = {
     "device": "train.device",
@@ -127,6 +128,8 @@ _SKIP = _argument(
 _TILES = (
     _argument("--tiles", default="off", metavar="auto|off|SIDE", help="show large images to the network in tiles"),
     _argument("--max-pixels", type=int, metavar="N", help="limit of pixels of an image; 0 is none"),
+    _argument("--out-shards", type=_positive, default=0, metavar="N", help="write the masks as shards of N images"),
+    _argument("--rle", action="store_true", help="in shards: run lengths as of COCO in place of PNGs"),
 )
 _NETWORK = (
     _argument("--device", metavar="auto|cpu|cuda|mps", help="where to compute (default: auto)"),
@@ -152,6 +155,9 @@ _CHECK = (
     _JSON,
     _argument("--fast", action="store_true", help="tags and counts only: read no image, try no training step"),
     _argument("--limit", type=_positive, metavar="N", help="read only N images, evenly spread"),
+    _argument(
+        "--at-scale", default="", metavar="N", help="say what N images would cost, such as 100M; --device H100: there"
+    ),
     _SKIP,
 )
 _TRAIN = (
@@ -184,8 +190,8 @@ _EVALUATE = (
 )
 _PREDICT = (
     _RUN,
-    _argument("images", nargs="+", metavar="IMAGES", help="image files or folders"),
-    _argument("--out", type=_folder, required=True, metavar="DIR", help="folder of the results"),
+    _argument("images", nargs="+", metavar="IMAGES", help="image files or folders, or shards"),
+    _argument("--out", type=_folder, required=True, metavar="DIR", help="folder or address of the results"),
     _argument("--tags", metavar="FILE", help="tags of the images: only tagged classes are predicted"),
     _argument("--scores", action="store_true", help="also write class scores"),
     _argument("--crf", action="store_true", help="refine the masks by the dense CRF"),
@@ -195,7 +201,7 @@ _PREDICT = (
 )
 _MASKS = (
     _argument("data", metavar="DIR", help="folder of the data set: images and tags"),
-    _argument("--out", required=True, type=_folder, metavar="OUT", help="folder of the masks"),
+    _argument("--out", required=True, type=_folder, metavar="OUT", help="folder or address of the masks"),
     _argument("--config", metavar="FILE", help="TOML configuration (default: preset frozen)"),
     _argument("--list", metavar="FILE", help="image names, one a line (default: every image with tags)"),
     _argument("--examples", type=int, default=8, metavar="N", help="images shown in OUT/masks.html (default: 8)"),
@@ -205,7 +211,7 @@ _MASKS = (
 _PSEUDO = (
     _RUN,
     _DATA,
-    _argument("--out", type=_folder, required=True, metavar="DIR", help="folder of the labels"),
+    _argument("--out", type=_folder, required=True, metavar="DIR", help="folder or address of the labels"),
     _argument("--list", metavar="FILE", help="image names, one a line (default: those to train on)"),
     _argument("--kind", choices=("refined", "initial", "propagated", "cam"), default="refined"),
     _SKIP,
@@ -258,7 +264,12 @@ def build_parser() -> argparse.ArgumentParser:
         ("demo", _demo, "train on generated images and write a report; a few minutes on a laptop", _DEMO + _NETWORK),
         ("check", _check, "look a data set over: tags, every image, what training would cost here", _CHECK + _NETWORK),
         ("train", _train, "train from tags, evaluate, report", _TRAIN + _NETWORK),
-        ("masks", _masks, "masks of tagged images without training, by the class names", _MASKS + _TILES + _NETWORK),
+        (
+            "masks",
+            _masks,
+            "masks of tagged images without training, by the class names",
+            _MASKS + _TILES + _NETWORK,
+        ),
         ("evaluate", _evaluate, "score a run against masks", _EVALUATE + _NETWORK),
         ("predict", _predict, "segment images", _PREDICT + _TILES + _NETWORK),
         ("pseudo", _pseudo, "write pseudo labels of tagged images", _PSEUDO + _TILES + _NETWORK),
@@ -316,9 +327,12 @@ def _check(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
     from afa.api import check_data
     from afa.check.page import write_check
+    from afa.check.scale import MACHINES
     from afa.check.text import render_text
 
-    named = _named(arguments, "preset", "fast", "limit")
+    named = _named(arguments, "preset", "fast", "limit", "at_scale")
+    if arguments.at_scale and str(overrides.get("train.device", "auto")).upper() in MACHINES:
+        named["machine"] = overrides.pop("train.device").upper()
     report = check_data(arguments.data, file=arguments.config, **named, **overrides)
     if not is_main():
         return 0
@@ -377,9 +391,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 def _predict(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from afa.api import predict
 
-    named = _named(arguments, "tags", "scores", "crf", "resume", "tiles", "max_pixels") | {
-        "overlay": not arguments.no_overlay
-    }
+    named = _named(arguments, "tags", "scores", "crf", "resume", *_WRITTEN) | {"overlay": not arguments.no_overlay}
     named["formats"] = arguments.format or ""
     return _told(predict(arguments.folder, arguments.images, arguments.out, **named, **overrides))
 
@@ -388,11 +400,12 @@ def _masks(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from afa.api import masks
 
     named = {"file": arguments.config, "list_file": arguments.list, "formats": arguments.format or ""}
-    named |= _named(arguments, "tiles", "max_pixels")
+    named |= _named(arguments, *_WRITTEN)
     summary = masks(arguments.data, arguments.out, examples=arguments.examples, **named, **overrides)
     if not is_main():
         return 0
-    for line in (summary, *summary.written.formats, f"open {arguments.out}/masks.html"):
+    page = [f"open {arguments.out}/masks.html"] if os.path.isfile(f"{arguments.out}/masks.html") else []
+    for line in (summary, *summary.written.formats, *page):
         print(line)
     return 1 if summary.written.failed else 0
 
@@ -401,7 +414,7 @@ def _pseudo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from afa.api import pseudo_labels
 
     named = {"kind": arguments.kind, "list_file": arguments.list, "formats": arguments.format or ""}
-    named |= _named(arguments, "tiles", "max_pixels")
+    named |= _named(arguments, *_WRITTEN)
     return _told(pseudo_labels(arguments.folder, arguments.data, arguments.out, **named, **overrides))
 
 

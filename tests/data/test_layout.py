@@ -588,4 +588,4 @@ def test_labelme_may_be_yolo_too(tmp_path: Path) -> None:
 
 def test_every_layout_of_the_configuration_is_known() -> None:
     kinds = set(get_args(LayoutName))
-    assert kinds - {"auto", "voc", "imagefolder", "hf"} == {reader.layout for reader in READERS.values()}
+    assert kinds - {"auto", "voc", "imagefolder", "hf", "shards"} == {reader.layout for reader in READERS.values()}

@@ -99,7 +99,7 @@ def test_names_that_mean_none_of_the_classes(tmp_path: Path) -> None:
         assert data.classes == classes
         assert sorted(data.train().negative.tolist()) == sorted(expected)
         assert len(data.untagged) == 1
-    assert len(list((tmp_path / "cache" / "afa" / "unpacked").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "afa" / "shards").glob("*.tar"))) == 2
     write(root, "classes.txt", "normal #ff8000\ncat\nNone\n")
     data = found(root)
     assert (data.classes, data.colors) == (("normal", "cat", "None"), {"normal": (255, 128, 0)})
@@ -112,12 +112,12 @@ def test_images_are_unpacked_once_and_anew_when_the_files_change(tmp_path: Path,
     first = found(root).train().image_path(0)
     written = first.stat().st_mtime_ns
     assert found(root).train().image_path(0).stat().st_mtime_ns == written
-    assert [path.name for path in (cache / "afa" / "unpacked").iterdir() if path.name.startswith(".")] == []
+    assert {path.suffix for path in (cache / "afa" / "shards").iterdir()} == {".tar", ".index", ".lock"}
     as_files(tmp_path / "new", stored(SINGLE, [1, 1], shade=50), stored(SINGLE, [0]))
     (tmp_path / "new" / "pets_train.parquet").replace(root / "pets_train.parquet")
     again = found(root).train()
     assert int(again.image(0)[0, 0, 0]) == 50
-    assert again.image_path(0) != first
+    assert again.image_path(0).stat().st_mtime_ns != written
 
 
 def plain(root: Path, **columns: Any) -> None:
@@ -138,11 +138,11 @@ def test_files_of_other_programs(tmp_path: Path) -> None:
     data = found(root)
     assert [sorted({tag for tags in tags_of(data.tagged()) for tag in tags}), len(data.untagged)] == [["cat", "dog"], 1]
     plain(root, label=[0, 1, 1], photo=[content(1), content(2), content(3)])
-    assert "label holds 0; cast it to ClassLabel, or give the names" in said(found, root)
+    assert "the tag holds 0; cast it to ClassLabel, or give the names" in said(found, root)
     write(root, "classes.txt", "ant\nbee\n")
     assert found(root).classes == ("ant", "bee")
     plain(root, label=[0, 1, 2], photo=[content(1), content(2), content(3)])
-    assert "x.parquet, row 2: label holds 2, and the 2 names have numbers from 0; correct" in said(found, root)
+    assert "x.parquet, row 2: the tag holds 2, and the 2 names have numbers from 0; correct" in said(found, root)
 
 
 def test_files_without_any_class(tmp_path: Path) -> None:
@@ -163,13 +163,13 @@ def test_files_without_any_class(tmp_path: Path) -> None:
         ),
         ({"image": [{"bytes": None, "path": "a.jpg"}], "label": ["cat"]}, "no column of images"),
         ({"image": [b""], "label": ["cat"]}, "x.parquet, row 0: holds no image; use the images"),
-        ({"image": [content(1)], "label": [1.5]}, "x.parquet, row 0: label holds 1.5; cast"),
+        ({"image": [content(1)], "label": [1.5]}, "x.parquet, row 0: the tag holds 1.5; cast"),
     ],
 )
 def test_mistakes(tmp_path: Path, cache: Path, columns: dict[str, Any], expected: str) -> None:
     plain(tmp_path / "pets", **columns)
     assert expected in said(found, tmp_path / "pets")
-    assert list((cache / "afa" / "unpacked").iterdir()) == []
+    assert not list((cache / "afa" / "shards").glob(".*.partial"))
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])

@@ -10,6 +10,7 @@ import torch
 
 from afa.check.cost import CacheCost, TrainingCost, measure_cache, measure_cost
 from afa.check.images import check_images, describe_images, read_images
+from afa.check.scale import estimate, measure_prediction
 from afa.check.tags import OpenedData, Problem, by_severity, check_tags, open_sides, together
 from afa.config import Config
 from afa.data.dataset import MaskedImages
@@ -26,6 +27,7 @@ def check_data(
     *,
     fast: bool = False,
     limit: int | None = None,
+    scale: tuple[int, str] | None = None,
     progress: bool = True,
     processes: Processes = ALONE,
 ) -> dict[str, Any]:
@@ -36,6 +38,7 @@ def check_data(
         data: The data set, if it is open already.
         fast: Open no image and try no training step.
         limit: Read only so many images, evenly spread; None reads all.
+        scale: A number of images and a name of `MACHINES` to extrapolate to; None does not.
         progress: Show progress on standard error.
         processes: Processes that share the reading of images; the report of the first one is whole.
 
@@ -49,17 +52,19 @@ def check_data(
           for validation are known to hold none of the classes; `scored`: whether those for validation have masks.
         - `classes`: `name`, `train`, `validation`: images with that class; `together`: (C, C) training images with
           both classes; `tags_per_image`: mean and most over the training images.
-        - `images`: None if fast, else `total`, `read`, `seconds`; `broken`, `broken_masks`; `width`, `height`, `aspect`
+        - `images`: None if fast, else `total`, `read`, `seconds`, `threads`, `bytes` (mean of a file); `broken`,
+          `broken_masks`; `width`, `height`, `aspect`
           (each minimum, median, maximum), `gray`, `tiny`; `num_identical`, `num_similar`: images that are copies of
           others; and `identical` and `similar`: groups of `image`, `side`, `tags`, at most a thousand.
         - `training`: None if fast, else `device`, `steps`, `epochs`, `phases`, `seconds`, `decode_seconds`, `memory`,
           `batch_size`, `measured_batch`; `cache`: None if fast, else `needed`, `given`, `free` bytes.
+        - `at_scale`: what `afa.check.scale.estimate` says, None without `scale`.
 
     Raises:
         AfaError: `data.root` is no folder, or the device is absent: a mistake of the call, not of the data.
     """
     report: dict[str, Any] = {"root": str(data_root(config.data)), "layout": None, "kind": None, "images": None}
-    report |= {"training": None, "cache": None, "classes": [], "together": [], "tags_per_image": None}
+    report |= {"at_scale": None, "training": None, "cache": None, "classes": [], "together": [], "tags_per_image": None}
     report |= {"num_train": 0, "num_validation": 0, "num_untagged": 0, "num_negatives": 0, "scored": False}
     device = pick_device(config.train.device)
     try:
@@ -72,7 +77,21 @@ def check_data(
         measured, found = _measure(config, opened, device, limit, progress=progress, processes=processes)
         report |= measured
         problems += found
+    if scale is not None:
+        report["at_scale"] = _extrapolate(config, report, device, scale)
     return report | _listed(problems)
+
+
+def _extrapolate(
+    config: Config, report: dict[str, Any], device: torch.device, scale: tuple[int, str]
+) -> dict[str, Any]:
+    num_classes = len(report["classes"])
+    images, parameters, rate = report["images"], 0, 0.0
+    if images is not None and images["height"]:
+        size = (int(images["height"]["median"]), int(images["width"]["median"]))
+        parameters, rate = measure_prediction(config, num_classes, size, device)
+    crop_size = config.augment.crop_size
+    return estimate(*scale, report, predict_rate=rate, parameters=parameters, crop_size=crop_size)
 
 
 def _listed(problems: Iterable[Problem]) -> dict[str, Any]:

@@ -45,6 +45,8 @@ class ImageTable:
         scan: What was read of them.
         identical, similar: Groups of copies and of near copies, by index.
         mask_doubt: What `MaskedImages.check_values` says, or nothing.
+        mean_bytes: Bytes of an image file, on average.
+        threads: That read them.
     """
 
     total: int
@@ -56,6 +58,8 @@ class ImageTable:
     identical: list[list[int]]
     similar: list[list[int]]
     mask_doubt: str = ""
+    mean_bytes: float = 0.0
+    threads: int = 1
 
 
 def read_images(
@@ -108,7 +112,15 @@ def read_images(
         identical=identical_groups(scan),
         similar=similar_groups(scan),
         mask_doubt=_mask_doubt(scored),
+        mean_bytes=_mean_bytes(paths),
+        threads=threads,
     )
+
+
+def _mean_bytes(paths: Sequence[Path]) -> float:
+    """Mean size of up to a thousand files, evenly spread."""
+    chosen = paths[:: max(1, len(paths) // _LISTED)]
+    return sum(path.stat().st_size for path in chosen if path.is_file()) / max(1, len(chosen))
 
 
 def _mask_doubt(scored: MaskedImages | None) -> str:
@@ -222,6 +234,8 @@ def describe_images(table: ImageTable) -> dict[str, Any]:
         "total": table.total,
         "read": len(table.shown),
         "seconds": scan.seconds,
+        "bytes": table.mean_bytes,
+        "threads": table.threads,
         "broken": [table.shown[i] for i in sorted(scan.failures)],
         "broken_masks": [table.shown[i] for i in sorted(scan.mask_failures)],
         "width": spread(sizes[:, 1]),

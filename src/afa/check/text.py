@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
+from afa.check.scale import scale_figures
 from afa.report.render import duration, gibibytes
 
 _WIDTH: Final = 100
@@ -77,6 +78,8 @@ def describe_figures(report: dict[str, Any]) -> dict[str, str]:
             facts["steps"] += f" (in proportion, from steps of {training['measured_batch']} images)"
         if training["memory"]:
             facts["memory"] = f"about {gibibytes(training['memory'])}"
+    if report.get("at_scale"):
+        facts |= scale_figures(report["at_scale"])
     if cache is not None:
         share = min(1.0, cache["given"] / max(1, cache["needed"]))
         free = f"; {gibibytes(cache['free'])} of memory free" if cache["free"] else ""

@@ -32,7 +32,9 @@ BACKGROUND_WORDS: Final = (
     *("floor-wood", "sand", "snow", "fence", "playingfield", "hill", "leaves", "bush", "platform"),
 )
 """Scenery of COCO-Stuff, most of it also among the background words of CLIP-ES (Lin et al. 2023)."""
-LayoutName = Literal["auto", "voc", "table", "imagefolder", "hf", "coco", "labelstudio", "cvat", "yolo", "labelme"]
+LayoutName = Literal[
+    "auto", "voc", "table", "imagefolder", "hf", "shards", "coco", "labelstudio", "cvat", "yolo", "labelme"
+]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class DataConfig:
     """Where images, tags and lists lie. Paths are relative to `root` unless absolute."""
 
     root: str = ""
-    """Folder of the data set. Required by train and evaluate."""
+    """Folder of the data set, or shards: a folder, a file, a pattern such as DIR/{0000..0099}.tar, or the address of a
+    store such as s3://bucket/folder. Required by train and evaluate."""
     image_dir: str = "JPEGImages"
     """Folder of the images, found by name with any common suffix."""
     mask_dir: str = "SegmentationClassAug"
@@ -85,6 +88,12 @@ class DataConfig:
     large_gib: Annotated[float, Meta(ge=0.0, le=1e6)] = 20.0
     """Disk for images of more than 16 megapixels, GiB: they are decoded once, into the folder `pixels` of the run, and
     a crop reads its part alone. Images beyond that are decoded each time, as all are with 0."""
+
+    shard_gib: Annotated[float, Meta(ge=0.0, le=1e6)] = 50.0
+    """Disk for shards that come from a store or are repacked from Parquet, GiB, below XDG_CACHE_HOME. Where all of them
+    take more than half of it, training shuffles within windows of shards that take a quarter of it."""
+    store_retries: Annotated[int, Meta(ge=0, le=100)] = 6
+    """How often a store that fails is asked again, after pauses from 0.2 s that double, up to 30 s."""
 
     feature_dir: str = ""
     """Folder of the feature cache, on a fast disk; runs may share it. Empty: the folder `features` of the run."""

@@ -6,7 +6,7 @@ Training gets `TaggedImages`, which know no mask. Pixels are read, and checked, 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afa.data.images import read_image, read_mask, read_size
+from afa.data.members import Column, member_or_below, take
 from afa.data.pixels import WHITE_LEVEL
 from afa.errors import AfaError
 from afa.types import IGNORE_INDEX
@@ -29,6 +30,25 @@ _LOOKED_AT: Final = 100
 """Masks that are read before an evaluation, to see whether their values can be meant."""
 
 
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Where N images lie, for orders that fetch what they read.
+
+    Attributes:
+        shard: (N,) number of the shard of each image.
+        size: Shards that are on this machine at a time.
+        num_shards: How many there are.
+    """
+
+    shard: NDArray[np.int32]
+    size: int
+    num_shards: int
+
+    def take(self, rows: NDArray[np.int64]) -> Windows:
+        """Those of some images."""
+        return Windows(self.shard[rows], self.size, self.num_shards)
+
+
 class TaggedImages:
     """Images with their tags: all that training sees, for there is no way from here to a mask.
 
@@ -36,17 +56,19 @@ class TaggedImages:
         classes: The C class names; `tags` follows their order.
         names: Image names in the order of the list.
         white_level: Value of deep gray that is white.
+        windows: For images of a store that do not all fit on this machine.
     """
 
     def __init__(
         self,
         *,
         classes: tuple[str, ...],
-        names: tuple[str, ...],
+        names: Sequence[str],
         paths: Sequence[str | Path],
         tags: NDArray[np.bool_] | NDArray[np.int8],
         folder: Path = Path(),
         white_level: int = WHITE_LEVEL,
+        windows: Windows | None = None,
     ) -> None:
         """Take N images.
 
@@ -57,6 +79,7 @@ class TaggedImages:
             tags: (N, C) `PRESENT`, `ABSENT` or `UNKNOWN`, or whether a class is present.
             folder: Where relative paths begin.
             white_level: As of `afa.data.pixels.rgb_pixels`.
+            windows: For images of a store that do not all fit on this machine.
         """
         assert tags.shape == (len(names), len(classes)), tags.shape
         assert len(paths) == len(names), (len(paths), len(names))
@@ -64,8 +87,9 @@ class TaggedImages:
         self.names = names
         self._folder = folder
         self.white_level = white_level
-        self._paths = tuple(paths)
-        self._tags = tags.astype(np.int8)
+        self.windows = windows
+        self._paths = paths if isinstance(paths, Column) else tuple(paths)
+        self._tags = tags.astype(np.int8, copy=False)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -73,7 +97,7 @@ class TaggedImages:
 
     def image_path(self, index: int) -> Path:
         """File of an image."""
-        return self._folder / self._paths[index]
+        return member_or_below(self._folder, self._paths[index])
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """Read an image: (H, W, 3) uint8 RGB; an `AfaError` if it is not readable."""
@@ -91,12 +115,12 @@ class TaggedImages:
 
     def subset(self, indices: Sequence[int]) -> TaggedImages:
         """Some of the images, in the order of `indices`, by their tags alone."""
-        rows = list(indices)
-        names, paths = tuple(self.names[i] for i in rows), [self._paths[i] for i in rows]
+        rows, windows = np.array(indices, dtype=np.int64), self.windows
         return TaggedImages(
             classes=self.classes,
-            names=names,
-            paths=paths,
+            names=take(self.names, rows),
+            paths=take(self._paths, rows),
+            windows=windows and windows.take(rows),
             tags=self._tags[rows],
             folder=self._folder,
             white_level=self.white_level,
@@ -217,13 +241,13 @@ class TagTable:
     """What a reader finds in a folder: N images and their tags.
 
     Attributes:
-        kind: `voc`, `table`, `imagefolder`, `hf`, `coco`, `labelstudio`, `cvat`, `yolo` or `labelme`.
+        kind: `voc`, `table`, `imagefolder`, `hf`, `shards`, `coco`, `labelstudio`, `cvat`, `yolo` or `labelme`.
         origin: What was found, in a few words.
         classes: C class names: the values of masks, in order.
         tags: (N, C) `PRESENT`, `ABSENT` or `UNKNOWN`.
         sides: (N,) side of the split that the data states: of `afa.data.split`.
         folder: Folder that the paths are below.
-        paths: N paths.
+        paths: N paths; of images in shards the paths of members.
         names: N names; different, unless the images are listed.
         colors: Class name -> (red, green, blue), where the class list has colors.
         words: Class name -> words, where the class list states some.
@@ -233,6 +257,8 @@ class TagTable:
         tags_path: File or folder of tags of listed images, if there is one.
         remarks: What was passed over, a phrase each.
         notes: What users should know of how the data were understood, one line each.
+        mask_of: Path of the mask of a row, or None, where shards have masks.
+        windows: As of `TaggedImages`.
     """
 
     kind: str
@@ -241,8 +267,8 @@ class TagTable:
     tags: NDArray[np.int8]
     sides: NDArray[np.int8]
     folder: Path
-    paths: tuple[str, ...]
-    names: tuple[str, ...]
+    paths: Sequence[str | Path]
+    names: Sequence[str]
     colors: dict[str, tuple[int, int, int]]
     words: dict[str, tuple[str, ...]] = field(default_factory=dict)
     declared: bool = True
@@ -251,3 +277,5 @@ class TagTable:
     tags_path: Path | None = None
     remarks: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    mask_of: Callable[[int], Path | None] | None = None
+    windows: Windows | None = None

@@ -13,12 +13,13 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
+from afa.data.members import MemberPath
 from afa.data.pixels import WHITE_LEVEL, PixelError, load_pixels, rgb_pixels
 from afa.errors import AfaError, BrokenImageError
 
@@ -263,18 +264,20 @@ def open_image(path: Path) -> ImageFile.ImageFile:
 
     Only files other than PNG, TIFF and JPEG are bound to the limit of pixels of `Image.open`.
     """
-    with path.open("rb") as file:
+    source: Any = io.BytesIO(path.read_bytes()) if isinstance(path, MemberPath) else path
+    with contextlib.nullcontext(source) if source is not path else path.open("rb") as file:
         head = file.read(8)
+        file.seek(0)
     for start, opened in _OPENED.items():
         if head.startswith(start):
             try:
-                return opened(path)
+                return opened(source)
             except SyntaxError as error:
                 if str(error) in _BANDS_UNKNOWN:
                     raise PixelError(_bands_advice(path)) from None
                 raise
     try:
-        return Image.open(path)
+        return Image.open(source)
     except UnidentifiedImageError:
         module = _plugin(path)
         if not module:
@@ -285,7 +288,7 @@ def open_image(path: Path) -> ImageFile.ImageFile:
     register = getattr(importlib.import_module(module), "register_heif_opener", None)
     if register is not None:  # the others are ready once they are imported
         register()
-    return Image.open(path)
+    return Image.open(source)
 
 
 def _bands_advice(path: Path) -> str:

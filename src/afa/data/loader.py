@@ -14,8 +14,8 @@ import math
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Final, Protocol, TypeVar
+from functools import cached_property, lru_cache
+from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from afa.config import AugmentConfig, Config, TrainConfig
-from afa.data.dataset import TaggedImages
+from afa.data.dataset import TaggedImages, Windows
 from afa.data.pixel_cache import PixelCache
 from afa.data.transforms import CropPlan, draw_crop, fit_whole, pack_plans, resample_batch, resample_image
 from afa.errors import AfaError
 from afa.runtime import ALONE, Processes, read_ahead
 from afa.types import Batch
 
-_ORDER, _AUGMENT = 0, 1  # Spawn keys: the two uses of the seed never share a random stream.
+_ORDER, _AUGMENT, _SHARDS = 0, 1, 2  # Spawn keys: the uses of the seed never share a random stream.
 _PADDING: Final = 64  # Source pixels are padded to multiples of this, so that few different shapes reach the device.
 
 _T = TypeVar("_T")
@@ -84,7 +84,13 @@ def class_repeats(tagged: NDArray[np.bool_], balance: float) -> Repeats:
 
 
 def visits(
-    num_images: int, numbers: range, *, seed: int, repeats: Repeats | None = None, stream: tuple[int, ...] = ()
+    num_images: int,
+    numbers: range,
+    *,
+    seed: int,
+    repeats: Repeats | None = None,
+    stream: tuple[int, ...] = (),
+    windows: Windows | None = None,
 ) -> NDArray[np.int64]:
     """The images of some visits: consecutive pieces of one seeded permutation after another.
 
@@ -96,6 +102,8 @@ def visits(
         seed: Seed of the order.
         repeats: Visits of each image; None = one.
         stream: Tells orders of one seed apart.
+        windows: Keeps images together that are fetched together: shards come in a random order, and the images of as
+            many of them as a window has are mixed. Orders of one seed come to the same shards at the same time.
 
     Returns:
         (len(numbers),) int64 indices in 0..num_images-1.
@@ -105,7 +113,9 @@ def visits(
     """
     epoch, place = np.divmod(np.array(numbers, dtype=np.int64), num_images + (repeats.extra if repeats else 0))
     pairs = zip(epoch.tolist(), place.tolist(), strict=True)
-    return np.array([_permutation(num_images, (seed, *stream), e, repeats)[p] for e, p in pairs], dtype=np.int64)
+    return np.array(
+        [_permutation(num_images, (seed, *stream), e, repeats, windows)[p] for e, p in pairs], dtype=np.int64
+    )
 
 
 class Order:
@@ -124,6 +134,7 @@ class Order:
 
     def __init__(self, images: TaggedImages, config: Config) -> None:
         self.negative = images.negative
+        self._lies = images.windows
         self._seed, self._batch_size = config.train.seed, config.schedule.batch_size
         self._groups = [np.flatnonzero(~self.negative), np.flatnonzero(self.negative)]
         if not self._groups[0].size:
@@ -144,14 +155,21 @@ class Order:
         others = visits(none.size, range(share), seed=train.seed, stream=(3,)).tolist() if share else []
         self._groups = [np.sort(some[kept]), np.sort(none[others])]
 
+    @cached_property
+    def _windows(self) -> list[Windows | None]:
+        """Where the images of each group lie."""
+        return [self._lies and self._lies.take(group) for group in self._groups]
+
     def indices(self, step: int) -> NDArray[np.int64]:
         """(batch_size,) indices of the images of a step, from 0; those without any class are spread evenly."""
         size, (some, none) = self._batch_size, self._groups
         start, stop = (math.floor(count * size * self._share + 1e-9) for count in (step, step + 1))
         numbers = range(step * size - start, (step + 1) * size - stop)
-        drawn = [some[visits(len(some), numbers, seed=self._seed, repeats=self._repeats)]]
+        settings: dict[str, Any] = {"seed": self._seed, "repeats": self._repeats, "windows": self._windows[0]}
+        drawn = [some[visits(len(some), numbers, **settings)]]
         if stop > start:
-            drawn.append(none[visits(len(none), range(start, stop), seed=self._seed, stream=(1,))])
+            settings |= {"repeats": None, "stream": (1,), "windows": self._windows[1]}
+            drawn.append(none[visits(len(none), range(start, stop), **settings)])
         places = np.concatenate([(np.arange(len(part)) + 0.5) / len(part) for part in drawn if len(part)])
         return np.concatenate(drawn)[np.argsort(places, kind="stable")]
 
@@ -275,7 +293,9 @@ def _read(images: TaggedImages, index: int, cache: PixelCache | None) -> NDArray
 
 
 @lru_cache(maxsize=8)  # Two epochs each for images with and without classes, and for masks
-def _permutation(num_images: int, seed: tuple[int, ...], epoch: int, repeats: Repeats | None) -> NDArray[np.int64]:
+def _permutation(
+    num_images: int, seed: tuple[int, ...], epoch: int, repeats: Repeats | None, windows: Windows | None
+) -> NDArray[np.int64]:
     generator = _generator(seed[0], _ORDER, epoch, *seed[1:])
     order = generator.permutation(num_images)
     if repeats is not None and repeats.extra:
@@ -284,6 +304,9 @@ def _permutation(num_images: int, seed: tuple[int, ...], epoch: int, repeats: Re
         ends = np.cumsum(repeats.factors[order] - 1)
         points = (np.arange(repeats.extra) + generator.random()) * (ends[-1] / repeats.extra)
         order = generator.permutation(np.concatenate([order, order[np.searchsorted(ends, points)]]))
+    if windows is not None:
+        turns = _generator(seed[0], _SHARDS, epoch).permutation(windows.num_shards)
+        order = order[np.argsort(turns[windows.shard[order]] // windows.size, kind="stable")]
     order.flags.writeable = False
     return order
 

@@ -20,7 +20,8 @@ from afa.data.classes import kept_classes, read_list
 from afa.data.dataset import ABSENT, PRESENT, UNKNOWN, MaskedImages, TaggedImages, TagTable
 from afa.data.files import path_below, unadorned, walk_files
 from afa.data.images import IMAGE_SUFFIXES, image_name, read_image
-from afa.data.readers import folders, parquet, tag_files, voc
+from afa.data.members import Column, member_or_below, take
+from afa.data.readers import folders, shards, tag_files, voc
 from afa.data.readers.places import unread, words
 from afa.data.split import TEST, TRAIN, VALIDATION, choose_sides
 from afa.errors import AfaError, BrokenImageError, shown
@@ -49,9 +50,11 @@ def open_data(data: DataConfig) -> DataSet:
 
 
 def data_root(data: DataConfig) -> Path:
-    """The folder of a data set; an `AfaError` if `data.root` is empty or no folder."""
+    """The folder of a data set, or of its shards; an `AfaError` if `data.root` is empty, or no folder or shard."""
     if not data.root:
         raise AfaError("data.root is empty; set it to the folder of the data set")
+    if shards.names_shards(data.root):
+        return shards.home(data.root)
     root = Path(data.root)
     if root.is_file():
         raise AfaError(f"{root}: is a file; name the folder that has it and the images, and the file as data.tags")
@@ -63,11 +66,17 @@ def data_root(data: DataConfig) -> Path:
 def _read(root: Path, data: DataConfig) -> TagTable:
     """The table of the first reader that fits."""
     layout, is_default = data.layout, data.image_dir == DataConfig().image_dir
+    if (
+        shards.names_shards(data.root)
+        or layout == "shards"
+        or (layout == "auto" and shards.holds_shards(root, {".tar"}, only=True))
+    ):
+        return shards.read(root, data)
     if layout == "voc" or (layout == "auto" and voc.has_lists(root, data)):
         return voc.read(root, data)
     table = None if layout == "imagefolder" else tag_files.read(root, data)
     if table is None and not data.tags and layout in ("auto", "hf"):
-        table = parquet.read(root, data)
+        table = shards.read(root, data) if shards.holds_shards(root) else None
     if table is None and layout not in ("auto", "imagefolder"):
         kind = words(layout)
         raise AfaError(f"{root}: no {kind} here; set data.tags to the file, or data.layout to what it is")
@@ -126,8 +135,11 @@ class DataSet:
         self._sides, self._split_words = table.sides, ""
         if not table.listed:
             self._sides, self._split_words = choose_sides(data, table, present, self._negative)
-        tagged = {path for path, usable in zip(table.paths, self._usable.tolist(), strict=True) if usable}
-        self.untagged = tuple(image_name(path) for path in table.every_path if path not in tagged)
+        if isinstance(table.names, Column):
+            self.untagged = tuple(take(table.names, np.flatnonzero(~self._usable)))
+        else:
+            tagged = {path for path, usable in zip(table.paths, self._usable.tolist(), strict=True) if usable}
+            self.untagged = tuple(image_name(path) for path in table.every_path if path not in tagged)
 
     @property
     def has_validation(self) -> bool:
@@ -138,14 +150,16 @@ class DataSet:
 
     @property
     def has_masks(self) -> bool:
-        """Whether there is a folder of masks; its contents are not checked."""
-        return self._mask_folder is not None
+        """Whether there is a folder of masks, or shards have some; their contents are not checked."""
+        return self._mask_folder is not None or self._table.mask_of is not None
 
     def describe(self) -> str:
         """What was found, in one line."""
         parts = self._describe_lists() if self._table.listed else self._describe_sides()
         folder = self._mask_folder
         parts.append("no masks" if folder is None else f"masks in {path_below(folder, self.root)}")
+        if folder is None and self.has_masks:
+            parts[-1] = "masks in the shards"
         first = ", ".join(self.classes[:4]) + (", ..." if len(self.classes) > 4 else "")
         classes = f"{len(self.classes)} class{'' if len(self.classes) == 1 else 'es'} ({first})"
         return f"{self.root}: {self._table.origin}, {classes}; {', '.join((*parts, *self.remarks))}"
@@ -170,7 +184,11 @@ class DataSet:
         failures = []
         folder, paths = self._table.folder, self._table.paths
         with image_progress("looking for broken images", total=len(rows), enabled=progress) as advance:
-            for row, reading in read_ahead(lambda row: read_image(folder / paths[row]).shape, rows.tolist()):
+
+            def read(row: int) -> tuple[int, ...]:
+                return read_image(member_or_below(folder, paths[row])).shape
+
+            for row, reading in read_ahead(read, rows.tolist()):
                 try:
                     reading.result()
                 except BrokenImageError as error:
@@ -213,7 +231,7 @@ class DataSet:
         """
         table, folder = self._table, self._mask_folder
         chosen = self._rows(VALIDATION, list_file)
-        if folder is None:
+        if not self.has_masks:
             place = self.root / (self._data.mask_dir if table.listed else "masks")
             raise AfaError(
                 f"{place}: no folder of masks; put index PNGs there, named as the images, or set data.mask_dir"
@@ -225,21 +243,21 @@ class DataSet:
             )
         if not chosen.size:
             raise AfaError(f"{self.root}: no images for validation ({self._split_words}); raise data.split_fraction")
-        masks = self._find_masks(chosen, folder)
+        masks = self._find_masks(chosen)
         rows = np.array([row for row in chosen.tolist() if row in masks], dtype=np.int64)
         if not rows.size or (len(rows) < len(chosen) and (table.listed or list_file is not None)):
             missing = next(table.names[row] for row in chosen.tolist() if row not in masks)
-            other = None if rows.size else next(walk_files(folder, IMAGE_SUFFIXES), None)
+            other = None if rows.size or folder is None else next(walk_files(folder, IMAGE_SUFFIXES), None)
             words = "add the masks" if other is None else f"{shown(other)} is there: name masks as their images, as PNG"
             count = f"{len(chosen) - len(rows)} of {len(chosen)} images have no mask"
-            raise AfaError(f"{folder}: no {missing}.png ({count}); {words}, or set data.mask_dir")
+            raise AfaError(f"{folder or self.root}: no {missing}.png ({count}); {words}, or set data.mask_dir")
         origin = table.origin
         if table.listed:
             origin = f"{self.root} (no tags file)" if table.tags_path is None else str(table.tags_path)
         return MaskedImages(
             **self._part(rows),
             has_tags=(table.tags[rows] != UNKNOWN).any(axis=1),
-            mask_paths=[folder / masks[row] for row in rows.tolist()],
+            mask_paths=[masks[row] for row in rows.tolist()],
             mask_values=self._mask_values(),
             origin=origin,
         )
@@ -269,11 +287,12 @@ class DataSet:
 
     def _part(self, rows: NDArray[np.int64]) -> dict[str, Any]:
         """What `TaggedImages` takes of some rows."""
-        table = self._table
+        table, windows = self._table, self._table.windows
         return {
             "classes": self.classes,
-            "names": tuple([table.names[row] for row in rows.tolist()]),
-            "paths": [table.paths[row] for row in rows.tolist()],
+            "names": take(table.names, rows),
+            "paths": take(table.paths, rows),
+            "windows": windows and windows.take(rows),
             "tags": self._tags[rows],
             "folder": table.folder,
             "white_level": self._data.white_level,
@@ -333,11 +352,14 @@ class DataSet:
         places = [self._data.mask_dir] if self._table.listed else [self._data.mask_dir, "masks", "SegmentationClass"]
         return next((self.root / place for place in places if (self.root / place).is_dir()), None)
 
-    def _find_masks(self, rows: NDArray[np.int64], folder: Path) -> dict[int, str]:
+    def _find_masks(self, rows: NDArray[np.int64]) -> dict[int, Path]:
         """The mask of each row that has one: its path without suffix is the name, perhaps without leading folders.
 
         Where all masks are named alike in another way, such as NAME_mask.png, that is seen.
         """
+        folder, of = self._mask_folder, self._table.mask_of
+        if folder is None:
+            return {row: path for row in rows.tolist() if of is not None and (path := of(row)) is not None}
         chosen = set(rows.tolist())
         masks = unadorned([self._table.names[row] for row in rows.tolist()], walk_files(folder, {".png"}))
         row_of: dict[str, int] = {}
@@ -354,7 +376,7 @@ class DataSet:
                 )
             if stem is not None:
                 row_of[stem] = row
-        return {row: masks[stem] for stem, row in row_of.items() if row in chosen}
+        return {row: folder / masks[stem] for stem, row in row_of.items() if row in chosen}
 
     def _describe_lists(self) -> list[str]:
         parts = []

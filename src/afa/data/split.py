@@ -54,7 +54,7 @@ def choose_sides(
     """
     stated = table.sides
     if (stated == UNSTATED).all():
-        tops = [path.partition("/")[0] if "/" in path else "" for path in table.paths]
+        tops = [path.partition("/")[0] if "/" in path else "" for path in table.names]
         sides_of = {top: SIDES.get(top.lower(), UNSTATED) for top in set(tops)}
         if {TRAIN, VALIDATION} <= set(sides_of.values()):
             stated = np.array([sides_of[top] for top in tops], dtype=np.int8)

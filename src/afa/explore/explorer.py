@@ -215,7 +215,7 @@ class Explorer:
         self.ranking = Ranking(run, lambda: time.monotonic() - self._used)
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def names(self) -> Sequence[str]:
         """Names of the validation images."""
         return () if self.run.images is None else self.run.images.names
 

@@ -49,7 +49,7 @@ _MUCH_SMALLER: Final = 4.0
 
 def predict_files(
     predictor: Predictor,
-    paths: Sequence[Path],
+    paths: Sequence[Path] | Mapping[str, Path],
     out_dir: Path,
     *,
     tags: Mapping[str, Sequence[str]] | None = None,
@@ -67,7 +67,7 @@ def predict_files(
 
     Args:
         predictor: The network.
-        paths: Image files, and folders that are walked.
+        paths: Image files, and folders that are walked; or the images of a part of a call by NAME.
         out_dir: Made if missing; files of the same name are replaced. What an earlier call wrote there is not
             taken for images.
         tags: By NAME or by file name without suffix, the classes that an image may show. None allows all.
@@ -86,7 +86,8 @@ def predict_files(
             there).
     """
     remarks: list[str] = []
-    files = output_names(paths, out_dir, remarks=remarks)
+    is_part = isinstance(paths, Mapping)
+    files = paths if isinstance(paths, Mapping) else output_names(paths, out_dir, remarks=remarks)
     for remark in (*remarks, *_remarks(files, predictor.config.data.white_level)) if processes.is_main else ():
         say(remark)
     known = _image_tags(files, tags)
@@ -117,7 +118,7 @@ def predict_files(
         raise AfaError("--scores are not written for tiles, they would fill the disk; leave out --scores or --tiles")
     task = Task(
         title="predict",
-        stamp=_prediction_stamp(predictor, known, scores=scores),
+        stamp=_prediction_stamp(predictor, tags or {} if is_part else known, scores=scores),
         read=read,
         infer=infer,
         batch_size=predictor.batch_size,

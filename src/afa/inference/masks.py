@@ -50,7 +50,7 @@ class PredictSummary:
     """What a pass over files did.
 
     Attributes:
-        folder: Where the masks are.
+        folder: Where the masks are, or their shards.
         written: Masks written.
         skipped: Masks that were there already and left as they are.
         failed: One line for each image that could not be done; empty when all is well.
@@ -59,7 +59,7 @@ class PredictSummary:
         formats: What was written for other tools, if that was asked for.
     """
 
-    folder: Path
+    folder: Path | str
     written: int
     skipped: int
     failed: tuple[str, ...]
@@ -155,6 +155,14 @@ def summarize_masks(
     if processes.is_main:
         write_whole(out_dir / "masks.json", json.dumps(summary.to_json(), indent=1) + "\n")
     return summary
+
+
+def joined_masks(written: PredictSummary, parts: Sequence[MasksSummary]) -> MasksSummary:
+    """What was done in parts, as one; the coverage is the mean of the parts by their images."""
+    count = sum(part.num_images for part in parts)
+    coverage = sum(part.coverage * part.num_images for part in parts) / max(1, count)
+    nothing = {name: tags for part in parts for name, tags in part.nothing.items()}
+    return MasksSummary(written, coverage, nothing, count)
 
 
 def _count_values(path: Path) -> NDArray[np.int64]:

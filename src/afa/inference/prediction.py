@@ -173,7 +173,8 @@ def image_array(
         AfaError: The file or picture is unreadable, or the array is not an RGB image.
     """
     if isinstance(image, (str, Path)):
-        return read_image(Path(image), white_level=white_level, max_pixels=max_pixels)
+        path = image if isinstance(image, Path) else Path(image)  # a member of a shard stays one
+        return read_image(path, white_level=white_level, max_pixels=max_pixels)
     if isinstance(image, Image.Image):
         return picture_pixels(image, "the picture", white_level=white_level)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:

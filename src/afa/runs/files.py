@@ -71,8 +71,10 @@ def write_whole(
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Make a folder, and keep other calls from writing there until this one is done or killed.
+
+    With `wait` it waits for another call, or thread, that is writing there.
 
     Raises:
         AfaError: Another call is writing there; the folder cannot be made.
@@ -89,7 +91,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise AfaError(f"{folder}: another call is writing there; wait for it, or choose another folder") from None
         except OSError:

@@ -100,6 +100,25 @@ def read(path: Path, content: Any, classes: Sequence[str]) -> Contents:
     return found
 
 
+def read_objects(where: Path | str, objects: Iterable[tuple[str, Any]], classes: Sequence[str]) -> Contents:
+    """As `read`, of pairs of a place for messages and an object with the keys of JSON Lines."""
+    return _entries(where, _object_rows(objects), classes)
+
+
+def stated_tags(values: dict[str, Any]) -> dict[str, Any]:
+    """What an object says of tags and split, perhaps nothing: keys of tags or parts, or classes with 0, 1 or null."""
+    columns = _columns(values)
+    if columns.tags is not None or "objects" in values:
+        return {
+            key: values[key] for key in (columns.tags, columns.split, "objects") if key is not None and key in values
+        }
+    usual = {*IMAGE_COLUMNS, *SPLIT_COLUMNS}
+    flags = {key: value for key, value in values.items() if key.lower() not in usual}
+    if not flags or any(isinstance(value, (list, dict)) or value not in (0, 1, -1, None) for value in flags.values()):
+        return {}
+    return flags | ({columns.split: values[columns.split]} if columns.split is not None else {})
+
+
 def _lines(path: Path, file: TextIO) -> Iterator[str]:
     """The lines of a text file, with a limit on their length."""
     for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE + 1), ""), start=1):
@@ -237,7 +256,7 @@ def _columns(keys: Iterable[str]) -> _Columns:
     return _Columns(first(IMAGE_COLUMNS), several or first(SINGLE_TAG_COLUMNS), first(SPLIT_COLUMNS), several is None)
 
 
-def _entries(path: Path, rows: Iterable[_Row], classes: Sequence[str]) -> Contents:
+def _entries(path: Path | str, rows: Iterable[_Row], classes: Sequence[str]) -> Contents:
     """Entries of rows, with the cells of all of them split in the same way."""
     found, declared = _one_hot_rows(list(rows))
     texts = Counter([(row.tags.strip(), row.single) for row in found if isinstance(row.tags, str)])
@@ -267,7 +286,7 @@ def _one_hot_rows(rows: list[_Row]) -> tuple[list[_Row], tuple[str, ...]]:
     return [row if row.tags else row._replace(tags=None) for row in rows], tuple(dict.fromkeys(chain(*keyed)))
 
 
-def _one_names(counts: Mapping[str, int], path: Path) -> Iterator[str]:
+def _one_names(counts: Mapping[str, int], path: Path | str) -> Iterator[str]:
     """A question for each run of words that always come together, in one order: they may be one name.
 
     `counts` says how often each text occurs. Texts with other separators than spaces raise no question.
@@ -291,7 +310,7 @@ def _one_names(counts: Mapping[str, int], path: Path) -> Iterator[str]:
         )
 
 
-def _cell_splitter(texts: Iterable[str], classes: Sequence[str], path: Path) -> Callable[[str, bool], _Tags]:
+def _cell_splitter(texts: Iterable[str], classes: Sequence[str], path: Path | str) -> Callable[[str, bool], _Tags]:
     """What splits texts into tags, all texts of a file in the same way; the flag says that a text is a single tag."""
     plain = {text for text in texts if not text.lstrip().startswith("[")}
     separator = next((mark for mark in "|;," if any(mark in text for text in plain)), None)

@@ -15,7 +15,7 @@ from afa.data.classes import NO_TAG, check_classes, folded, is_plain, stated_cla
 from afa.data.dataset import TagTable
 from afa.data.files import ImageFiles, check_paths, image_folder, images_below, path_below, plain_path
 from afa.data.images import image_name
-from afa.data.readers.base import TagEntry, entry_rows
+from afa.data.readers.base import Contents, TagEntry, entry_rows
 from afa.data.readers.places import READERS, TagFile, find_tag_files, words
 from afa.data.split import SIDES, UNSTATED, side_of
 from afa.errors import AfaError, shown
@@ -76,12 +76,26 @@ def read_tag_file(
         AfaError: It is missing or malformed; it names an unknown class or an image twice; the classes that it declares
             or uses are no good as such (`check_classes`).
     """
-    declared, found, notes = READERS[file.kind].read(file.path, file.content, classes)
+    contents = READERS[file.kind].read(file.path, file.content, classes)
+    found = found_tags(contents, classes, negatives, known=known, kind=file.kind)
+    if not classes:
+        check_classes(found.classes, str(file.path), none=NO_TAG)
+    return found
+
+
+def found_tags(
+    contents: Contents,
+    classes: Sequence[str],
+    negatives: Sequence[str],
+    *,
+    known: Container[str] = (),
+    kind: str = "table",
+) -> FoundTags:
+    """What a reader found, by image and with tags in class order; arguments and errors as `read_tag_file`."""
+    declared, found, notes = contents
     declared, found, doubts = _without(nothing_names(negatives, classes), declared, found)
     chosen = tuple(classes) or declared or tuple(sorted({tag for entry in found for tag in entry.tags}))
-    if not classes:
-        check_classes(chosen, str(file.path), none=NO_TAG)
-    return FoundTags(chosen, bool(classes or declared), _by_name(found, chosen, file.kind, known), (*notes, *doubts))
+    return FoundTags(chosen, bool(classes or declared), _by_name(found, chosen, kind, known), (*notes, *doubts))
 
 
 def read(root: Path, data: DataConfig) -> TagTable | None:

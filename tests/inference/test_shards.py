@@ -1,0 +1,287 @@
+"""Masks of images in shards, and shards of masks: the same masks as of files, whatever goes wrong on the way."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from afa.api import predict, pseudo_labels
+from afa.cli import main
+from afa.data.palette import index_png
+from mistakes import said
+from stores import FailingStore, jpeg, largest_file, samples, tar_of, write_shards
+from tiny import start_python, write_untrained
+
+CLASSES = ("cat", "dog")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def store() -> Iterator[type[FailingStore]]:
+    FailingStore.store.clear()
+    FailingStore.failures = FailingStore.calls = FailingStore.cut = 0
+    yield FailingStore
+    FailingStore.store.clear()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    write_untrained(tmp_path / "run", CLASSES, {"train.device": "cpu"})
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def expected(run: Path, tmp_path: Path) -> dict[str, bytes]:
+    """The masks of images 0 to 11 as files, by key."""
+    for number in range(12):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / f"{number:05d}.jpg").write_bytes(jpeg(number))
+    predict(run, tmp_path / "photos", tmp_path / "files", progress=False)
+    return {path.stem: path.read_bytes() for path in (tmp_path / "files" / "masks").iterdir()}
+
+
+def packed(content: bytes) -> dict[str, bytes]:
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+
+
+def shards_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".tar"}
+
+
+@pytest.mark.parametrize("way", ["expanded", "pattern", "folder"])
+def test_shards_give_the_masks_of_files(run: Path, tmp_path: Path, expected: dict[str, bytes], way: str) -> None:
+    folder = write_shards(tmp_path / "pets")
+    words = {
+        "expanded": [str(folder / "0000.tar"), str(folder / "0001.tar")],
+        "pattern": [f"{folder}/{{0000..0001}}.tar"],
+        "folder": [str(folder)],
+    }[way]
+    out = tmp_path / "out"
+    assert main(["predict", str(run), *words, "--out", str(out)]) == 0
+    found = {f"{p.parent.name}/{p.stem}": p.read_bytes() for p in (out / "masks").rglob("*.png")}
+    assert found == {f"{int(key) // 6:04d}/{key}": content for key, content in expected.items()}
+    assert len(list((out / "overlays").rglob("*.jpg"))) == 12
+    written = {path: path.stat().st_mtime_ns for path in (out / "masks").rglob("*.png")}
+    assert main(["predict", str(run), *words, "--out", str(out), "--resume"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert main(["predict", str(run), *words, "--out", str(out)]) == 0
+    assert all(path.stat().st_mtime_ns > before for path, before in written.items())
+
+
+def test_shards_of_a_stated_size(run: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
+    folder = write_shards(tmp_path / "pets")
+    summary = predict(run, [folder], tmp_path / "out", out_shards=5, progress=False)
+    assert (summary.written, summary.failed) == (12, ())
+    shards = shards_in(tmp_path / "out")
+    assert {name: len(packed(content)) for name, content in shards.items()} == {
+        "000000.tar": 5, "000001.tar": 5, "000002.tar": 2,
+    }  # fmt: skip
+    found = {name: mask for content in shards.values() for name, mask in packed(content).items()}
+    assert found == {f"{int(key) // 6:04d}/{key}.mask.png": mask for key, mask in expected.items()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*shards, "predict.json"}
+    predict(run, [tmp_path / "photos"], tmp_path / "other", out_shards=12, progress=False)
+    assert packed(shards_in(tmp_path / "other")["000000.tar"]) == {f"{k}.mask.png": m for k, m in expected.items()}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")
+def test_run_lengths(run: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
+    folder = write_shards(tmp_path / "pets")
+    predict(run, [folder], tmp_path / "out", out_shards=12, rle=True, progress=False)
+    found = packed(shards_in(tmp_path / "out")["000000.tar"])
+    assert len(found) == 12
+    for name, content in found.items():
+        told = json.loads(content)
+        label = np.zeros(told["size"], dtype=np.uint8)
+        for each in told["masks"]:
+            assert each["class"] == CLASSES[each["value"] - 1]
+            label[coco_mask.decode({"size": told["size"], "counts": each["counts"]}) > 0] = each["value"]
+        assert index_png(label) == expected[Path(name).name.removesuffix(".mask.json")]
+
+
+def test_a_store_gets_a_shard_for_each(
+    run: Path, tmp_path: Path, expected: dict[str, bytes], store: type[FailingStore]
+) -> None:
+    files = fsspec.filesystem("failing")
+    for number in range(2):
+        files.pipe(f"/pets/{number:04d}.tar", samples(6, start=6 * number))
+    store.failures = 3
+    predict(run, "failing://pets", "failing://masks/of", progress=False)
+    found = {f"{number}": packed(files.cat_file(f"/masks/of/{number:04d}.tar")) for number in range(2)}
+    assert found["1"] == {f"{key}.mask.png": expected[key] for key in sorted(expected)[6:]}
+    assert json.loads(files.cat_file("/masks/of/predict.json"))["made"] == "predictions"
+    calls = store.calls
+    summary = predict(run, "failing://pets", "failing://masks/of", resume=True, progress=False)
+    assert (summary.written, summary.skipped, str(summary.folder)) == (0, 12, "failing://masks/of")
+    assert store.calls > calls
+
+
+def test_what_a_store_does_not_take_is_done_again(run: Path, tmp_path: Path, store: type[FailingStore]) -> None:
+    folder = write_shards(tmp_path / "pets")
+    keys: dict[str, Any] = {"data.store_retries": 0}
+    put = FailingStore.put_file
+
+    def refuse(self: Any, lpath: str, rpath: str, **named: Any) -> None:
+        if rpath.endswith("0001.tar"):
+            raise OSError("503")
+        put(self, lpath, rpath, **named)
+
+    class Refusing(FailingStore):
+        protocol = "refusing"
+        put_file = refuse
+
+    fsspec.register_implementation("refusing", Refusing, clobber=True)
+    store.store.clear()
+    text = said(predict, run, folder, "refusing://masks", progress=False, **keys)
+    assert "masks/0001.tar: the store failed 1 times (503); try again later" in text
+    fsspec.register_implementation("refusing", FailingStore, clobber=True)
+    fsspec.filesystem("failing")
+    assert [path for path in FailingStore.store if path.endswith("0000.tar")]
+
+
+def test_broken_samples_and_shards_are_counted_and_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_shards(tmp_path / "pets", 3)
+    whole = (folder / "0001.tar").read_bytes()
+    (folder / "0001.tar").write_bytes(whole[: len(whole) // 2])
+    (folder / "0002.tar").write_bytes(b"no archive" * 99)
+    (folder / "0003.tar").write_bytes(tar_of({"a.jpg": jpeg(1)[:300], "b.jpg": jpeg(2)}))
+    out = tmp_path / "out"
+    assert main(["predict", str(run), str(folder), "--out", str(out), "--out-shards", "4"]) == 1
+    told = capsys.readouterr()
+    for words in ("0001.tar: is cut short", "0002.tar: is no tar", "0003.tar/a.jpg: cannot be read as an image"):
+        assert words in told.err, words
+    assert "3 images failed" in told.out
+    names = {name for content in shards_in(out).values() for name in packed(content)}
+    assert {"0000/00005.mask.png", "0003/b.mask.png"} <= names
+    assert "0003/a.mask.png" not in names
+
+
+def test_a_killed_call_goes_on_and_gives_the_same_bytes(run: Path, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "pets", 2, 40)
+    words = ["predict", str(run), str(folder), "--out-shards", "30", "--evaluation.batch_size", "1"]
+    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+    out = tmp_path / "out"
+    process = start_python(["-m", "afa", *words, "--out", str(out)])
+    try:
+        parts = out / ".parts" / "000001" / "masks"
+        while process.poll() is None and len(list(parts.rglob("*.png"))) < 5:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.wait()
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    there = {path: path.stat().st_mtime_ns for path in [*out.glob("*.tar"), *parts.rglob("*.png")]}
+    assert len(there) >= 5
+    assert main([*words, "--out", str(out), "--resume"]) == 0
+    assert all(path.stat().st_mtime_ns == there[path] for path in out.glob("*.tar") if path in there)
+    assert shards_in(out) == shards_in(tmp_path / "whole")
+    assert (out / "predict.json").read_bytes() == (tmp_path / "whole" / "predict.json").read_bytes()
+
+
+def test_shards_of_other_weights_or_sizes_are_not_mixed(run: Path, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "pets")
+    predict(run, folder, tmp_path / "out", out_shards=5, progress=False)
+    for keys in ({"out_shards": 4}, {"out_shards": 5, "rle": True}, {"out_shards": 5, "evaluation.short_side": 32}):
+        text = said(predict, run, folder, tmp_path / "out", resume=True, progress=False, **keys)
+        assert "out: the 3 shards there were made with other weights, settings or sizes; delete them" in text
+    assert predict(run, folder, tmp_path / "out", out_shards=5, progress=False).written == 12
+
+
+def test_tags_of_shards(run: Path, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "pets")
+    rows = "".join(f"{number:05d},{CLASSES[number % 2]}\n" for number in range(12))
+    (tmp_path / "tags.csv").write_text(f"file,tags\n{rows}")
+    named: dict[str, Any] = {"tags": tmp_path / "tags.csv", "progress": False}
+    predict(run, folder, tmp_path / "out", **named)
+    for path in (tmp_path / "out" / "masks").rglob("*.png"):
+        assert set(np.unique(np.array(Image.open(path)))) <= {0, int(path.stem) % 2 + 1}
+    assert predict(run, folder, tmp_path / "out", resume=True, **named).skipped == 12
+
+
+def test_pseudo_labels_of_shards_are_those_of_files(run: Path, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "pets")
+    keys: dict[str, Any] = {"kind": "cam", "progress": False, "data.val_list": ""}
+    pseudo_labels(run, folder, tmp_path / "files", **keys)
+    summary = pseudo_labels(run, folder, tmp_path / "out", out_shards=7, **keys)
+    assert summary.written == 12
+    found = {n: m for content in shards_in(tmp_path / "out").values() for n, m in packed(content).items()}
+    masks = tmp_path / "files" / "masks"
+    assert found == {
+        f"{path.relative_to(masks).with_suffix('')}.mask.png": path.read_bytes() for path in masks.rglob("*.png")
+    }
+    assert pseudo_labels(run, folder, tmp_path / "out", out_shards=7, **keys).skipped == 12
+
+
+def test_each_of_several_processes_makes_its_own_shards(run: Path, tmp_path: Path) -> None:
+    from afa.config import DataConfig
+    from afa.inference.files import predict_files
+    from afa.inference.predictor import Predictor
+    from afa.inference.shards import ShardFolder, shard_files
+    from afa.runtime import Processes
+
+    folder = write_shards(tmp_path / "pets", 5, 4)
+    predictor, data = Predictor.from_run(run), DataConfig()
+
+    def write(out: Path, *groups: Processes) -> list[int]:
+        target = ShardFolder(str(out), 0, False, CLASSES, data)
+        return [
+            target.write(
+                lambda files, place: predict_files(predictor, files, place, resume=True, progress=False),
+                shard_files([str(folder)], data),
+                {},
+                resume=True,
+                processes=group,
+            ).written
+            for group in groups
+        ]
+
+    assert write(tmp_path / "one", Processes()) == [20]
+    assert write(tmp_path / "two", Processes(0, 2), Processes(1, 2)) == [12, 8]
+    assert shards_in(tmp_path / "one").keys() == {f"{number:04d}.tar" for number in range(5)}
+    assert shards_in(tmp_path / "one") == shards_in(tmp_path / "two")
+
+
+def test_a_full_disk_leaves_what_was_made(run: Path, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "pets", 1, 12)
+    keys: dict[str, Any] = {"out_shards": 12, "progress": False}
+    with largest_file(4000):
+        text = said(predict, run, folder, tmp_path / "out", **keys)
+    assert "out/000000.tar: cannot be written (File too large); free space or choose another folder" in text
+    assert len(list((tmp_path / "out" / ".parts" / "000000" / "masks").rglob("*.png"))) == 12
+    assert predict(run, folder, tmp_path / "out", resume=True, **keys).skipped == 12
+    assert len(packed(shards_in(tmp_path / "out")["000000.tar"])) == 12
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"formats": "coco"}, "--format names or copies image files, and images in shards are none; leave it out"),
+        ({"formats": "coco", "out_shards": 3}, "coco is not written beside shards of masks; leave it out"),
+        ({"scores": True, "out_shards": 3}, "--scores is not written beside shards of masks"),
+        ({"rle": True}, "--rle is for shards; add --out-shards N, or leave it out"),
+    ],
+)
+def test_mistakes(run: Path, tmp_path: Path, keys: dict[str, Any], expected: str) -> None:
+    folder = write_shards(tmp_path / "pets", 1)
+    assert expected in said(predict, run, folder, tmp_path / "out", progress=False, **keys)
+    assert "nothing.tar: no such file or folder" in said(predict, run, tmp_path / "nothing.tar", tmp_path / "out")
