@@ -119,6 +119,19 @@ def test_a_plan_pays_for_the_images_of_its_batches_alone(tmp_path: Path) -> None
     assert f"about {((6400 + 4000) * 0.2 + 400) / 60:.0f} min here: 21 for the features" in lines[2]
 
 
+@pytest.mark.parametrize(("stated", "trained"), [(1000, 1000), (0, 1600)])
+def test_the_time_is_kept_with_the_images_that_are_stated(tmp_path: Path, stated: int, trained: int) -> None:
+    """1,600 images to train on and 400 to score; 500 images would fit at the largest size."""
+    keys = {"train.max_images": stated}
+    config, lines = choose(write_table(tmp_path / "pets", 2000), keys, minutes=13.0, measure=pace(0.6, 0.5))
+    assert config.train.max_images == stated
+    area = (config.augment.crop_size / 384) ** 2
+    taken = ((trained + 400) * 0.6 + config.schedule.max_steps * 0.5) * area / 60
+    assert taken <= 13.1
+    assert f"about {taken:.0f} min here" in lines[2]
+    assert f"of {f'{stated:,} of ' if stated else ''}1,600 images" in lines[2]
+
+
 def test_minutes_need_a_frozen_encoder(tmp_path: Path) -> None:
     with refused("--minutes is 30", "dinov2_small_reg", "--schedule.max_steps"):
         choose(write_table(tmp_path / "pets", 10), DINO, minutes=30)

@@ -216,7 +216,8 @@ def _choose_frozen(
         largest = _Plan(side, most, taken, pace.image / 60, pace.step / 60, num_scored * pace.image / 60)
         plans = [largest.at(each) for each in sides]
         if limit is not None:
-            least = max(_LEAST_IMAGES, _LEAST_OF_CLASS * len(layout.classes))
+            fewest = max(_LEAST_IMAGES, _LEAST_OF_CLASS * len(layout.classes))
+            least = taken if "train.max_images" in stated else fewest
             plans = [each.within(limit, least_steps=MIN_STEPS, least_images=least) for each in plans]
         plan = next((each for each in plans if each.fits), plans[-1])
         words = plan.describe(limit, replace(largest, steps=max(most, tried)))
