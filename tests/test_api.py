@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import afa
+from afa.api import train_and_report, training_config
 from afa.cli import main
 from afa.config import config_to_dict
 from afa.data.images import read_mask
@@ -43,6 +44,26 @@ def test_train_takes_a_configuration_a_file_or_a_folder(
     predictor = afa.train(tiny_table, tmp_path / "three", **(CPU | once | {"model.weights": ""}))
     assert capsys.readouterr().err.startswith(f"data: {tiny_table}: table of tags")
     assert predictor(np.zeros((40, 50, 3), dtype=np.uint8)).label.shape == (40, 50)
+
+
+def test_the_configuration_of_an_old_run_means_what_the_run_did(tiny_run: Path, tmp_path: Path) -> None:
+    """A run of the preset `paper` from before today's keys; a file of the user's own has today's defaults."""
+    later = ("decoder_init", "norm_eps", "affinity_init", "propagated_scale", "par_image", "reduction", "walk_steps")
+    lines = (tiny_run / "config.toml").read_text().replace('"demo"', '"paper"').splitlines(keepends=True)
+    old = "".join(line for line in lines if not line.startswith(later))
+    run, own = shutil.copytree(tiny_run, tmp_path / "run"), tmp_path / "config.toml"
+    for path in (run / "config.toml", own):
+        path.write_text(old)
+    (tmp_path / "classes.txt").write_text("cat\n")  # beside the user's file, as of a data set
+    found = {}
+    for path in (run / "config.toml", own):
+        config = training_config(file=path)[0]
+        found[path] = (config.model.decoder_init, config.pseudo.par_image, config.loss.reduction)
+    assert found == {
+        run / "config.toml": ("uniform", "exact", "batch"),
+        own: ("kaiming", "truncated", "process"),
+    }
+    train_and_report(training_config(file=run / "config.toml")[0], run, resume=True, progress=False)
 
 
 def test_evaluate_predict_and_pseudo_labels_are_the_commands(

@@ -343,7 +343,7 @@ def training_config(
             raise AfaError(f"{folder} and data.root {keys['data.root']} both name the data set; leave one out")
         if file is None and preset is None and run is not None and Run(run).exists:
             return Run(run).config(keys), (), None
-    config = load_config(file, keys, preset=preset)
+    config = _file_config(file, keys, preset)
     if not config.data.root:
         raise AfaError("data.root is not set; pass the folder of the data set")
     if folder is None or file is not None or preset is not None:
@@ -598,7 +598,7 @@ def masks(
             `afa.formats.write.write_format`; `model.classifier` is not text.
     """
     names = parse_formats(formats) if formats else ()
-    config = load_config(file, {"data.root": str(data)} | overrides, preset=None if file else "frozen")
+    config = _file_config(file, {"data.root": str(data)} | overrides, None if file else "frozen")
     if config.model.classifier != "text":
         raise AfaError("model.classifier is learned, and nothing was learned yet; set it to text, or use afa train")
     device = pick_device(config.train.device)
@@ -718,7 +718,7 @@ def check_data(
         config = _changed(data, overrides)
     else:
         keys = {"data.root": str(data)} | overrides
-        config = load_config(file, keys, preset=preset)
+        config = _file_config(file, keys, preset)
         if file is None and preset is None:
             with contextlib.suppress(AfaError):  # what is wrong with the data set is the check's to tell
                 device = pick_device(config.train.device)
@@ -867,6 +867,12 @@ def run_config(run: Path, overrides: Mapping[str, Any], *, data: str | Path | No
         if key.partition(".")[0] in _TRAINED or key == "train.supervision":
             raise AfaError(f"{key} was fixed when {run} was trained, so it changes nothing now; leave it out")
     return Run(run).config(keys | dict(overrides))
+
+
+def _file_config(file: str | Path | None, overrides: Mapping[str, Any], preset: str | None) -> Config:
+    """As `load_config`; the configuration of a run from before some key means what that run did."""
+    stored = file is not None and Run.of_config(file) is not None
+    return load_config(file, overrides, preset=preset, stored=stored)
 
 
 def _changed(config: Config, overrides: Mapping[str, Any]) -> Config:

@@ -58,6 +58,13 @@ class Run:
         """Whether the final weights are written."""
         return self.weights.is_file()
 
+    @classmethod
+    def of_config(cls, file: str | Path) -> Run | None:
+        """The run whose stored configuration a file is; None for any other file."""
+        run = cls(Path(file).parent)
+        is_stored = Path(file).name == run._config.name and run.has_classes
+        return run if is_stored and (run.is_complete or run.latest_checkpoint() is not None) else None
+
     def start(self, config: Config, classes: Sequence[str]) -> None:
         """Write configuration and classes; the folder is a run from then on.
 
