@@ -43,7 +43,7 @@ def ended_with() -> int | None:
     """The status that `end_job` noted before torchrun started this worker again; None if there is none."""
     folder = _job_folder()
     if folder is not None and is_restarted() and (folder / "afa_ended").is_file():
-        return int((folder / "afa_ended").read_text())
+        return int((folder / "afa_ended").read_text() or 2)  # empty where the disk was full
     return None
 
 

@@ -174,10 +174,11 @@ def prepare_features(
             if progress:
                 say(_words(store, taken, len(images), 2 * values, config))
             store.commit()
-    processes.wait()
+    # Others could see rows that are written meanwhile, and share what is left of them.
+    missing = processes.from_main(lambda: _open(folder).missing(taken))
     store = _open(folder)
-    if store.missing(taken):
-        _fill(store, network, images, taken, config, processes, cache=cache, progress=progress)
+    if missing:
+        _fill(store, missing, network, images, taken, config, processes, cache=cache, progress=progress)
         processes.wait()
         store = _open(folder)
     return FeatureReader(store, grids, channels, patch=patch, crop_size=crop_size)
@@ -224,6 +225,7 @@ def _words(store: FeatureStore, taken: Sequence[int], num_images: int, more: int
 
 def _fill(
     store: FeatureStore,
+    missing: Sequence[int],
     network: AfaNetwork,
     images: TaggedImages,
     taken: Sequence[int],
@@ -235,7 +237,6 @@ def _fill(
 ) -> None:
     """Compute this process's share of the rows that are missing; says soon how long it takes."""
     device = next(network.parameters()).device
-    missing = store.missing(taken)
     size = _BATCH_IMAGES.get(device.type, 8)
     # Each process takes whole batches: what is kept does not depend on how many there are.
     batches = processes.share([missing[first : first + size] for first in range(0, len(missing), size)])
