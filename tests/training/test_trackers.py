@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from afa.evaluation.scores import EvaluationResult
 from afa.runs.run import Run
 from afa.training import trackers as trackers_module
 from afa.training.log import MetricsLog
-from afa.training.trackers import Trackers
+from afa.training.trackers import Trackers, check_trackers
 from mistakes import refused
 from tiny import tiny_config, train_tiny
 
@@ -97,6 +98,13 @@ def test_a_missing_library_is_told_before_anything_is_done(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_with_the_name_of_a_library_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_tracker").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with refused("train.trackers names a_tracker, which is not installed; pip install a_tracker"):
+        check_trackers(["a_tracker"])
+
+
 def test_unknown_tracker_is_refused() -> None:
     with refused("train.trackers", "comet", "wandb"):
         config_of("comet")
@@ -104,6 +112,8 @@ def test_unknown_tracker_is_refused() -> None:
 
 class Broken:
     """A tracker whose network is gone from the second call on."""
+
+    ended: ClassVar[list[bool]] = []
 
     def __init__(self, run: Run, config: dict[str, Any], resumed: str) -> None:
         self.id = resumed or "new"
@@ -114,12 +124,15 @@ class Broken:
         if self.calls > 1:
             raise ConnectionError("no route to host\nmany more lines")
 
+    def close(self, *, failed: bool) -> None:
+        self.ended.append(failed)
+
 
 def test_a_tracker_that_fails_is_warned_of_once_and_training_goes_on(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(trackers_module._OPENERS, "wandb", Broken)
-    monkeypatch.setattr(trackers_module, "find_spec", lambda name: name)
+    monkeypatch.setattr(trackers_module, "find_spec", lambda name: ModuleSpec(name, None, origin=name))
     result = train_tiny(
         tiny_config(tiny_data, {"train.trackers": ["wandb"], "schedule.max_steps": 4}), tmp_path / "run"
     )
@@ -137,10 +150,13 @@ def test_a_tracker_that_does_not_start_is_one_line(run: Path, monkeypatch: pytes
     def refuse(*_: object) -> None:
         raise RuntimeError("not logged in\nTraceback")
 
+    monkeypatch.setitem(trackers_module._OPENERS, "mlflow", Broken)
     monkeypatch.setitem(trackers_module._OPENERS, "wandb", refuse)
-    monkeypatch.setattr(trackers_module, "find_spec", lambda name: name)
+    monkeypatch.setattr(Broken, "ended", [])
+    monkeypatch.setattr(trackers_module, "find_spec", lambda name: ModuleSpec(name, None, origin=name))
     with refused("wandb does not start (not logged in); mend that, or leave it out of train.trackers"):
-        opened(run, "wandb")
+        opened(run, "mlflow", "wandb")
+    assert Broken.ended == [True]
 
 
 @pytest.mark.filterwarnings("default")

@@ -138,7 +138,8 @@ _OPENERS: Final[dict[str, Callable[[Run, dict[str, Any], str], Any]]] = {
 def check_trackers(names: Sequence[str]) -> None:
     """Raise an `AfaError` if a tracker's library is not installed."""
     for name in names:
-        if find_spec(name) is None:
+        spec = find_spec(name)
+        if spec is None or spec.origin is None:  # a folder of that name, such as the one that wandb writes
             raise AfaError(f"train.trackers names {name}, which is not installed; pip install {name}, or leave it out")
 
 
@@ -162,6 +163,9 @@ class Trackers:
             try:
                 self._open[name] = _OPENERS[name](run, config_to_dict(config), str(ids.get(name, "")))
             except Exception as error:  # whatever a library may raise
+                for tracker in self._open.values():
+                    with contextlib.suppress(Exception):
+                        tracker.close(failed=True)
                 raise AfaError(
                     f"{name} does not start ({_first_line(error)}); mend that, or leave it out of train.trackers"
                 ) from None
