@@ -65,6 +65,12 @@ def test_torn_and_repeated_lines(bare: Path) -> None:
         ('{"confusion": [[1], [1, 2]]}', "not what afa evaluate --json writes"),
         ('{"images": [{"image": "a"}]}', "not what afa evaluate --json writes"),
         ('{"images": [7]}', "not what afa evaluate --json writes"),
+        ('{"images": null}', "not what afa evaluate --json writes"),
+        ('{"images": [{"image": "a", "iou": 3}]}', "not what afa evaluate --json writes"),
+        ('{"confusion": 3}', "not what afa evaluate --json writes"),
+        ('{"confusion": [3]}', "not what afa evaluate --json writes"),
+        ('{"confusion": [[null]]}', "not what afa evaluate --json writes"),
+        ('{"num_images": "all"}', "not what afa evaluate --json writes"),
         ('{"miou": 5, "per_class": 5}', "not what afa evaluate --json writes"),
     ],
 )

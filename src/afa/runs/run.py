@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+import msgspec
 
 from afa.config import Config, config_to_toml, load_config
 from afa.errors import AfaError
@@ -240,16 +242,38 @@ def _write_object(path: Path, value: Mapping[str, Any]) -> None:
     write_whole(path, json.dumps(value, indent=2) + "\n", durable=True)
 
 
+class _Image(TypedDict):
+    image: str
+    iou: float | None
+    accuracy: float | None
+    truth: str
+    prediction: str
+    share: float | None
+
+
+class _Figures(TypedDict, total=False):
+    """What an evaluation must hold if it has such a key."""
+
+    labels: str
+    protocol: str
+    num_images: int
+    seconds: float | None
+    miou: float | None
+    tag_f1: float | None
+    boundary_iou: float | None
+    per_class: dict[str, float | None]
+    confusion: list[list[int]] | None
+    images: list[_Image]
+
+
 def _read_figures(path: Path) -> dict[str, Any]:
-    """An evaluation: a JSON object whose scores are numbers or None."""
+    """An evaluation: a JSON object as `_Figures` says."""
     figures = _read_object(path)
-    per_class = figures.get("per_class", {})
-    scores = [figures.get(name) for name in ("miou", "tag_f1", "boundary_iou")]
-    scores += per_class.values() if isinstance(per_class, dict) else ["not an object"]
-    images, confusion = figures.get("images", []), figures.get("confusion") or []
-    scores += [each.get("iou", "none") if isinstance(each, dict) else "not an object" for each in images]
-    scores += [pixels for row in confusion for pixels in (row if len(row) == len(confusion) else ["another length"])]
-    if not all(score is None or (isinstance(score, int | float) and score is not True) for score in scores):
+    try:
+        confusion = msgspec.convert(figures, _Figures).get("confusion") or ()
+    except msgspec.ValidationError:
+        confusion = ([],)
+    if any(len(row) != len(confusion) for row in confusion):
         raise AfaError(f"{path}: not what afa evaluate --json writes; write it again or delete it")
     return figures
 
