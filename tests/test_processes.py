@@ -210,6 +210,23 @@ def test_the_end_of_a_process_ends_the_others_soon(
     assert (path.read_text() if told else not path.exists()) == (told or True)
 
 
+def _fill_disk(rank: int, folder: Path) -> None:
+    try:
+        with process_group(CPU) as processes:
+            processes.wait()
+            raise AfaError(f"mask {rank}: no space left")
+    except AfaError as error:
+        (folder / f"told{rank}").write_text(str(error))
+
+
+@pytest.mark.slow
+def test_mistakes_that_each_process_finds_are_one(tmp_path: Path) -> None:
+    assert together(_fill_disk, tmp_path) == [0, 0]
+    first, second = ((tmp_path / f"told{rank}").read_text() for rank in (0, 1))
+    assert first == second
+    assert first in ("mask 0: no space left", "mask 1: no space left")
+
+
 def test_who_lost_another_may_start_again() -> None:
     assert issubclass(GoneError, AfaError)
 

@@ -68,8 +68,8 @@ class Peers:
         except RuntimeError as error:
             raise self.explain(error) from None
 
-    def tell(self, error: BaseException) -> None:
-        """Tell the others what ends this process."""
+    def tell(self, error: BaseException) -> AfaError | None:
+        """Tell the others what ends this process, unless another one told before: then this returns what it told."""
         kind, words = ("error", str(error)) if isinstance(error, AfaError) else ("gone", type(error).__name__)
         if isinstance(error, GoneError):
             kind = "gone"
@@ -78,6 +78,10 @@ class Peers:
         with contextlib.suppress(RuntimeError):  # if the store has gone, the others know
             if self._store.add("ends", 1) == 1:
                 self._store.set("end", f"{kind} {words}")
+                return None
+            self._store.wait(["end"], datetime.timedelta(seconds=2 * _BEAT_SECONDS))
+            return self._told()
+        return None
 
     def explain(self, error: Exception) -> AfaError:
         """What another process told before an exchange with it failed."""
@@ -108,11 +112,14 @@ class Peers:
         with contextlib.suppress(RuntimeError):
             self._store.add(f"beat/{self._rank}", _LEFT)
 
+    def _told(self) -> AfaError:
+        kind, _, words = self._store.get("end").decode().partition(" ")
+        return AfaError(words) if kind == "error" else GoneError(words)
+
     def _look(self) -> AfaError | None:
         """What keeps the run from its end."""
         if self._store.check(["end"]):
-            kind, _, words = self._store.get("end").decode().partition(" ")
-            return AfaError(words) if kind == "error" else GoneError(words)
+            return self._told()
         now = time.monotonic()
         for rank in range(1, self._count) if self._rank == 0 else (0,):
             beats = self._store.add(f"beat/{rank}", 0)

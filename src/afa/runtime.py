@@ -32,7 +32,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from afa.errors import AfaError
+from afa.errors import AfaError, GoneError
 from afa.peers import MEETING_MINUTES, Peers, meet
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -231,7 +231,10 @@ def process_group(device: torch.device) -> Iterator[Processes]:
         is_exchange = isinstance(error, dist.DistError) or ("gloo" in str(error) and isinstance(error, RuntimeError))
         if is_exchange and isinstance(error, Exception):
             raise peers.explain(error) from None
-        peers.tell(error)
+        first = peers.tell(error)
+        # Each may find a mistake of its own, such as its file on a full disk; one line must do for all.
+        if isinstance(error, AfaError) and first is not None and not isinstance(first, GoneError):
+            raise first from None
         raise
     finally:
         peers.close()
