@@ -427,6 +427,8 @@ def test_a_limit_takes_rare_classes_first_and_negatives_by_their_share() -> None
         assert (taken >= 60).sum() == 10
         rare.append(((taken >= 54) & (taken < 60)).sum())
         assert sorted(Order(images, config).taken(500)) == sorted(taken.tolist())
+        batches = np.concatenate([Order(images, config).indices(step) for step in range(24)])
+        assert (batches >= 60).mean() == pytest.approx(30 / 90, abs=0.01)  # as often as without a limit
     assert np.mean(rare) > 4  # 2 without regard to classes
     assert len(Order(images, Config(train=TrainConfig(max_images=60))).taken(1000)) == 90
 

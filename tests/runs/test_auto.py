@@ -10,6 +10,7 @@ import torch
 from transformers import CLIPConfig, Dinov2WithRegistersConfig, SegformerConfig
 
 from afa.config import Config, load_config
+from afa.data.loader import Order
 from afa.data.open import open_data
 from afa.errors import AfaError
 from afa.model.registry import BACKBONES, backbone_of
@@ -130,6 +131,19 @@ def test_the_time_is_kept_with_the_images_that_are_stated(tmp_path: Path, stated
     assert taken <= 13.1
     assert f"about {taken:.0f} min here" in lines[2]
     assert f"of {f'{stated:,} of ' if stated else ''}1,600 images" in lines[2]
+
+
+def test_images_without_any_class_take_their_time_too(tmp_path: Path) -> None:
+    """1,600 images to train on, half of them with a class; 500 of both fit."""
+    root = write_table(tmp_path / "pets", 2000)
+    table = root / "tags.csv"
+    table.write_text(table.read_text().replace(",dog", ",none"))
+    config, lines = choose(root, minutes=13.0, measure=pace(0.6, 0.5))
+    order = Order(open_data(config.data).train(), config)
+    kept = len(order.taken(config.schedule.max_steps))
+    assert kept == pytest.approx(500, abs=2)
+    assert f"{500:,} of 1,600 images" in lines[2]
+    assert 200 < config.train.max_images < 300
 
 
 def test_minutes_need_a_frozen_encoder(tmp_path: Path) -> None:

@@ -139,9 +139,10 @@ class Order:
         self._groups = [np.flatnonzero(~self.negative), np.flatnonzero(self.negative)]
         if not self._groups[0].size:
             raise AfaError("no image to train on has any of the classes; add images that have them")
+        share = self._groups[1].size / len(images)
         self._limit(images.tagged, config.train)
         self._repeats = class_repeats(images.tagged[self._groups[0]], config.train.class_balance)
-        self._share = min(config.train.negative_share, self._groups[1].size / len(images))
+        self._share = min(config.train.negative_share, share)
 
     def _limit(self, tagged: NDArray[np.bool_], train: TrainConfig) -> None:
         """Keep `train.max_images`, drawn as an epoch draws them, and as large a share of those without any class."""
@@ -178,7 +179,7 @@ class Order:
         first: dict[int, None] = {}
         for step in range(num_steps):
             first.update(dict.fromkeys(self.indices(step).tolist()))
-            if len(first) == len(self.negative):
+            if len(first) == sum(map(len, self._groups)):
                 break
         return list(first)
 

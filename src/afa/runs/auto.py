@@ -193,7 +193,8 @@ def _choose_frozen(
     measure: PaceFunction | None,
 ) -> tuple[Config, tuple[str, str, str, str]]:
     """Size and steps by what the machine does in the time."""
-    num_images, preset = len(layout.train()), "frozen"
+    images, preset = layout.train(), "frozen"
+    num_images, tagged = len(images), 1 - float(images.negative.mean()) or 1.0  # share of those with a class
     chosen["model.freeze_blocks"] = TOKEN_SIZES[chosen["model.backbone"]].depth
     base = load_config(None, chosen | stated, preset=preset)
     batch_size = base.schedule.batch_size
@@ -209,7 +210,7 @@ def _choose_frozen(
         sides = (base.augment.crop_size,)
     side, steps, taken = sides[0], most, min(num_images, most * batch_size)
     if base.train.max_images:
-        taken = min(taken, base.train.max_images)
+        taken = min(taken, math.ceil(base.train.max_images / tagged))
     if measure is not None:
         pace = measure(load_config(None, chosen | stated | {"augment.crop_size": side}, preset=preset),
                        len(layout.classes), device)  # fmt: skip
@@ -223,7 +224,7 @@ def _choose_frozen(
         words = plan.describe(limit, replace(largest, steps=max(most, tried)))
         side, steps = plan.side, plan.steps
         if plan.images < taken:
-            chosen["train.max_images"] = taken = plan.images
+            chosen["train.max_images"], taken = max(1, math.floor(plan.images * tagged)), plan.images
     short = round(side * 0.75)
     chosen |= {"augment.crop_size": side, "augment.short_side": short, "evaluation.short_side": short}
     phases = {"refined_steps": round(steps / 3), "warmup_steps": min(base.schedule.warmup_steps, round(steps / 10))}
