@@ -270,7 +270,7 @@ def _read_figures(path: Path) -> dict[str, Any]:
     """An evaluation: a JSON object as `_Figures` says."""
     figures = _read_object(path)
     try:
-        confusion = msgspec.convert(figures, _Figures).get("confusion") or ()
+        confusion: Sequence[Sequence[int]] = msgspec.convert(figures, _Figures).get("confusion") or ()
     except msgspec.ValidationError:
         confusion = ([],)
     if any(len(row) != len(confusion) for row in confusion):
