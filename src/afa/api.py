@@ -807,7 +807,7 @@ def explore(
     *,
     data: str | None = None,
     compare: str | Path | None = None,
-    port: int = 0,
+    port: int | None = None,
     browser: bool = True,
     device: str = "auto",
 ) -> None:
@@ -817,7 +817,8 @@ def explore(
         run: Run folder.
         data: Folder of the data set; None is that of the run, and if it is gone, photographs can still be dropped.
         compare: Another run folder, whose maps are laid beside.
-        port: 0 takes a free one. The first line on standard output is the address.
+        port: None takes 7860, where the links of a report lead, or a free one if that is taken; 0 a free one. The first
+            line on standard output is the address.
         browser: Open the page in the browser.
         device: `auto`, `cpu`, `cuda` or `mps`.
 

@@ -240,7 +240,7 @@ _EXPLORE = (
     _RUN,
     _argument("--data", metavar="DIR", help="folder of the data set (default: that of the run)"),
     _argument("--compare", metavar="RUN", help="another run to compare with"),
-    _argument("--port", type=_port, default=0, metavar="N", help="default: a free one"),
+    _argument("--port", type=_port, metavar="N", help="default: 7860, or a free one if that is taken"),
     _argument("--no-browser", action="store_true", help="open no browser; the first line printed is the address"),
     _NETWORK[0],
 )
@@ -281,7 +281,7 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         takes_keys = _NETWORK[1] in arguments
         more = "Any key is a flag, such as --model.weights FOLDER: afa keys lists them." if takes_keys else None
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=more)
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}{'' if text.endswith('?') else '.'}", epilog=more)
         command.set_defaults(run=run)
         for names, settings in arguments:
             command.add_argument(*names, **settings)

@@ -25,8 +25,9 @@ from afa.explore.encoded import EncodedImage, Stages, look_from, make_stages
 from afa.explore.explorer import FORMS, ExploredRun, Explorer, change_settings, save_mask, word_names
 from afa.explore.panes import show_look, show_stages
 from afa.explore.scores import explain, mean_iou
-from afa.explore.serve import serve
+from afa.explore.serve import listen, serve
 from afa.pseudo.walk import mean_attention_affinity
+from afa.report.confusion import EXPLORER_PORT
 from encoders import write_embeddings
 from mistakes import refused
 from tiny import write_untrained
@@ -204,7 +205,7 @@ def test_content_is_read_as_a_file_is(tmp_path: Path) -> None:
     huge = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(huge, format="PNG")
     for content in (bomb.getvalue(), huge.getvalue()):
-        with refused("bomb.png: more than"):
+        with refused("bomb.png: more than", "scale it down"):
             decode_image(content, "bomb.png")
     for content in (b"", b"no picture", png(random_pixels())[:200]):
         with refused("x.png"):
@@ -248,7 +249,10 @@ def judged(truth: int, cam: int, pseudo: int, prediction: int, rows: int = 10) -
 
 
 def test_the_stage_that_began_a_fault_is_named() -> None:
-    assert judged(1, 1, 1, 1) == "No class is badly wrong here."
+    assert judged(1, 1, 1, 1) == "The prediction is the mask."
+    weakest = "No class is badly wrong. The lowest IoU, "
+    assert judged(1, 1, 1, 1, rows=9) == f"{weakest}90%, is that of 'cat': it takes pixels of 'background'."
+    assert judged(1, 1, 1, 1, rows=19) == f"{weakest}10%, is that of 'background': it takes pixels of 'cat'."
     assert "misses 100% of 'cat'; 100% became 'dog'" in judged(1, 1, 1, 2)
     assert "the label is not at fault" in judged(1, 1, 1, 2)
     assert "only 30% of what it calls 'cat' is that" in judged(1, 1, 1, 2, rows=3)
@@ -277,9 +281,20 @@ def test_the_ranking_orders_images_by_their_figures(tiny_run: Path) -> None:
     assert worst == pytest.approx(mean_iou(maps.label(seen.size).numpy(), seen.truth, len(run.classes)))
 
 
+def test_the_links_of_a_report_lead_to_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    with listen(None) as first:  # the port of the links, unless something else on this machine has it
+        with listen(None) as second:
+            assert second.getsockname()[1] not in {EXPLORER_PORT, first.getsockname()[1]}
+        told = capsys.readouterr().err
+        assert told.count(f"port {EXPLORER_PORT} is taken") == 1 + (first.getsockname()[1] != EXPLORER_PORT)
+
+
 def test_what_cannot_be_served_is_one_line(
     tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    with pytest.raises(SystemExit):
+        main(["explore", "--help"])
+    assert "why is a mask as it is?\n" in capsys.readouterr().out
     assert main(["explore", "nowhere", "--port", "70000"]) == 2
     assert "'70000' is not a port" in capsys.readouterr().err
     assert main(["explore", "nowhere", "--pseudo.crf", "true"]) == 2

@@ -217,14 +217,14 @@ def reading(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _decoding(where: str) -> Iterator[None]:
+def _decoding(where: str, remedy: str = "save it as PNG, TIFF or JPEG") -> Iterator[None]:
     """Turn whatever is wrong with an image into an `AfaError` of one line that says so."""
     try:
         yield
     except AfaError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise AfaError(f"{where}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; save it as PNG, TIFF or JPEG") from None
+        raise AfaError(f"{where}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; {remedy}") from None
     except UnidentifiedImageError:
         raise BrokenImageError(f"{where}: not an image that Pillow can read; replace it or leave it out") from None
     except Exception as error:  # Decoders raise nearly anything on a broken file.
@@ -245,7 +245,7 @@ def decode_image(content: bytes, where: str, *, white_level: int = WHITE_LEVEL) 
     """
     if not content:
         raise BrokenImageError(f"{where}: the file is empty (0 bytes); choose another")
-    with _decoding(where):
+    with _decoding(where, "scale it down"):
         image = Image.open(io.BytesIO(content))
         if image.width * image.height > MAX_PIXELS:
             raise AfaError(f"{where}: more than {MAX_PIXELS:,} pixels; scale it down")

@@ -105,7 +105,7 @@ def explain(seen: EncodedImage, stages: Stages, classes: Sequence[str], tags: ND
         return lines + ([] if tags.any() else ["No tag is on, so CAM and pseudo label are background."])
     judge = _Judge(seen, stages, classes, tags)
     faults = sorted(judge.faults(), reverse=True)[:_LINES]
-    return [line for _, line in faults] or ["No class is badly wrong here."]
+    return [line for _, line in faults] or [judge.weakest()]
 
 
 class _Judge:
@@ -130,6 +130,23 @@ class _Judge:
                 yield missed, self._missed(c, true, missed)
             if extra > _MANY * int(self.counted.sum()) or (true.any() and extra > _MISSED * int(true.sum())):
                 yield extra, self._extra(c, found & ~true, has=bool(true.any()))
+
+    def weakest(self) -> str:
+        """Which class has the lowest IoU, where none is badly wrong."""
+        confusion = ConfusionMatrix(len(self.classes))
+        confusion.update(self.truth, self.prediction)
+        known = [(iou, c) for c, iou in enumerate(confusion.per_class_iou()) if iou is not None]
+        iou, c = min(known, default=(1.0, 0))
+        if iou == 1:
+            return "The prediction is the mask."
+        others = np.bincount(self.prediction[self.truth == c], minlength=256)
+        taken = np.bincount(self.truth[(self.prediction == c) & self.counted], minlength=256)
+        others[c] = taken[c] = 0
+        lost, grown = int(others.max()), int(taken.max())
+        way = f"much of it became {self.classes[int(others.argmax())]!r}"
+        if grown > lost:
+            way = f"it takes pixels of {self.classes[int(taken.argmax())]!r}"
+        return f"No class is badly wrong. The lowest IoU, {iou:.0%}, is that of {self.classes[c]!r}: {way}."
 
     def _missed(self, c: int, true: NDArray[np.bool_], missed: int) -> str:
         name, total = self.classes[c], int(true.sum())

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 from afa.errors import AfaError
 from afa.explore.explorer import Explorer
+from afa.report.confusion import EXPLORER_PORT
 
 _HOST: Final = "127.0.0.1"
 _ANSWERED: Final = re.compile(
@@ -68,12 +69,12 @@ def require_gradio() -> None:
         raise AfaError(f"the explorer needs gradio ({error}); pip install afa[explore]") from None
 
 
-def serve(explorer: Explorer, *, port: int = 0, browser: bool = True) -> None:
+def serve(explorer: Explorer, *, port: int | None = None, browser: bool = True) -> None:
     """Serve the page until Ctrl-C; the first line on standard output is its address.
 
     Args:
         explorer: What the page shows.
-        port: 0 takes a free one.
+        port: None takes that of the links of a report, or a free one if that is taken; 0 a free one.
         browser: Also open it in the browser.
 
     Raises:
@@ -82,7 +83,7 @@ def serve(explorer: Explorer, *, port: int = 0, browser: bool = True) -> None:
     require_gradio()
     import uvicorn
 
-    listening = _listen(port)
+    listening = listen(port)
     port = listening.getsockname()[1]
     address = f"http://{_HOST}:{port}/"
     app = page_app(explorer, port)
@@ -98,7 +99,13 @@ def serve(explorer: Explorer, *, port: int = 0, browser: bool = True) -> None:
         server.run(sockets=[listening])
 
 
-def _listen(port: int) -> socket.socket:
+def listen(port: int | None) -> socket.socket:
+    """A socket that listens on a port of this machine alone, as `serve` takes it."""
+    if port is None:
+        with contextlib.suppress(AfaError):
+            return listen(EXPLORER_PORT)
+        print(f"port {EXPLORER_PORT} is taken, so the links of report.html do not lead here", file=sys.stderr)
+        port = 0
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

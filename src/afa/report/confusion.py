@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from afa.report.charts import HeatCell, heat_matrix
 
 EXPLORER_PORT: Final = 7860
-"""Where `afa explore` serves unless it is told otherwise; links of a page lead there."""
+"""Where `afa explore` serves if the port is free and it is not told otherwise; links of a page lead there."""
 
 _MATRIX_CLASSES: Final = 50
 """Of more classes, the matrix has those that are confused most."""
