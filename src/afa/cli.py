@@ -281,7 +281,9 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         takes_keys = _NETWORK[1] in arguments
         more = "Any key is a flag, such as --model.weights FOLDER: afa keys lists them." if takes_keys else None
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}{'' if text.endswith('?') else '.'}", epilog=more)
+        command = commands.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}{'' if text.endswith('?') else '.'}", epilog=more
+        )
         command.set_defaults(run=run)
         for names, settings in arguments:
             command.add_argument(*names, **settings)
