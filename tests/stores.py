@@ -63,7 +63,14 @@ class FailingStore(MemoryFileSystem):  # type: ignore[misc]
         return super().find(path, *places, **named)
 
 
-fsspec.register_implementation("failing", FailingStore, clobber=True)
+@contextmanager
+def empty_store() -> Iterator[type[FailingStore]]:
+    """`failing://` without files or failures, of the class that the caller knows: doctests import this module, too."""
+    fsspec.register_implementation("failing", FailingStore, clobber=True)
+    FailingStore.store.clear()
+    FailingStore.failures = FailingStore.calls = FailingStore.cut = 0
+    yield FailingStore
+    FailingStore.store.clear()
 
 
 @contextmanager

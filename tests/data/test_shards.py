@@ -21,7 +21,7 @@ from afa.data.rows import Rows
 from afa.data.stores import expand
 from afa.errors import BrokenImageError
 from mistakes import refused, said
-from stores import FailingStore, jpeg, largest_file, samples, tar_of, write_shards
+from stores import FailingStore, empty_store, jpeg, largest_file, samples, tar_of, write_shards
 from tiny import assert_same_weights, tiny_config, train_tiny
 
 
@@ -33,10 +33,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def store() -> Iterator[type[FailingStore]]:
-    FailingStore.store.clear()
-    FailingStore.failures = FailingStore.calls = FailingStore.cut = 0
-    yield FailingStore
-    FailingStore.store.clear()
+    with empty_store() as found:
+        yield found
 
 
 def found(root: object, **keys: Any) -> DataSet:

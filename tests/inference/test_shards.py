@@ -21,7 +21,7 @@ from afa.api import predict, pseudo_labels
 from afa.cli import main
 from afa.data.palette import index_png
 from mistakes import said
-from stores import FailingStore, jpeg, largest_file, samples, tar_of, write_shards
+from stores import FailingStore, empty_store, jpeg, largest_file, samples, tar_of, write_shards
 from tiny import start_python, write_untrained
 
 CLASSES = ("cat", "dog")
@@ -35,10 +35,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def store() -> Iterator[type[FailingStore]]:
-    FailingStore.store.clear()
-    FailingStore.failures = FailingStore.calls = FailingStore.cut = 0
-    yield FailingStore
-    FailingStore.store.clear()
+    with empty_store() as found:
+        yield found
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def phase_steps(config: Config) -> list[tuple[int, int]]:
         First step and number of steps of each.
 
     >>> phase_steps(Config())
-    [(0, 2000), (2000, 4001), (6001, 13999)]
+    [(0, 2001), (2001, 4000), (6001, 13999)]
     """
     schedule = config.schedule
     bounds = [0, schedule.cls_steps, schedule.refined_steps + 1, schedule.max_steps]
