@@ -25,7 +25,7 @@ from afa.check.scale import parse_count
 from afa.check.tags import check_fast
 from afa.config import Config, DataConfig, config_to_dict, load_config
 from afa.data.classes import read_lines
-from afa.data.dataset import TaggedImages
+from afa.data.dataset import MaskedImages, TaggedImages
 from afa.data.images import level_warning, sample_peaks
 from afa.data.members import MemberPath
 from afa.data.open import DataSet, open_data
@@ -154,28 +154,31 @@ def train_and_report(
             say(f"warning: {warning}")
         progress = progress and processes.is_main
 
-        def show(network: AfaNetwork) -> Path | None:
-            return _show_running(config, data, run, network)
+        def show(network: AfaNetwork, scored: MaskedImages | None) -> Path | None:
+            return _show_running(config, data, scored, run, network)
 
         options: dict[str, Any] = {"processes": processes, "progress": progress}
         result = loop.train(config, data, run, device=device, resume=resume, show=show, **options)
         with result.log or contextlib.nullcontext() as log:
             if processes.is_main:
                 write_report(run, running=True)
-            scored = loop.open_validation(config, data)
-            score = _score_tags if scored is None else _score_masks
-            score(config, data, run, result.network, log, **options)
+            if result.scored is None:
+                _score_tags(config, data, run, result.network, log, **options)
+            else:
+                _score_masks(config, result.scored, run, result.network, log, **options)
         if processes.is_main:
             page = write_report(run)
             say(f"run folder {run}; open {page}")
 
 
-def _show_running(config: Config, data: DataSet, run: Path, network: AfaNetwork) -> Path | None:
+def _show_running(
+    config: Config, data: DataSet, scored: MaskedImages | None, run: Path, network: AfaNetwork
+) -> Path | None:
     """Draw the examples of a running training and write its page; returns the sheet. What fails there ends nothing."""
     sheet = None
     try:
         if config.train.example_images and config.data.val_list and data.has_validation:
-            images = loop.open_validation(config, data) or data.validation()
+            images = scored or data.validation()
             count = min(_LIVE_EXAMPLES, config.train.example_images)
             sheet = write_examples(network, images, run, config=config, count=count, progress=False)
         write_report(run, running=True)
@@ -186,7 +189,7 @@ def _show_running(config: Config, data: DataSet, run: Path, network: AfaNetwork)
 
 def _score_masks(
     config: Config,
-    data: DataSet,
+    scored: MaskedImages,
     run: Path,
     network: AfaNetwork,
     log: MetricsLog | None,
@@ -195,8 +198,6 @@ def _score_masks(
     progress: bool,
 ) -> None:
     """Score segmentation, CAM and propagated CAM, and draw examples, the worst and the best images."""
-    scored = loop.open_validation(config, data)
-    assert scored is not None
     tagged = all(scored.has_tags(index) for index in range(len(scored)))
     if not tagged and processes.is_main:
         say("some validation images have no tags: CAM and propagated CAM, which need them, are not scored")

@@ -11,9 +11,14 @@ import sys
 from pathlib import Path
 
 
+def rank_and_count() -> tuple[int, int]:
+    """Number of this process, and how many torchrun started; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_main() -> bool:
     """Whether this is the first of the processes that torchrun started, which prints and writes."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank_and_count()[0] == 0
 
 
 def is_restarted() -> bool:

@@ -32,6 +32,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from afa.elastic import rank_and_count
 from afa.errors import AfaError, GoneError
 from afa.peers import MEETING_MINUTES, Peers, meet
 
@@ -205,13 +206,13 @@ def process_group(device: torch.device) -> Iterator[Processes]:
         AfaError: Not all processes come; another process ended inside, for what it told or as a `GoneError`.
     """
     global _store, _joined
-    if _joined is not None or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    rank, count = rank_and_count()
+    if _joined is not None or count == 1:
         yield _joined or ALONE
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     limit = datetime.timedelta(minutes=MEETING_MINUTES)
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if _store is None:  # the first process may hold it, so it lasts as long as the process
         _store = next(rendezvous("env://", timeout=limit))[0]
     name = meet(_store, rank, count)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import io
 import re
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +13,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from chromium import chromium, watch
 from tiny import start_python
 
 pytest.importorskip("gradio", reason="gradio is not installed (afa[explore])")
 
 pytestmark = pytest.mark.slow
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WAIT = 60_000
 
 
@@ -42,13 +41,8 @@ def address(tiny_run: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A Chromium without a window."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium here")
-    with sync_api.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+    with chromium() as started:
+        yield started
 
 
 @pytest.fixture
@@ -56,11 +50,7 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     """The page, loaded; what the console says and which addresses were asked is checked at the end."""
     opened = browser.new_page(viewport={"width": 1400, "height": 1000})
     opened.set_default_timeout(WAIT)
-    said: list[str] = []
-    asked: list[str] = []
-    opened.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
-    opened.on("pageerror", lambda error: said.append(str(error)))
-    opened.on("request", lambda request: asked.append(request.url))
+    said, asked = watch(opened, errors_only=True)
     opened.goto(address)
     opened.wait_for_selector("#board .panes figure")
     yield opened

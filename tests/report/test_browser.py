@@ -5,7 +5,6 @@ Needs the package playwright and a Chromium of the system; skipped without them.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,15 @@ from typing import Any
 import pytest
 
 from afa.report.page import write_report
+from chromium import chromium, watch
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine"),
-    pytest.mark.filterwarnings("default"),
-]
+pytestmark = pytest.mark.filterwarnings("default")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    with chromium() as started:
+        yield started
 
 
 @pytest.fixture
@@ -35,11 +28,7 @@ def page(browser: Any, full: Path) -> Iterator[Any]:
     """The page of a finished run, found at its end to have logged nothing and loaded nothing but itself."""
     address = write_report(full).absolute().as_uri()
     page = browser.new_page(viewport={"width": 1000, "height": 700})
-    said: list[str] = []
-    asked: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
+    said, asked = watch(page)
     page.goto(address)
     yield page
     page.close()

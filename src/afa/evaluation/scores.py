@@ -17,29 +17,9 @@ from afa.config import SUPERVISION_NAMES
 from afa.data.dataset import MaskedImages
 from afa.evaluation.boundary import BoundaryConfusion
 from afa.evaluation.confusion import ConfusionMatrix, image_scores
+from afa.runs.run import ImageScore
 from afa.runtime import Processes
 from afa.types import IGNORE_INDEX
-
-
-@dataclass(frozen=True)
-class ImageScore:
-    """How well an image was segmented.
-
-    Attributes:
-        image: Its name.
-        iou: Percent, mean over the classes that its mask has, background included; None where its mask has none.
-        accuracy: Percent of its pixels that are right; None as `iou`.
-        truth: Class of the most frequent confusion, empty where all is right.
-        prediction: What that class was taken for.
-        share: Percent of the pixels that are so confused.
-    """
-
-    image: str
-    iou: float | None
-    accuracy: float | None
-    truth: str
-    prediction: str
-    share: float | None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from afa.model.backbone import BackboneOutput
 from afa.model.network import AfaNetwork
 from afa.pseudo.cam import ViewScore, scale_view
 from afa.pseudo.pipeline import infer_pseudo
+from afa.pseudo.scores import class_shares
 from afa.runtime import autocast
 from afa.types import NetworkOutput, normalize_image
 
@@ -200,11 +201,7 @@ def make_stages(
         made |= {key: torch.zeros_like(value) for key, value in made.items() if key.endswith("label")}
     views.text = None
     chosen = present[0] > 0
-    propagated = None
-    if walks:
-        # The walk weakens all scores of an isolated token alike; only the share of a class decides its label.
-        shares = made["propagated"] / made["propagated"].sum(0, keepdim=True).clamp(min=1e-12)  # (1 + C, H', W')
-        propagated = shares[1:][chosen]
+    propagated = class_shares(made["propagated"])[chosen] if walks else None
     prediction = certainty = None
     if text is None:
         scores = _prediction_scores(seen, config, tags if told else None)

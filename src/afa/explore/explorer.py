@@ -292,7 +292,7 @@ class Explorer:
         if old is None:
             raise AfaError("this run learned its classes and has no text encoder; words need model.classifier = text")
         vectors = embed_words(
-            [[part.strip() for part in word.split("|")] for word in words.split(",") if word.strip()],
+            _ways(words),
             model.background_words,
             backbone=model.backbone,
             weights=model.weights,
@@ -310,7 +310,12 @@ def word_names(words: str) -> tuple[str, ...]:
     >>> word_names("dog, cat | kitten,")
     ('dog', 'cat')
     """
-    return tuple(word.partition("|")[0].strip() for word in words.split(",") if word.strip())
+    return tuple(first for first, *_ in _ways(words))
+
+
+def _ways(words: str) -> list[list[str]]:
+    """The ways to say each word."""
+    return [[way.strip() for way in word.split("|")] for word in words.split(",") if word.strip()]
 
 
 def save_mask(

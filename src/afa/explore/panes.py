@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -18,6 +16,7 @@ from afa.data.palette import tint, voc_palette
 from afa.explore.encoded import EncodedImage, Look, Pixels, Stages, at_size
 from afa.explore.scores import mean_iou
 from afa.report.drawing import heat_map
+from afa.report.render import data_uri
 from afa.types import IGNORE_INDEX
 
 _DISPLAY: Final = 560
@@ -39,7 +38,7 @@ def show_stages(
     size = _display(seen)
     photo = Image.fromarray(seen.pixels).resize(size[::-1], Image.Resampling.BILINEAR)
     return {
-        "photo": _uri(photo, "JPEG", quality=85),
+        "photo": data_uri(photo, "JPEG", quality=85),
         "ratio": size[1] / size[0],
         "panes": list(_panes(seen, stages, config, classes, tags, size)),
         "legend": _legend(seen, stages, classes),
@@ -154,7 +153,7 @@ def _sheet(attention: Tensor, heads: int) -> str:
     draw = ImageDraw.Draw(sheet)
     for row in range(count // heads):
         draw.text((3, row * (size[0] + 4) + 2), f"block {row + 1}", fill="white", font=ImageFont.load_default(11))
-    return _uri(sheet, "JPEG", quality=85)
+    return data_uri(sheet, "JPEG", quality=85)
 
 
 def _display(seen: EncodedImage) -> tuple[int, int]:
@@ -171,19 +170,13 @@ def _pane(key: str, title: str, text: str, layer: str | None = "") -> dict[str, 
 
 def _heat(scores: Tensor, size: tuple[int, int]) -> str:
     half = (max(1, size[0] // 2), max(1, size[1] // 2))  # heat is smooth, and the browser enlarges it
-    return _uri(Image.fromarray(heat_map(scores.cpu(), half)), "JPEG", quality=85)
+    return data_uri(Image.fromarray(heat_map(scores.cpu(), half)), "JPEG", quality=85)
 
 
 def _label(label: Tensor, size: tuple[int, int]) -> str:
     color, weight = tint(at_size(label, size), alpha=0.75)
     layer = np.dstack([color, np.rint(255 * weight).astype(np.uint8)])
-    return _uri(Image.fromarray(layer), "PNG", compress_level=1)
-
-
-def _uri(image: Image.Image, form: str, **settings: Any) -> str:
-    encoded = io.BytesIO()
-    image.save(encoded, format=form, **settings)
-    return f"data:image/{form.lower()};base64,{base64.b64encode(encoded.getvalue()).decode()}"
+    return data_uri(Image.fromarray(layer), "PNG", compress_level=1)
 
 
 def _legend(seen: EncodedImage, stages: Stages, classes: Sequence[str]) -> list[dict[str, str]]:

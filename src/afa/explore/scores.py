@@ -94,8 +94,8 @@ def explain(seen: EncodedImage, stages: Stages, classes: Sequence[str], tags: ND
     """
     if stages.prediction is None or stages.certainty is None:
         return ["The segmentation knows only the classes of the run; CAM and pseudo label look for your words."]
-    scores = score_image(seen, stages, len(classes))
     if seen.truth is None:
+        scores = score_image(seen, stages, len(classes))
         lines = [
             "There is no mask of this image, so nothing measures the prediction. Its pixels are "
             f"{scores.certainty:.0f} % certain on average"

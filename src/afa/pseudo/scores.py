@@ -118,3 +118,11 @@ def present_scores(scores: Tensor, tags: Tensor, *, softmax: bool) -> Tensor:
 def valid_channels(tags: Tensor) -> Tensor:
     """Mark the background and the tagged classes: (B, C) -> (B, K) bool."""
     return torch.cat([torch.ones_like(tags[:, :1], dtype=torch.bool), tags > 0], 1)  # (B, K)
+
+
+def class_shares(propagated: Tensor) -> Tensor:
+    """(1 + C, h, w) walked scores -> (C, h, w) share of each class.
+
+    The walk weakens all scores of an isolated token alike; the label depends only on the class that they favor.
+    """
+    return (propagated / propagated.sum(0, keepdim=True).clamp(min=1e-12))[1:]

@@ -48,9 +48,10 @@ def collect_report(run: Path, *, running: bool = False) -> dict[str, Any]:
     config = folder.config()
     environment = folder.environment()
     scores = {kind: folder.scores(kind) for kind in LABEL_KINDS}
-    train = [line for line in folder.metrics() if line["kind"] == "train"]
+    metrics = folder.metrics()
+    train = [line for line in metrics if line["kind"] == "train"]
     last = train[-1] if train else {}
-    evaluated = [line for line in folder.metrics() if line["kind"] == "eval"]
+    evaluated = [line for line in metrics if line["kind"] == "eval"]
     ranked = rank_images(scores["seg"].get("images", ()))
 
     seconds = environment.get("seconds_train", last.get("seconds"))

@@ -19,9 +19,10 @@ from afa.data.split import VALIDATION
 from afa.errors import AfaError
 from afa.model.network import AfaNetwork
 from afa.pseudo.cam import multi_scale_cam
+from afa.pseudo.scores import class_shares
 from afa.pseudo.walk import mean_attention_affinity
 from afa.report.drawing import Token, blend_heat, blend_label, draw_star, draw_window, lay_out
-from afa.report.pictures import Seen, class_shares, evenly_spaced
+from afa.report.pictures import Seen, evenly_spaced
 from afa.runs.network import load_run
 from afa.runs.run import Run
 from afa.runtime import image_progress, pick_device

@@ -24,6 +24,7 @@ from afa.evaluation.protocols import image_tensor, logit_maps, pseudo_view
 from afa.evaluation.worth import Worth, spread_evenly, threshold_settings
 from afa.model.network import AfaNetwork
 from afa.pseudo.pipeline import infer_pseudo
+from afa.pseudo.scores import class_shares
 from afa.report.drawing import DISPLAY_SIZE, Pixels, blend_heat, blend_label, lay_out
 from afa.runs.files import write_whole
 from afa.runs.run import Run
@@ -289,11 +290,3 @@ def _threshold_pictures(network: AfaNetwork, config: Config, seen: Seen) -> dict
         label = seen.infer(network, settings.pseudo, "initial_label")["initial_label"]
         drawn[name] = blend_label(seen.picture, label)
     return drawn
-
-
-def class_shares(propagated: Tensor) -> Tensor:
-    """(1 + C, h, w) walked scores -> (C, h, w) share of each class.
-
-    The walk weakens all scores of an isolated token alike; the label depends only on the class that they favor.
-    """
-    return (propagated / propagated.sum(0, keepdim=True).clamp(min=1e-12))[1:]

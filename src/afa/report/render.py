@@ -25,11 +25,18 @@ def render_page(name: str, /, **values: Any) -> str:
     return _environment().get_template(f"{name}.html.j2").render(**values)
 
 
-def data_uri(picture: Image.Image) -> str:
-    """A picture as text for an `<img>`, as JPEG: a sixth of its PNG, and a page holds dozens."""
+def data_uri(picture: Image.Image, form: str = "JPEG", **settings: Any) -> str:
+    """A picture as text for an `<img>`.
+
+    Args:
+        picture: Of any mode that Pillow turns into RGB, or for `PNG` saves as it is.
+        form: `PNG`, or `JPEG`: a sixth of it, and a page holds dozens.
+        settings: How Pillow saves it; none saves a JPEG without visible loss.
+    """
     buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, format="JPEG", quality=90, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    saved = picture.convert("RGB") if form == "JPEG" else picture
+    saved.save(buffer, format=form, **(settings or {"quality": 90, "subsampling": 0}))
+    return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def fixed(value: float | None, form: str = "{:.1f}") -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -12,6 +13,27 @@ import msgspec
 from afa.config import Config, config_to_toml, load_config
 from afa.errors import AfaError
 from afa.runs.files import write_whole
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """How well an image was segmented.
+
+    Attributes:
+        image: Its name.
+        iou: Percent, mean over the classes that its mask has, background included; None where its mask has none.
+        accuracy: Percent of its pixels that are right; None as `iou`.
+        truth: Class of the most frequent confusion, empty where all is right.
+        prediction: What that class was taken for.
+        share: Percent of the pixels that are so confused.
+    """
+
+    image: str
+    iou: float | None
+    accuracy: float | None
+    truth: str
+    prediction: str
+    share: float | None
 
 
 class Run:
@@ -242,15 +264,6 @@ def _write_object(path: Path, value: Mapping[str, Any]) -> None:
     write_whole(path, json.dumps(value, indent=2) + "\n", durable=True)
 
 
-class _Image(TypedDict):
-    image: str
-    iou: float | None
-    accuracy: float | None
-    truth: str
-    prediction: str
-    share: float | None
-
-
 class _Figures(TypedDict, total=False):
     """What an evaluation must hold if it has such a key."""
 
@@ -263,7 +276,7 @@ class _Figures(TypedDict, total=False):
     boundary_iou: float | None
     per_class: dict[str, float | None]
     confusion: list[list[int]] | None
-    images: list[_Image]
+    images: list[ImageScore]
 
 
 def _read_figures(path: Path) -> dict[str, Any]:

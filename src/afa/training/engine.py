@@ -194,9 +194,7 @@ class TrainingEngine:
             batch: This process's share of the batch, on the device.
         """
         self.collect()
-        trained, self.trained = self.trained, self.network
         output, pairs = self.attend(batch)
-        self.trained = trained
         assert output.attention is not None
         head, scale = self.network.affinity_head, self.network.attention_factor
         head.calibrate(output.attention, pairs, scale=scale, total=self.processes.total)
@@ -205,7 +203,7 @@ class TrainingEngine:
         self._affinity_is_set = bool(head.mix.weight.any())
 
     def attend(self, batch: Batch) -> tuple[NetworkOutput, Tensor]:
-        """Affinity and attention of a batch without learning, and which pairs of its tokens the loss could count.
+        """Affinity and attention that `network` gives a batch, and which pairs of its tokens the loss could count.
 
         Args:
             batch: On the device.
@@ -213,7 +211,9 @@ class TrainingEngine:
         Returns:
             Output of a CAM pass; (B, hw, hw) bool, both tokens in the valid box and within the radius.
         """
-        output = self._score(encoded(batch) if batch.frozen else normalize_image(batch.image.float() / 255), True)
+        image = encoded(batch) if batch.frozen else normalize_image(batch.image.float() / 255)
+        with autocast(self.device, self.config.train.precision):
+            output = self.network.score(image, True)
         inside = inside_box(batch.valid_box, batch.image.shape[2], batch.image.shape[3])  # (B, H, W)
         grid = (output.class_scores.shape[2], output.class_scores.shape[3])
         tokens = token_label(torch.where(inside, 0, IGNORE_INDEX), grid)  # (B, h, w)

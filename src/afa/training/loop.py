@@ -45,6 +45,10 @@ _FREE_KEYS = frozenset(
 """Keys that may differ between a run and its resumption, because they do not change the weights."""
 
 
+ShowFunction = Callable[[AfaNetwork, MaskedImages | None], Path | None]
+"""(network, what it is scored on) -> a sheet of examples, if one was drawn."""
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """Result of a finished run, in memory.
@@ -53,12 +57,14 @@ class TrainResult:
         network: Trained network, in evaluation mode.
         classes: Names of the C foreground classes.
         seconds: Time spent in training steps, all resumptions added up.
+        scored: What the run is scored on; None as of `open_validation`.
         log: What the run is told to, for what comes after; the caller closes it. None but in the main process.
     """
 
     network: AfaNetwork
     classes: tuple[str, ...]
     seconds: float
+    scored: MaskedImages | None = None
     log: MetricsLog | None = None
 
 
@@ -95,7 +101,7 @@ def train(
     processes: Processes = ALONE,
     resume: bool = False,
     progress: bool = True,
-    show: Callable[[AfaNetwork], Path | None] | None = None,
+    show: ShowFunction | None = None,
 ) -> TrainResult:
     """Train a network and write its run folder, up to the final weights; from tags, or as `train.supervision` says.
 
@@ -149,7 +155,7 @@ def train(
             _write_environment(run, engine, seconds)
         processes.wait()
         unfinished.pop_all()
-    return TrainResult(network, images.classes, seconds, log)
+    return TrainResult(network, images.classes, seconds, scored, log)
 
 
 def _restore(run: Path, engine: TrainingEngine) -> tuple[int, float]:
@@ -206,7 +212,7 @@ class _Loop:
         seconds: float,
         *,
         progress: bool,
-        show: Callable[[AfaNetwork], Path | None] | None,
+        show: ShowFunction | None,
     ) -> None:
         self.show = show
         self.run_folder = run
@@ -293,7 +299,7 @@ class _Loop:
             self.log.write({"kind": "eval", "step": self.step} | {key: figures[key] for key in keys})
             say(f"step {self.step}: segmentation mIoU {result.miou:.1f} on {result.num_images} images")
         if self.log is not None:
-            self.log.show(self.step, sheet=self.show(network) if self.show else None, result=result)
+            self.log.show(self.step, sheet=self.show(network, self.scored) if self.show else None, result=result)
         # Neither the training time nor the rate includes evaluation.
         self._began += time.perf_counter() - paused
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from afa.config import Config, config_to_dict
-from afa.errors import AfaError
+from afa.errors import AfaError, first_line
 from afa.runs.run import Run
 from afa.runtime import say
 
@@ -167,7 +167,7 @@ class Trackers:
                     with contextlib.suppress(Exception):
                         tracker.close(failed=True)
                 raise AfaError(
-                    f"{name} does not start ({_first_line(error)}); mend that, or leave it out of train.trackers"
+                    f"{name} does not start ({_short_line(error)}); mend that, or leave it out of train.trackers"
                 ) from None
         if self._open:
             run.write_tracker_ids(ids | {name: tracker.id for name, tracker in self._open.items()})
@@ -195,9 +195,9 @@ class Trackers:
             call(*values, **settings)
         except Exception as error:  # whatever a library may raise
             del self._open[name]
-            say(f"warning: {name} gets no more figures ({_first_line(error)}); the training goes on without it")
+            say(f"warning: {name} gets no more figures ({_short_line(error)}); the training goes on without it")
 
 
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+def _short_line(error: Exception) -> str:
+    line = first_line(error)
     return line if len(line) <= 200 else f"{line[:200]}..."

@@ -23,6 +23,7 @@ from afa.data.readers.tag_files import found_tags
 from afa.data.shards import SUFFIXES, TAR, Index, Shard, ShardCache, Shards
 from afa.data.split import SIDES, side_of
 from afa.data.stores import expand, find_files, is_remote, read_bytes
+from afa.elastic import rank_and_count
 from afa.errors import AfaError, shown
 from afa.runs.files import write_whole
 from afa.runtime import image_progress, read_ahead
@@ -100,7 +101,7 @@ def read_indices(shards: Sequence[Shard], *, progress: bool = True) -> dict[Shar
     Each of several processes begins at another shard.
     """
     failed: dict[Shard, AfaError] = {}
-    rank, count = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, count = rank_and_count()
     turn = len(shards) * rank // count
     missing = [shard for shard in (*shards[turn:], *shards[:turn]) if not shard.has_index]
     if missing:
