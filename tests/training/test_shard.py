@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,13 @@ TOLERANCE = 1e-5
 
 
 def shard_config(root: Path) -> Config:
-    keys = {"train.shard": True, "schedule.grad_clip": 1.0, "train.save_steps": 3, "train.eval_steps": 3}
+    keys: dict[str, Any] = {
+        "train.shard": True,
+        "model.affinity_init": "calibrated",
+        "schedule.grad_clip": 1.0,
+        "train.save_steps": 3,
+        "train.eval_steps": 3,
+    }
     return tiny_config(root, NO_DROPOUT | keys)
 
 
