@@ -54,6 +54,14 @@ def load_eager(backbone: Any) -> Any:
     return eager.eval()
 
 
+TEXT_KEYS: dict[str, Any] = {
+    "model.backbone": "clip_mini", "model.classifier": "text", "model.freeze_blocks": 4, "model.affinity_blocks": 1,
+    "model.text_embeddings": "", "pseudo.propagation": "none", "pseudo.scales": "1", "pseudo.mirror": "false",
+    "evaluation.short_side": 48,
+}  # fmt: skip
+"""Settings of a small run whose classes are found by their names."""
+
+
 def write_embeddings(folder: Path, names: Sequence[str], width: int, **more: Any) -> Path:
     """A folder of text embeddings: random vectors, the same for the same names."""
     folder.mkdir(parents=True, exist_ok=True)

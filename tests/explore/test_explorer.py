@@ -7,6 +7,8 @@ import socket
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,12 @@ from afa.explore.explorer import FORMS, ExploredRun, Explorer, change_settings, 
 from afa.explore.panes import show_look, show_stages
 from afa.explore.scores import explain, mean_iou
 from afa.explore.serve import listen, serve
-from afa.pseudo.walk import mean_attention_affinity
+from afa.model.attention import ATTENTION_NAME
+from afa.model.vit import TokenBackbone
+from afa.pseudo.cam import scale_view
 from afa.report.confusion import EXPLORER_PORT
-from encoders import write_embeddings
+from afa.types import normalize_image
+from encoders import TEXT_KEYS, write_embeddings
 from mistakes import refused
 from tiny import write_untrained
 
@@ -37,11 +42,8 @@ CLASSES = ("cat", "dog", "cow")
 KINDS: dict[str, dict[str, Any]] = {
     "mit_tiny": {},
     "dinov2_tiny_reg": {"pseudo.propagation": "attention", "model.affinity_blocks": 1},
-    "clip_mini": {
-        "model.classifier": "text", "model.freeze_blocks": 4, "model.affinity_blocks": 1, "pseudo.propagation": "none",
-        "pseudo.scales": "1", "pseudo.mirror": "false", "evaluation.short_side": 48, "model.text_embeddings": "",
-    },
-}  # fmt: skip
+    "clip_mini": TEXT_KEYS,
+}
 
 
 def open_untrained(folder: Path, backbone: str, keys: dict[str, Any] | None = None) -> ExploredRun:
@@ -92,18 +94,62 @@ def test_a_look_is_a_row_of_attention_and_affinity(run: ExploredRun) -> None:
     output, token = seen.attention, look.row * width + look.column
     logits = output.attention_logits
     assert logits is not None
-    rows = (logits.float() * output.attention_scale).softmax(-1)[0, :, token]
-    torch.testing.assert_close(look.attention.flatten(1), rows)
-    both = mean_attention_affinity(logits, scale=output.attention_scale)[0, token]
-    columns = (logits.float() * output.attention_scale).softmax(-1)[0, :, :, token].mean(0)
-    torch.testing.assert_close((look.attention.mean(0).flatten() + columns) / 2, both)
     assert output.affinity is not None
+    if run.network.text is None:  # else the recorded blocks are those that follow the levels
+        rows = (logits.float() * output.attention_scale).softmax(-1)[0, :, token]
+        last = torch.cat(look.attention[-run.config.model.affinity_blocks :])
+        torch.testing.assert_close(last.flatten(1), rows, atol=1e-4, rtol=1e-2)
     assert torch.equal(look.affinity.flatten(), output.affinity[0, token])
     corner = look_from(seen, 1.0, 1.0)
     assert (corner.row, corner.column) == (height - 1, width - 1)
-    shown = show_look(seen, look, blocks=run.config.model.affinity_blocks, which=1, learned=True)
+    shown = show_look(seen, look, block=1, head=1, learned=True)
     assert shown["look"][0]["title"] == "attention, block 1, head 1"
-    assert shown["sheet"]["heads"] * shown["sheet"]["blocks"] == len(look.attention)
+    assert shown["sheet"]["heads"] == [len(each) for each in look.attention]
+
+
+def test_the_attention_of_every_block_and_head_is_that_of_the_encoder(run: ExploredRun) -> None:
+    """Against the attention weights that transformers itself computes, special tokens left out."""
+    seen = EncodedImage(run.network, run.config, random_pixels())
+    backbone, look = run.network.backbone, look_from(seen, 0.6, 0.3)
+    layers, prefix = backbone.attention_layers(), backbone.num_prefix_tokens
+    taken: dict[int, torch.Tensor] = {}
+    encoder = backbone.encoder
+    with eager(encoder):
+        hooks = [
+            layer.module.register_forward_hook(lambda _module, _inputs, made, at=at: taken.update({at: made[1]}))
+            for at, layer in enumerate(layers)
+        ]
+        view = scale_view(normalize_image(seen.image), seen.largest)
+        with torch.inference_mode():
+            if isinstance(backbone, TokenBackbone):
+                grid = backbone._grid(view)
+                backbone._run(range(backbone.shape.depth), backbone._embed(view, grid), [], grid)
+            else:
+                backbone(view)
+        for hook in hooks:
+            hook.remove()
+    assert len(layers) == len(look.attention) == len(taken)
+    for at, (layer, maps) in enumerate(zip(layers, look.attention, strict=True)):
+        height, width = layer.query_grid(*view.shape[2:])
+        token = int(0.3 * height) * width + int(0.6 * width)
+        weights = taken[at][0, :, prefix + token, prefix:].float()
+        assert maps.shape == (layer.heads, *layer.key_grid(*view.shape[2:]))
+        expected = weights / weights.sum(1, keepdim=True)
+        torch.testing.assert_close(maps.flatten(1), expected, atol=1e-4, rtol=1e-2)
+    every = look.attention_map()
+    assert float(every.sum()) == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(look.attention_map(1), look.attention[0].mean(0))
+    torch.testing.assert_close(look.attention_map(1, 1), look.attention[0][0])
+
+
+@contextmanager
+def eager(encoder: Any) -> Iterator[None]:
+    """Let an encoder compute attention weights by transformers' own function, which returns them."""
+    encoder.config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        encoder.config._attn_implementation = ATTENTION_NAME
 
 
 def test_without_tags_all_labels_are_background(run: ExploredRun) -> None:
@@ -135,7 +181,7 @@ def test_other_words_are_looked_for_by_runs_with_a_text_encoder_alone(tmp_path: 
     assert "your words" in explain(seen, stages, ("zebra", "horse"), tags)[0]
     # The words of the run come back.
     assert make_stages(seen, run.config, np.ones(3, dtype=np.float32)).cam.shape[0] == 3
-    with refused(words, "'unicorn'"):
+    with refused(words, "'unicorn'", "type words that it has"):
         explorer.text("unicorn")
     with refused("has no text encoder"):
         Explorer(open_untrained(tmp_path / "mit", "mit_tiny")).text("zebra")

@@ -112,7 +112,7 @@ def run_eager(backbone: Any, eager: Any, image: Tensor) -> tuple[list[Tensor], l
     if not isinstance(backbone, TokenBackbone):
         assert len(found.hidden_states) == 4
         return list(found.hidden_states), [maps]
-    prefix = backbone._num_prefix_tokens
+    prefix = backbone.num_prefix_tokens
     levels = [
         nn.functional.layer_norm(found.hidden_states[level], (backbone.shape.width,)) for level in backbone.levels[:-1]
     ]
@@ -149,7 +149,7 @@ TOKEN_CASES = [(name, size) for name in SMALL for size in ((64, 64), (32, 96), (
 def test_outputs_equal_transformers(name: str, image_size: tuple[int, int]) -> None:
     backbone, image = random_backbone(name), random_image(image_size)
     if name in SMALL:
-        assert backbone._num_prefix_tokens == NUM_PREFIX_TOKENS[name]
+        assert backbone.num_prefix_tokens == NUM_PREFIX_TOKENS[name]
     tolerance = 1e-4 if name in SMALL else 1e-5
     assert_equals_eager(backbone, load_eager(backbone), image, renormalize(image, name), tolerance=tolerance)
 

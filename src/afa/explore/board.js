@@ -64,9 +64,13 @@ function render() {
   find(".panes").innerHTML = state.panes.map(figure).join("");
   find(".look").innerHTML = state.look.map(figure).join("");
   if (state.sheet) {
-    find(".sheet").src = state.sheet.src;
-    find(".sheet-text").textContent = `Attention from the star in the last blocks: ${state.sheet.blocks} rows of blocks, ` +
-      `${state.sheet.heads} columns of heads. Choose one under "Attention map" to enlarge it.`;
+    const { src, heads, block, head } = state.sheet;
+    const columns = 1 + Math.max(...heads);
+    find(".sheet img").src = src;
+    find(".sheet-text").textContent = `Attention of the encoder from the star: ${heads.length} rows of blocks, the first ` +
+      `at the top; first their mean, then their heads, up to ${columns - 1}. Click one to enlarge it.`;
+    find(".mark").style.cssText = block ? `left:${(100 * head) / columns}%;top:${(100 * (block - 1)) / heads.length}%;` +
+      `width:${100 / columns}%;height:${100 / heads.length}%` : "display:none";
   }
   choices(find(".left"), "now:pseudo");
   choices(find(".right"), "now:prediction");
@@ -83,18 +87,39 @@ function take(value) {
     link.click();
   }
   Object.assign(state, value, { download: null });
+  root.classList.remove("busy");
   render();
+  if (waiting) setTimeout(() => { waiting = false; step(0); });
+}
+
+// Presses that come while an image is encoded add up.
+let [waiting, steps] = [false, 0];
+function step(by) {
+  steps += by;
+  if (waiting || !steps) return;
+  waiting = true;
+  root.classList.add("busy");
+  trigger("step", { by: steps });
+  steps = 0;
 }
 
 function open(file) {
   if (!file) return;
   const reader = new FileReader();
+  root.classList.add("busy");
   reader.onload = () => trigger("photo", { name: file.name, data: reader.result.slice(reader.result.indexOf(",") + 1) });
+  reader.onerror = () => take({ message: `${file.name}: it cannot be read` });
   reader.readAsDataURL(file);
 }
 
 const look = (x, y) => trigger("point", { x: Math.min(0.999, Math.max(0, x)), y: Math.min(0.999, Math.max(0, y)) });
 
+find(".sheet").addEventListener("click", (event) => {
+  const [box, heads] = [find(".sheet img").getBoundingClientRect(), state.sheet?.heads ?? []];
+  const row = Math.floor((heads.length * (event.clientY - box.top)) / box.height);
+  const head = Math.floor(((1 + Math.max(...heads)) * (event.clientX - box.left)) / box.width);
+  if (head <= heads[row]) trigger("map", { block: row + 1, head });
+});
 root.addEventListener("click", (event) => {
   const target = event.target.closest(".stack");
   if (!target) return;
@@ -121,10 +146,12 @@ find(".keep").onclick = () => {
 };
 for (const select of [find(".left"), find(".right")]) select.onchange = wipe;
 document.addEventListener("keydown", (event) => {
-  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (!step || event.ctrlKey || event.altKey || event.metaKey || event.target.closest?.("input, textarea, select, [role]")) return;
-  trigger("step", { by: step });
+  const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (!by || event.ctrlKey || event.altKey || event.metaKey || event.target.closest?.("input, textarea, select, [role]")) return;
+  step(by);
 });
+document.addEventListener("afa-step", (event) => step(event.detail));
+document.addEventListener("afa-busy", () => root.classList.add("busy"));
 document.addEventListener("dragover", (event) => { event.preventDefault(); root.classList.add("dropping"); });
 document.addEventListener("dragleave", () => root.classList.remove("dropping"));
 document.addEventListener("drop", (event) => {

@@ -20,13 +20,14 @@ from torch.nn.functional import interpolate
 
 from afa.config import Config
 from afa.evaluation.protocols import LogitMaps, crf, image_tensor, logit_maps, pseudo_view, through_crf
+from afa.model.attention import watch
 from afa.model.backbone import BackboneOutput
 from afa.model.network import AfaNetwork
 from afa.pseudo.cam import ViewScore, scale_view
 from afa.pseudo.pipeline import infer_pseudo
 from afa.pseudo.scores import class_shares
 from afa.runtime import autocast
-from afa.types import NetworkOutput, normalize_image
+from afa.types import NetworkOutput, RawAttention, normalize_image
 
 if TYPE_CHECKING:
     from afa.model.language import TextClassifier
@@ -44,13 +45,21 @@ class KeptViews(ViewScore):
         network: In eval mode.
         image: (1, 3, H, W) RGB in [0, 1].
         precision: Arithmetic of the network.
+        watched: Scale of the view, not mirrored, whose attention is kept.
+
+    Attributes:
+        attention: Queries and keys of all blocks in that view, float16; none before it was encoded.
+        size: (height, width) of that view, pixels.
     """
 
-    def __init__(self, network: AfaNetwork, image: Tensor, precision: str) -> None:
+    def __init__(self, network: AfaNetwork, image: Tensor, precision: str, watched: float) -> None:
         self.network = network
         self.text: TextClassifier | None = None
         self._normalized = normalize_image(image)
         self._precision = precision
+        self._watched = watched
+        self.attention: list[RawAttention] = []
+        self.size = (0, 0)
         self._encoded: dict[tuple[float, bool], BackboneOutput] = {}
         self._scored: dict[tuple[object, ...], NetworkOutput] = {}
 
@@ -83,8 +92,14 @@ class KeptViews(ViewScore):
         if (scale, flip) not in self._encoded:
             view = scale_view(self._normalized, scale)
             view = view.flip(-1) if flip else view
-            with autocast(view.device, self._precision):
-                encoded: BackboneOutput = self.network.backbone(view, attention=not flip)
+            backbone = self.network.backbone
+            watched = scale == self._watched and not flip
+            modules = [layer.module for layer in backbone.attention_layers()] if watched else []
+            with autocast(view.device, self._precision), watch(modules, backbone.num_prefix_tokens) as taken:
+                encoded: BackboneOutput = backbone(view, attention=not flip)
+            if watched:
+                self.attention = [RawAttention(each.query.half(), each.key.half()) for each in taken]
+                self.size = (view.shape[2], view.shape[3])
             self._encoded[scale, flip] = replace(encoded, features=encoded.features[-1:])
         return self._encoded[scale, flip]
 
@@ -117,10 +132,10 @@ class EncodedImage:
         self.pixels = pixels
         self.truth = truth
         self.image = pseudo_view(image_tensor(pixels, device=next(network.parameters()).device), config)
-        self.views = KeptViews(network, self.image, config.train.precision)
+        self.largest = max(config.pseudo.scales)
+        self.views = KeptViews(network, self.image, config.train.precision, self.largest)
         plain = replace(config, evaluation=config.evaluation.with_crf(False))
         (self.maps,) = logit_maps(network, [pixels], plain)
-        self.largest = max(config.pseudo.scales)
         self.tags = self._found() if tags is None else tags
         with torch.inference_mode():
             for scale in config.pseudo.scales:  # now, so that no slider waits for them
@@ -137,7 +152,7 @@ class EncodedImage:
 
     @cached_property
     def attention(self) -> NetworkOutput:
-        """The unflipped pass at the largest scale, with attention and affinity."""
+        """The unflipped pass at the largest scale, with the affinity."""
         with torch.inference_mode():
             return self.views.view(self.largest, (False,), True)
 
@@ -232,16 +247,33 @@ class Look:
     """What one token of an image looks at.
 
     Attributes:
-        row: Its place in the grid.
+        row: Its place in the grid of the affinity.
         column: Likewise.
-        attention: (n, h, w) attention of each block and head; the heads of a block follow one another.
+        attention: (heads, h, w) attention of each block, which sums to 1; grids of keys differ where an encoder reduces
+            them.
         affinity: (h, w) learned affinity, in (0, 1).
     """
 
     row: int
     column: int
-    attention: Tensor
+    attention: tuple[Tensor, ...]
     affinity: Tensor
+
+    def attention_map(self, block: int = 0, head: int = 0) -> Tensor:
+        """(h, w) attention of a block and head, from 1; 0 is the mean over the heads, or over all blocks and heads."""
+        if block:
+            heads = self.attention[block - 1]
+            return heads[head - 1] if head else heads.mean(0)
+        size = max((each.shape[1:] for each in self.attention), key=torch.Size.numel)
+        means = [each.mean(0)[None, None] for each in self.attention]
+        shares = [interpolate(each, size=size, mode="bilinear")[0, 0] for each in means]
+        return torch.stack([each / each.sum() for each in shares]).mean(0)
+
+
+def _token(x: float, y: float, grid: tuple[int, int]) -> tuple[int, int]:
+    """(row, column) of the token at a point."""
+    row, column = (min(side - 1, max(0, int(at * side))) for at, side in zip((y, x), grid, strict=True))
+    return row, column
 
 
 @torch.inference_mode()
@@ -253,15 +285,18 @@ def look_from(seen: EncodedImage, x: float, y: float) -> Look:
         x: Place from the left, 0 to 1.
         y: Place from the top, 0 to 1.
     """
-    output, (height, width) = seen.attention, seen.grid
-    row, column = (min(side - 1, max(0, int(at * side))) for at, side in ((y, height), (x, width)))
-    token = row * width + column
-    assert output.attention is not None
-    assert output.affinity is not None
-    query, key = output.attention.query[0, :, token], output.attention.key[0]  # (n, d), (n, hw, d)
-    logits = (key.float() @ query.float()[:, :, None])[:, :, 0] * output.attention_scale  # (n, hw)
-    affinity = output.affinity[0, token].float()  # (hw)
-    return Look(row, column, logits.softmax(-1).view(-1, height, width), affinity.view(height, width))
+    grid, layers = seen.grid, seen.views.network.backbone.attention_layers()
+    row, column = _token(x, y, grid)
+    affinity = seen.attention.affinity
+    assert affinity is not None
+    size, attention = seen.views.size, []
+    for layer, block in zip(layers, seen.views.attention, strict=True):
+        queries = layer.query_grid(*size)
+        at, across = _token(x, y, queries)
+        query, key = block.query[0, :, at * queries[1] + across].float(), block.key[0].float()  # (n, d), (n, h w, d)
+        logits = (key @ query[:, :, None])[:, :, 0] * query.shape[1] ** -0.5  # (n, h w)
+        attention.append(logits.softmax(-1).unflatten(1, layer.key_grid(*size)))
+    return Look(row, column, tuple(attention), affinity[0, row * grid[1] + column].float().view(grid))
 
 
 def at_size(label: Tensor, size: Sequence[int]) -> Pixels:

@@ -42,7 +42,7 @@ from afa.runs.run import Run
 if TYPE_CHECKING:
     from afa.model.language import TextClassifier
 
-_KEPT: Final = 6
+_KEPT: Final = 4
 _PHOTOS: Final = 8
 _RESTS_SECONDS: Final = 3.0
 
@@ -298,6 +298,7 @@ class Explorer:
             weights=model.weights,
             embeddings=model.text_embeddings,
             templates=model.text_templates,
+            remedy="type words that it has",
         )
         device = old.classes.device
         made = TextClassifier(vectors.classes, vectors.background, sharpness=model.text_sharpness)

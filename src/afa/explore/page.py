@@ -22,6 +22,8 @@ from afa.explore.scores import ORDERS, explain
 
 _LISTED: Final = 1000
 
+_SAY_BUSY: Final = "(...inputs) => { document.dispatchEvent(new Event('afa-busy')); return inputs; }"
+
 _WALKS: Final = ("affinity", "attention", "none")
 _SLIDERS: Final = {
     "Background scores": (
@@ -88,10 +90,12 @@ class Page:
         html, css, script = ((folder / f"board.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
         with gr.Blocks(title=f"afa: {self.run.path.name}", analytics_enabled=False, fill_width=True) as self.blocks:
             gr.Markdown(self._heading())
-            with gr.Row():
-                with gr.Column(scale=1, min_width=300):
-                    self._add_widgets()
-                with gr.Column(scale=4, min_width=320):
+            with gr.Row(elem_id="afa-layout"):
+                with gr.Column(min_width=280, elem_id="afa-images"):
+                    self._add_images()
+                with gr.Column(min_width=280, elem_id="afa-settings"):
+                    self._add_settings()
+                with gr.Column(min_width=280, elem_id="afa-board"):
                     self.board = gr.HTML(
                         value={}, html_template=html, css_template=css, js_on_load=script, apply_default_css=False,
                         elem_id="board",
@@ -106,8 +110,8 @@ class Page:
             text += f"Compared with {self.explorer.other.path.name}. "
         return f"{text}{self.run.note}"
 
-    def _add_widgets(self) -> None:
-        names, classes = self.explorer.names[:_LISTED], self.run.classes
+    def _add_images(self) -> None:
+        names = self.explorer.names[:_LISTED]
         self.key, self.point = gr.State(""), gr.State(None)
         has = bool(names)
         orders = [(text, key) for key, text in ORDERS.items() if key != "iou" or self.run.has_masks]
@@ -119,7 +123,10 @@ class Page:
             self.back = gr.Button("← previous", size="sm", min_width=80)
             self.next = gr.Button("next →", size="sm", min_width=80)
         self.status = gr.Markdown(visible=has)
-        self.tags = gr.CheckboxGroup(list(classes), label="tags that the pseudo label is told")
+        self.timer = gr.Timer(2, active=has)
+
+    def _add_settings(self) -> None:
+        self.tags = gr.CheckboxGroup(list(self.run.classes), label="tags that the pseudo label is told")
         self.told = gr.Checkbox(label="tell the prediction the tags, too")
         self.words = gr.Textbox(
             label="other words (dog, cat | kitten); Enter looks for them", visible=self.run.network.text is not None
@@ -135,21 +142,16 @@ class Page:
                 if title.startswith("Refinement"):
                     self._add("pseudo.dilations", gr.Textbox(label="dilations, pixels"))
         self._add("crf", gr.Checkbox(label="dense CRF on prediction and pseudo label (takes about a second)"))
-        heads, blocks = self._maps()
-        names_of = ["mean", *(map_name(each, heads) for each in range(1, heads * blocks + 1))]
-        self.which = gr.Dropdown(names_of, value="mean", type="index", label="Attention map")
+        layers = self.run.network.backbone.attention_layers()
+        self.maps = [(0, 0), *((b, head) for b, layer in enumerate(layers, 1) for head in range(1 + layer.heads))]
+        names_of = [map_name(*each) for each in self.maps]
+        self.which = gr.Dropdown(names_of, value=names_of[0], type="index", label="Attention map")
         self.reset = gr.Button("settings of the run", size="sm")
         with gr.Accordion("Save", open=False):
             self.kind = gr.Radio(["prediction", "pseudo"], value="prediction", label="which label")
             self.form = gr.Dropdown(FORMS, value="png", label="format")
             self.save = gr.Button("save the mask", size="sm")
             self.toml = gr.Button("save the settings (TOML for afa train --config)", size="sm")
-        self.timer = gr.Timer(2, active=has)
-
-    def _maps(self) -> tuple[int, int]:
-        """How many heads a block has, and how many blocks are read."""
-        blocks = self.run.config.model.affinity_blocks
-        return self.run.network.backbone.num_attention_maps // blocks, blocks
 
     def _add(self, key: str, widget: Any) -> None:
         widget.value = _value(self.run.config, key)
@@ -159,17 +161,17 @@ class Page:
     def _connect(self) -> None:
         shown = [self.image, self.key, self.point, self.tags, self.board]
         quick: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
-        slow = quick | {"show_progress": "minimal"}
+        slow = quick | {"js": _SAY_BUSY}
         self.blocks.load(self._load, self.inputs, shown, **slow)
         self.image.input(self._choose, [self.image, *self.inputs], shown, **slow)
         self.order.input(self._order, [self.order, *self.inputs], shown, **slow)
         for button, by in ((self.back, -1), (self.next, 1)):
-            step = gr.State(by)
-            button.click(self._step, [step, self.order, self.image, *self.inputs], shown, **slow)
-        self.board.step(self._step_key, [self.order, self.image, *self.inputs], shown, **slow)
-        self.board.photo(self._photo, self.inputs, shown, **slow)
+            button.click(None, js=f"() => document.dispatchEvent(new CustomEvent('afa-step', {{detail: {by}}}))")
+        self.board.step(self._step, [self.order, self.image, *self.inputs], shown, **quick)
+        self.board.photo(self._photo, self.inputs, shown, **quick)
         self.board.point(self._look, self.inputs, [self.point, self.board], **quick)
         self.which.input(self._look_again, self.inputs, [self.board], **quick)
+        self.board.map(self._look_at_map, self.inputs, [self.which, self.board], **quick)
         changes = [each.submit if isinstance(each, gr.Textbox) else each.input for each in self.controls]
         gr.on([*changes, self.tags.input, self.told.input], self._redraw, self.inputs, [self.board], **quick)
         self.words.submit(self._look_for, self.inputs, [self.tags, self.board], **slow)
@@ -202,11 +204,7 @@ class Page:
         return self._open(names[0], _asked(inputs)) | {self.image: gr.update(choices=names, value=names[0])}
 
     @_answer
-    def _step(self, by: int, order: str, name: str, *inputs: Any) -> Any:
-        return self._open(self._neighbor(by, order, name), _asked(inputs))
-
-    @_answer
-    def _step_key(self, event: gr.EventData, order: str, name: str, *inputs: Any) -> Any:
+    def _step(self, event: gr.EventData, order: str, name: str, *inputs: Any) -> Any:
         return self._open(self._neighbor(event.by, order, name), _asked(inputs))
 
     @_answer
@@ -226,6 +224,12 @@ class Page:
     def _look_again(self, *inputs: Any) -> Any:
         asked = _asked(inputs)
         return {self.board: self._from_point(self._seen(asked), asked.point, asked.which)}
+
+    @_answer
+    def _look_at_map(self, event: gr.EventData, *inputs: Any) -> Any:
+        asked, which = _asked(inputs), self.maps.index((int(event.block), int(event.head)))
+        board = self._from_point(self._seen(asked), asked.point, which)
+        return {self.which: map_name(*self.maps[which]), self.board: board}
 
     @_answer
     def _redraw(self, *inputs: Any) -> Any:
@@ -334,8 +338,8 @@ class Page:
         }
 
     def _from_point(self, seen: EncodedImage, point: Sequence[float] | None, which: int) -> dict[str, Any]:
-        look, (_, blocks) = look_from(seen, *(point or (0.5, 0.5))), self._maps()
-        return show_look(seen, look, blocks=blocks, which=which, learned=self.run.learned_affinity)
+        look, (block, head) = look_from(seen, *(point or (0.5, 0.5))), self.maps[which]
+        return show_look(seen, look, block=block, head=head, learned=self.run.learned_affinity)
 
     def _download(self, name: str, content: bytes) -> dict[Any, Any]:
         return {

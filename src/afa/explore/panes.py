@@ -15,12 +15,13 @@ from afa.config import Config
 from afa.data.palette import tint, voc_palette
 from afa.explore.encoded import EncodedImage, Look, Pixels, Stages, at_size
 from afa.explore.scores import mean_iou
-from afa.report.drawing import heat_map
+from afa.report.drawing import heat_map, heat_maps
 from afa.report.render import data_uri
 from afa.types import IGNORE_INDEX
 
 _DISPLAY: Final = 560
-_SMALL: Final = 112
+_SMALL: Final = 96
+_GAP: Final = 3
 
 
 def show_stages(
@@ -102,21 +103,19 @@ class _Judged:
         return "" if found is None else f" IoU with the mask: {found:.0f} %."
 
 
-def show_look(seen: EncodedImage, look: Look, *, blocks: int, which: int, learned: bool) -> dict[str, Any]:
+def show_look(seen: EncodedImage, look: Look, *, block: int, head: int, learned: bool) -> dict[str, Any]:
     """The panes of a point: attention, learned affinity, and a sheet of all blocks and heads.
 
     Args:
         seen: The image.
         look: From the point.
-        blocks: How many blocks the maps are of.
-        which: 0 for the mean of all maps, else the number of one, from 1.
+        block: Whose attention is shown large, from 1; 0 for the mean of all.
+        head: Likewise; 0 for the mean over the heads.
         learned: Whether the affinity was learned.
     """
     size, (height, width) = _display(seen), seen.grid
-    count = len(look.attention)
-    heads = count // blocks
-    chosen = look.attention.mean(0) if which == 0 else look.attention[which - 1]
-    title = "attention, mean" if which == 0 else f"attention, {map_name(which, heads)}"
+    title = f"attention, {map_name(block, head)}"
+    chosen = look.attention_map(block, head)
     affinity = "Which places the affinity head takes for the same class as the star: the walk follows it."
     if not learned:
         affinity += " This run did not train it, so it is noise."
@@ -131,29 +130,44 @@ def show_look(seen: EncodedImage, look: Look, *, blocks: int, which: int, learne
             _pane("attention", title, "What the encoder looks at from the star.", _heat(chosen[None], size)),
             _pane("affinity", "learned affinity", affinity, _heat(look.affinity[None], size)),
         ],
-        "sheet": {"src": _sheet(look.attention, heads), "heads": heads, "blocks": blocks},
+        "sheet": {
+            "src": _sheet(look, size),
+            "heads": [len(each) for each in look.attention],
+            "block": block,
+            "head": head,
+        },
     }
 
 
-def map_name(which: int, heads: int) -> str:
-    """Name of an attention map by its number, from 1."""
-    block, head = divmod(which - 1, heads)
-    return f"block {block + 1}, head {head + 1}"
+def map_name(block: int, head: int) -> str:
+    """Name of an attention map; see `Look.attention_map`."""
+    if block == 0:
+        return "mean of all"
+    return f"block {block}, head {head}" if head else f"block {block}, mean"
 
 
-def _sheet(attention: Tensor, heads: int) -> str:
-    """All maps, (n, h, w): a row a block, a column a head."""
-    count, height, width = attention.shape
-    shrink = _SMALL / max(height, width)
-    size = (max(1, round(height * shrink)), max(1, round(width * shrink)))
-    sheet = Image.new("RGB", (heads * (size[1] + 4), count // heads * (size[0] + 4)))
-    for index, each in enumerate(attention):
-        row, column = divmod(index, heads)
-        sheet.paste(Image.fromarray(heat_map(each[None], size)), (column * (size[1] + 4), row * (size[0] + 4)))
-    draw = ImageDraw.Draw(sheet)
-    for row in range(count // heads):
-        draw.text((3, row * (size[0] + 4) + 2), f"block {row + 1}", fill="white", font=ImageFont.load_default(11))
-    return data_uri(sheet, "JPEG", quality=85)
+def _sheet(look: Look, display: tuple[int, int]) -> str:
+    """All maps: a row a block, its mean before its heads."""
+    shrink = _SMALL / max(display)
+    size = (max(1, round(display[0] * shrink)), max(1, round(display[1] * shrink)))
+    columns = 1 + max(map(len, look.attention))
+    sheet = np.zeros((len(look.attention), size[0] + _GAP, columns, size[1] + _GAP, 3), dtype=np.uint8)
+    for row, heads in enumerate(look.attention):
+        maps = heat_maps(torch.cat([heads.mean(0, keepdim=True), heads]).cpu(), size)
+        sheet[row, : size[0], : len(maps), : size[1]] = maps.swapaxes(0, 1)
+    picture = Image.fromarray(sheet.reshape(sheet.shape[0] * sheet.shape[1], -1, 3))
+    draw = ImageDraw.Draw(picture)
+    for row in range(len(look.attention)):
+        place = (3, row * (size[0] + _GAP) + 2)
+        draw.text(
+            place,
+            f"block {row + 1}",
+            fill="white",
+            font=ImageFont.load_default(11),
+            stroke_width=1,
+            stroke_fill="black",
+        )
+    return data_uri(picture, "JPEG", quality=85)
 
 
 def _display(seen: EncodedImage) -> tuple[int, int]:

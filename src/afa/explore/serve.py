@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import webbrowser
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -129,8 +130,10 @@ def page_app(explorer: Explorer, port: int) -> Any:
     page.blocks.queue(default_concurrency_limit=4)
     font = ["system-ui", "sans-serif"]
     theme = gr.themes.Default(font=font, font_mono=["ui-monospace", "monospace"])
+    layout = Path(__file__).with_name("layout.css")
     app = gr.mount_gradio_app(
         fastapi.FastAPI(openapi_url=None), page.blocks, path="/", server_name=_HOST, server_port=port, theme=theme,
-        footer_links=[], run_history=False, ssr_mode=False, pwa=False, allowed_paths=[], max_file_size=1,
+        css_paths=[layout], footer_links=[], run_history=False, ssr_mode=False, pwa=False,
+        allowed_paths=[], max_file_size=1,
     )  # fmt: skip
     return _Guard(app, frozenset({f"{_HOST}:{port}", f"localhost:{port}"}))

@@ -19,6 +19,7 @@ ATTENTION_NAME: Final = "afa"
 """Name under which the function is registered with transformers."""
 
 _RECORDER: Final = "afa_recorder"
+_WATCHER: Final = "afa_watcher"
 _AGREEMENT: Final = "afa_agreement"
 
 
@@ -28,13 +29,14 @@ class Recorder:
     Args:
         modules: Attention modules that are recorded, in the order in which they run.
         num_prefix_tokens: Class and register tokens, which are left out: before the product, not after it.
+        name: Attribute of the modules that says where they find it.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], num_prefix_tokens: int = 0) -> None:
+    def __init__(self, modules: Iterable[nn.Module], num_prefix_tokens: int = 0, *, name: str = _RECORDER) -> None:
         self.num_prefix_tokens = num_prefix_tokens
         self._taken: list[RawAttention] | None = None
         for module in modules:
-            setattr(module, _RECORDER, self)
+            setattr(module, name, self)
 
     @contextlib.contextmanager
     def listen(self, wanted: bool = True) -> Iterator[list[RawAttention]]:
@@ -52,6 +54,22 @@ class Recorder:
             return
         first = self.num_prefix_tokens
         self._taken.append(RawAttention(query[:, :, first:], key[:, :, first:]))  # (B, heads, hw, d)
+
+
+@contextlib.contextmanager
+def watch(modules: Sequence[nn.Module], num_prefix_tokens: int) -> Iterator[list[RawAttention]]:
+    """A list that receives queries and keys of modules as they run, whatever else records them.
+
+    Args:
+        modules: Attention modules; keys may be fewer than queries.
+        num_prefix_tokens: As of `Recorder`.
+    """
+    try:
+        with Recorder(modules, num_prefix_tokens, name=_WATCHER).listen() as taken:
+            yield taken
+    finally:
+        for module in modules:
+            delattr(module, _WATCHER)
 
 
 class Agreement:
@@ -119,9 +137,10 @@ def attention_forward(
     Returns:
         (B, N, heads, d) and None, as transformers expects.
     """
-    recorder: Recorder | None = getattr(module, _RECORDER, None)
-    if recorder is not None:
-        recorder.take(query, key)
+    for name in (_RECORDER, _WATCHER):
+        recorder: Recorder | None = getattr(module, name, None)
+        if recorder is not None:
+            recorder.take(query, key)
     agreement: Agreement | None = getattr(module, _AGREEMENT, None)
     if agreement is not None and agreement.listens:
         weights = ((query * (scaling or query.shape[-1] ** -0.5)) @ key.transpose(2, 3)).softmax(-1)  # (B, heads, N, M)

@@ -57,6 +57,32 @@ class Encoded:
         return Encoded(tuple(feature[:count] for feature in self.features), self.class_scores[:count])
 
 
+@dataclass(frozen=True)
+class AttentionLayer:
+    """The attention of one block.
+
+    Attributes:
+        module: What calls `afa.model.attention.attention_forward`.
+        heads: Number of its heads.
+        stride: Pixels per query along a side, counts rounded up.
+        reduction: Queries per key along a side, counts rounded down.
+    """
+
+    module: nn.Module
+    heads: int
+    stride: int
+    reduction: int = 1
+
+    def query_grid(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) queries of an image of this size, pixels."""
+        return -(-height // self.stride), -(-width // self.stride)
+
+    def key_grid(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) keys of it."""
+        rows, columns = self.query_grid(height, width)
+        return rows // self.reduction, columns // self.reduction
+
+
 def join_attention(blocks: Sequence[RawAttention]) -> RawAttention:
     """Put the heads of several blocks side by side."""
     return RawAttention(
@@ -74,6 +100,7 @@ class Backbone(nn.Module, ABC):
         attention_scale: Factor that the encoder itself applies to Q K^T, 1 / sqrt(d).
         min_size: Smallest height and width that it takes, pixels.
         freeze_blocks: Number of blocks, counted from the image, that are frozen together with what precedes them.
+        num_prefix_tokens: Tokens before those of the image: of the class, registers.
     """
 
     channels: tuple[int, ...]
@@ -82,6 +109,7 @@ class Backbone(nn.Module, ABC):
     attention_scale: float
     min_size: int
     freeze_blocks: int = 0
+    num_prefix_tokens: int = 0
 
     @abstractmethod
     def forward(self, image: Tensor, *, attention: bool = False) -> BackboneOutput:
@@ -91,6 +119,10 @@ class Backbone(nn.Module, ABC):
             image: (B, 3, H, W) normalized image, H and W at least `min_size`.
             attention: Also return the raw attention of the last blocks.
         """
+
+    @abstractmethod
+    def attention_layers(self) -> Sequence[AttentionLayer]:
+        """The attention of all blocks, in the order in which they run."""
 
     def attention_of_levels(self, features: Sequence[Tensor]) -> RawAttention:
         """The attention that `forward` returns, from feature maps that were kept.

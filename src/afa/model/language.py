@@ -87,7 +87,7 @@ class LanguageBackbone(TokenBackbone):
         self.channels = (*(shape.width,) * (feature_levels - 1), shape.language)
         self._attending = self.levels[:-1][-attention_blocks:]
         modules = [attention_of(block) for block in self._blocks[max(0, last - _AGREEING_BLOCKS) : last]]
-        self._agreement = Agreement(modules, self._num_prefix_tokens)
+        self._agreement = Agreement(modules, self.num_prefix_tokens)
 
     def _build(self, size: str, weights: str, drop_path: float) -> Any:
         """The image encoder; what leads from it into the space of the text encoder becomes `self.projection`."""
@@ -136,7 +136,7 @@ class LanguageBackbone(TokenBackbone):
 
     def _feature(self, level: int, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, D, h, w) tokens after `level` blocks, normed without weights."""
-        patches = nn.functional.layer_norm(hidden[:, self._num_prefix_tokens :], (self.shape.width,))  # (B, hw, D)
+        patches = nn.functional.layer_norm(hidden[:, self.num_prefix_tokens :], (self.shape.width,))  # (B, hw, D)
         return _as_map(patches, grid)
 
     def _heads(self, tokens: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class LanguageBackbone(TokenBackbone):
 
     def _projected(self, hidden: Tensor, agreement: Tensor) -> Tensor:
         """(B, p + hw, D) tokens before the last block, (B, hw, hw) -> (B, hw, E)."""
-        first = self._num_prefix_tokens
+        first = self.num_prefix_tokens
         block: Any = self._blocks[-1]
         attention, normed = block.self_attn, block.layer_norm1(hidden)
         query, key, value = (

@@ -15,7 +15,7 @@ from transformers import SegformerConfig, SegformerModel
 
 from afa.errors import AfaError
 from afa.model.attention import ATTENTION_NAME, Recorder
-from afa.model.backbone import Backbone, BackboneOutput, join_attention
+from afa.model.backbone import AttentionLayer, Backbone, BackboneOutput, join_attention
 from afa.model.families import MIT_SIZES, MitSize
 from afa.model.layers import speed_up
 from afa.model.weights import Architecture, build_encoder
@@ -91,6 +91,16 @@ class MixTransformer(Backbone):
                 hidden = stage.layer_norm(hidden).unflatten(1, (height, width)).permute(0, 3, 1, 2)  # (B, C, h, w)
                 features.append(hidden)
         return BackboneOutput(tuple(features), join_attention(taken) if attention else None)
+
+    def attention_layers(self) -> Sequence[AttentionLayer]:
+        """One a block, whose keys are reduced in all stages but the last; see `Backbone.attention_layers`."""
+        config = self.encoder.config
+        sizes = zip(self.encoder.stages, config.num_attention_heads, self.strides, config.sr_ratios, strict=True)
+        return [
+            AttentionLayer(block.attention, heads, stride, reduction)
+            for stage, heads, stride, reduction in sizes
+            for block in stage.blocks
+        ]
 
     def frozen_modules(self) -> Sequence[nn.Module]:
         """Patch embedding, blocks and final norm of each stage, as far as they are frozen."""

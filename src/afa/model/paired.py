@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from afa.errors import AfaError
-from afa.model.backbone import Backbone, BackboneOutput
+from afa.model.backbone import AttentionLayer, Backbone, BackboneOutput
 from afa.model.registry import BACKBONES, build_backbone
 from afa.types import RawAttention
 
@@ -50,6 +50,7 @@ class PairedBackbone(Backbone):
         self.attention_scale = first.attention_scale
         self.min_size = first.min_size
         self.freeze_blocks = first.freeze_blocks
+        self.num_prefix_tokens = first.num_prefix_tokens
 
     def forward(self, image: Tensor, *, attention: bool = False) -> BackboneOutput:
         """Encode a batch; see `Backbone.forward`."""
@@ -68,6 +69,10 @@ class PairedBackbone(Backbone):
     def attention_of_levels(self, features: Sequence[Tensor]) -> RawAttention:
         """That of the first encoder; see `Backbone.attention_of_levels`."""
         return self.first.attention_of_levels(features)
+
+    def attention_layers(self) -> Sequence[AttentionLayer]:
+        """Those of the first encoder; see `Backbone.attention_layers`."""
+        return self.first.attention_layers()
 
     def frozen_modules(self) -> Sequence[torch.nn.Module]:
         """Those of the first encoder, and the whole second one."""

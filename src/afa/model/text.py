@@ -47,6 +47,7 @@ def embed_words(
     weights: str,
     embeddings: str = "",
     templates: Sequence[str] = ("a photo of a {}",),
+    remedy: str = "state words that it has (classes.txt: NAME: WORD | WORD), or leave model.text_embeddings empty",
 ) -> WordEmbeddings:
     """Turn the words of classes and of the background into vectors.
 
@@ -57,6 +58,7 @@ def embed_words(
         weights: Folder or hub id of the image encoder: its text encoder is used unless there is a file.
         embeddings: Folder with `embeddings.safetensors`, (N, E), and `names.json`; empty: none.
         templates: Sentences with {} in the place of the word, whose vectors are averaged; a file has its own.
+        remedy: What to do about words that the file lacks, for the message.
 
     Raises:
         AfaError: A word is empty or longer than the text encoder takes; two classes have the same words; no background
@@ -83,8 +85,7 @@ def embed_words(
             near = difflib.get_close_matches(_folded(missing[0]), known, n=3)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             raise AfaError(
-                f"{embeddings}: has no vector for {missing[0]!r} ({len(missing)} words missing); {hint}state words "
-                "that it has (classes.txt: NAME: WORD | WORD), or leave model.text_embeddings empty"
+                f"{embeddings}: has no vector for {missing[0]!r} ({len(missing)} words missing); {hint}{remedy}"
             )
         free = [word for word in free if _folded(word) in known]
         vectors = {word: known[_folded(word)] for word in (*free, *(word for each in words for word in each))}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from afa.errors import AfaError
 from afa.model.attention import ATTENTION_NAME, Recorder
-from afa.model.backbone import Backbone, BackboneOutput, join_attention
+from afa.model.backbone import AttentionLayer, Backbone, BackboneOutput, join_attention
 from afa.model.families import TOKEN_FAMILIES, TOKEN_SIZES
 from afa.model.layers import speed_up
 from afa.model.weights import Architecture, build_encoder
@@ -84,9 +84,9 @@ class TokenBackbone(Backbone):
         self.freeze_blocks = freeze_blocks
         self._first_recorded = shape.depth - attention_blocks
         tokens = [self._part(path) for path in (*self.family.placed_tokens, *self.family.unplaced_tokens)]
-        self._num_prefix_tokens = sum(token.numel() // shape.width for token in tokens)
+        self.num_prefix_tokens = sum(token.numel() // shape.width for token in tokens)
         recorded = [attention_of(block) for block in self._blocks[self._first_recorded :]]
-        self._recorder = Recorder(recorded, self._num_prefix_tokens)
+        self._recorder = Recorder(recorded, self.num_prefix_tokens)
         self._positions: dict[tuple[int, int], Tensor] = {}
         self._positions_of: tuple[int, int] = (0, 0)
         self._rotation: dict[str, Any] = {}
@@ -127,6 +127,10 @@ class TokenBackbone(Backbone):
         # Not -(-a // b), which ONNX rounds to the other side.
         patch = self.shape.patch
         return (image.shape[2] + patch - 1) // patch, (image.shape[3] + patch - 1) // patch
+
+    def attention_layers(self) -> Sequence[AttentionLayer]:
+        """One a block, over all patches; see `Backbone.attention_layers`."""
+        return [AttentionLayer(attention_of(block), self.shape.heads, self.shape.patch) for block in self._blocks]
 
     def frozen_modules(self) -> Sequence[nn.Module]:
         """Embeddings, the first blocks, and after the last block the final norm."""
@@ -205,7 +209,7 @@ class TokenBackbone(Backbone):
 
     def _feature(self, level: int, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, D, h, w) feature map of the tokens after `level` blocks."""
-        patches = hidden[:, self._num_prefix_tokens :]  # (B, hw, D)
+        patches = hidden[:, self.num_prefix_tokens :]  # (B, hw, D)
         if level == self.shape.depth:
             patches = self._part(self.family.norm)(patches)
         else:

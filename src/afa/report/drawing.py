@@ -81,6 +81,9 @@ def heat_colors(values: NDArray[np.float64]) -> Pixels:
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
+_HEAT_COLORS: Final[Pixels] = heat_colors(np.linspace(0.0, 1.0, 256))
+
+
 def blend_heat(image: Pixels, scores: Tensor) -> Pixels:
     """Lay scores over an image as one heat map; the photograph stays visible as gray.
 
@@ -106,11 +109,26 @@ def heat_map(scores: Tensor, size: tuple[int, int]) -> Pixels:
     Returns:
         (height, width, 3) uint8.
     """
-    heat = scores.float().amax(0)[None, None] if len(scores) else scores.new_zeros(1, 1, 1, 1, dtype=torch.float32)
-    heat = interpolate(heat, size=size, mode="bilinear", align_corners=False, antialias=True)[0, 0]
-    heat = heat - heat.min()
-    stretched: NDArray[np.float64] = (heat / heat.max().clamp(min=1e-6)).cpu().double().numpy()
-    return heat_colors(stretched)
+    highest = scores.float().amax(0)[None] if len(scores) else scores.new_zeros(1, 1, 1, dtype=torch.float32)
+    (colors,) = heat_maps(highest, size)
+    return colors
+
+
+def heat_maps(scores: Tensor, size: tuple[int, int]) -> Pixels:
+    """Heat maps of several things, each stretched to the whole range of colors.
+
+    Args:
+        scores: (n, h, w), any range.
+        size: (height, width) of a map.
+
+    Returns:
+        (n, height, width, 3) uint8.
+    """
+    heat = interpolate(scores.float()[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
+    heat = heat - heat.amin((1, 2), keepdim=True)
+    heat = heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-6)
+    levels: Pixels = (255 * heat).round().to(torch.uint8).cpu().numpy()
+    return _HEAT_COLORS[levels]
 
 
 def blend_label(image: Pixels, label: Tensor) -> Pixels:
