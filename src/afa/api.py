@@ -41,8 +41,6 @@ from afa.evaluation.evaluate import first_images
 from afa.evaluation.scores import EvaluationResult
 from afa.evaluation.tags import TagResult, evaluate_tags
 from afa.evaluation.worth import measure_worth
-from afa.explore.explorer import ExploredRun, Explorer
-from afa.explore.serve import require_gradio, serve
 from afa.formats.voc_test import SubmissionCheck, check_voc_test
 from afa.formats.write import mask_items, parse_formats, write_format
 from afa.inference import files as prediction
@@ -826,6 +824,9 @@ def explore(
     Raises:
         AfaError: Not a run folder; no data set in `data`; gradio is missing; the port is taken.
     """
+    from afa.explore.explorer import ExploredRun, Explorer  # transformers would come with it
+    from afa.explore.serve import require_gradio, serve
+
     require_gradio()
     where = pick_device(device)
     other = None if compare is None else ExploredRun.open(compare, data, where)

@@ -118,7 +118,7 @@ def show_look(seen: EncodedImage, look: Look, *, block: int, head: int, learned:
     chosen = look.attention_map(block, head)
     affinity = "Which places the affinity head takes for the same class as the star: the walk follows it."
     if not learned:
-        affinity += " This run did not train it, so it is noise."
+        affinity = "This run did not train its affinity head (loss.affinity_weight is 0), so there is nothing to see."
     return {
         "point": {
             "x": (look.column + 0.5) / width,
@@ -128,7 +128,7 @@ def show_look(seen: EncodedImage, look: Look, *, block: int, head: int, learned:
         },
         "look": [
             _pane("attention", title, "What the encoder looks at from the star.", _heat(chosen[None], size)),
-            _pane("affinity", "learned affinity", affinity, _heat(look.affinity[None], size)),
+            _pane("affinity", "learned affinity", affinity, _heat(look.affinity[None], size) if learned else None),
         ],
         "sheet": {
             "src": _sheet(look, size),

@@ -110,7 +110,7 @@ def heat_map(scores: Tensor, size: tuple[int, int]) -> Pixels:
         (height, width, 3) uint8.
     """
     highest = scores.float().amax(0)[None] if len(scores) else scores.new_zeros(1, 1, 1, dtype=torch.float32)
-    (colors,) = heat_maps(highest, size)
+    colors: Pixels = heat_maps(highest, size)[0]
     return colors
 
 
@@ -128,7 +128,8 @@ def heat_maps(scores: Tensor, size: tuple[int, int]) -> Pixels:
     heat = heat - heat.amin((1, 2), keepdim=True)
     heat = heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-6)
     levels: Pixels = (255 * heat).round().to(torch.uint8).cpu().numpy()
-    return _HEAT_COLORS[levels]
+    colors: Pixels = _HEAT_COLORS[levels]
+    return colors
 
 
 def blend_label(image: Pixels, label: Tensor) -> Pixels:
