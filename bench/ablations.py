@@ -35,7 +35,7 @@ from afa.demo.shapes import DEFAULT_STYLE
 from afa.demo.write import write_shapes
 from afa.errors import AfaError
 from afa.runs.run import Run
-from afa.runtime import pick_device, say
+from afa.runtime import pick_device, say, showing_progress
 from afa.training.loop import train
 
 CONFIGS: Final = Path(__file__).parents[1] / "configs"
@@ -187,7 +187,8 @@ def pretrained_encoder(out: Path, *, steps: int) -> Path:
     device = pick_device(config.train.device)
     data = open_data(config.data)
     resume = Run(run).exists
-    result = train(config, data, run, device=device, resume=resume, progress=False)
+    with showing_progress(False):
+        result = train(config, data, run, device=device, resume=resume)
     network: Any = result.network.cpu()
     partial = encoder.with_name("encoder.partial")
     network.backbone.encoder.save_pretrained(partial)

@@ -39,7 +39,7 @@ def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import tiny_config
 
     run = tmp_path_factory.mktemp("tiny") / "run"
-    train_and_report(tiny_config(tiny_data), run, progress=False)
+    train_and_report(tiny_config(tiny_data), run)
     return run
 
 

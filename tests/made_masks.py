@@ -74,7 +74,7 @@ def write_made(
 ) -> tuple[list[MaskItem], FormatResult]:
     """Write items below a folder and convert them, to FOLDER/out; settings are those of `write_format`."""
     items = write_items(folder, masks, names=names)
-    settings = {"classes": CLASSES, "progress": False} | settings
+    settings = {"classes": CLASSES} | settings
     return items, write_format(format, items, out_dir=folder / "out", **settings)
 
 

@@ -32,13 +32,13 @@ def test_train_takes_a_configuration_a_file_or_a_folder(
     tiny_data: Path, tiny_run: Path, tiny_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     once = {"schedule.max_steps": 1, "data.val_list": ""}
-    predictor = afa.train(tiny_config(tiny_data), tmp_path / "one", progress=False, **{"train.example_images": 0})
+    predictor = afa.train(tiny_config(tiny_data), tmp_path / "one", **{"train.example_images": 0})
     assert_same_weights(tmp_path / "one", tiny_run)
     assert predictor.loaded is not None
     assert (predictor.loaded.origin, predictor.device.type) == (tmp_path / "one", "cpu")
     stored = afa.load_config(tmp_path / "one" / "config.toml")
     assert config_to_dict(stored) == config_to_dict(tiny_config(tiny_data, {"train.example_images": 0}))
-    afa.train(tiny_run / "config.toml", tmp_path / "two", progress=False, **once)
+    afa.train(tiny_run / "config.toml", tmp_path / "two", **once)
     assert afa.load_config(tmp_path / "two" / "config.toml").schedule.max_steps == 1
     capsys.readouterr()
     predictor = afa.train(tiny_table, tmp_path / "three", **(CPU | once | {"model.weights": ""}))
@@ -63,19 +63,19 @@ def test_the_configuration_of_an_old_run_means_what_the_run_did(tiny_run: Path, 
         run / "config.toml": ("uniform", "exact", "batch"),
         own: ("kaiming", "truncated", "process"),
     }
-    train_and_report(training_config(file=run / "config.toml")[0], run, resume=True, progress=False)
+    train_and_report(training_config(file=run / "config.toml")[0], run, resume=True)
 
 
 def test_evaluate_predict_and_pseudo_labels_are_the_commands(
     tiny_run: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = afa.evaluate(tiny_run, tiny_data, labels="cam", limit=3, progress=False)
+    result = afa.evaluate(tiny_run, tiny_data, labels="cam", limit=3)
     main(["evaluate", str(tiny_run), "--data", str(tiny_data), "--labels", "cam", "--limit", "3", "--json", "-"])
     figures = json.loads(capsys.readouterr().out)
     assert {**result.to_json(), "seconds": 0} == {**figures, "seconds": 0}
 
     images = tiny_data / "JPEGImages" / "val_00000.jpg"
-    summary = afa.predict(tiny_run, images, tmp_path / "a", formats="coco,voc", overlay=False, progress=False)
+    summary = afa.predict(tiny_run, images, tmp_path / "a", formats="coco,voc", overlay=False)
     assert (summary.written, summary.failed) == (1, ())
     assert [written.format for written in summary.formats] == ["coco", "voc"]
     main(["predict", str(tiny_run), str(images), "--out", str(tmp_path / "b"), "--format", "coco"])
@@ -85,9 +85,7 @@ def test_evaluate_predict_and_pseudo_labels_are_the_commands(
 
     names = tmp_path / "names.txt"
     names.write_text("train_00001\n")
-    summary = afa.pseudo_labels(
-        tiny_run, tiny_data, tmp_path / "c", list_file=str(names), formats="voc", progress=False
-    )
+    summary = afa.pseudo_labels(tiny_run, tiny_data, tmp_path / "c", list_file=str(names), formats="voc")
     assert [path.name for path in (tmp_path / "c" / "masks").iterdir()] == ["train_00001.png"]
     assert (tmp_path / "c" / "voc" / "labelmap.txt").is_file()
 
@@ -98,9 +96,9 @@ def test_formats_leave_out_images_that_failed(tiny_run: Path, tiny_data: Path, t
     images.mkdir()
     for name in ("val_00000.jpg", "val_00001.jpg"):
         shutil.copyfile(tiny_data / "JPEGImages" / name, images / name)
-    afa.predict(tiny_run, images, out, overlay=False, progress=False)
+    afa.predict(tiny_run, images, out, overlay=False)
     (images / "val_00001.jpg").write_bytes(b"broken")
-    summary = afa.predict(tiny_run, images, out, formats="coco", overlay=False, progress=False)
+    summary = afa.predict(tiny_run, images, out, formats="coco", overlay=False)
     assert (summary.written, len(summary.failed), summary.formats[0].num_images) == (1, 1, 1)
     names = [image["file_name"] for image in json.loads((out / "coco.json").read_text())["images"]]
     assert names == ["val_00000.jpg"]
@@ -120,10 +118,10 @@ def test_a_command_opens_its_data_set_once(tiny_table: Path, tmp_path: Path, com
     """The folder of images is listed once, and the tags are read once."""
     with Opened.recorded() as paths:
         if command == "check":
-            afa.check_data(tiny_table, fast=True, progress=False)
+            afa.check_data(tiny_table, fast=True)
         else:
             once = {"schedule.max_steps": 1, "model.weights": "", "train.example_images": 0}
-            afa.train(tiny_table, tmp_path / "run", progress=False, **(CPU | once))
+            afa.train(tiny_table, tmp_path / "run", **(CPU | once))
     opened = [Path(path) for path in paths if path.startswith(str(tiny_table))]
     assert opened.count(tiny_table / "images") == 1
     assert opened.count(tiny_table / "tags.csv") == 1

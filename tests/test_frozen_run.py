@@ -38,7 +38,7 @@ def keys(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.fixture(scope="module")
 def run(keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("frozen") / "run"
-    afa.train(load_config(None, keys, preset="frozen"), run, progress=False)
+    afa.train(load_config(None, keys, preset="frozen"), run)
     return run
 
 
@@ -60,19 +60,19 @@ def test_the_words_travel_with_the_weights(run: Path, keys: dict[str, Any]) -> N
 
 
 def test_every_command_takes_it(run: Path, keys: dict[str, Any], tiny_data: Path, tmp_path: Path) -> None:
-    scores = [afa.evaluate(run, tiny_data, labels=labels, progress=False, **CPU).to_json()["miou"]
+    scores = [afa.evaluate(run, tiny_data, labels=labels, **CPU).to_json()["miou"]
               for labels in ("seg", "cam", "propagated", "initial", "refined")]  # fmt: skip
     assert all(np.isfinite(scores))
     report = json.loads((run / "report.json").read_text())
     assert scores[:3] == [report["miou"], report["cam_miou"], report["propagated_miou"]]
-    assert np.isfinite(afa.evaluate(run, tiny_data, protocol="multiscale+crf", limit=2, progress=False, **CPU).miou)
-    assert pseudo_labels(run, tiny_data, tmp_path / "labels", progress=False, **CPU).written > 0
+    assert np.isfinite(afa.evaluate(run, tiny_data, protocol="multiscale+crf", limit=2, **CPU).miou)
+    assert pseudo_labels(run, tiny_data, tmp_path / "labels", **CPU).written > 0
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8))
     prediction = afa.Predictor.from_run(run, device="cpu")(picture)
     other = afa.Predictor.from_pretrained(export(run, tmp_path / "hub", format="hf"), device="cpu")(picture)
     assert np.array_equal(prediction.label, other.label)
     export(run, tmp_path / "net.pt2", format="torch")
-    cost = check_data(load_config(None, keys, preset="frozen"), progress=False)["training"]
+    cost = check_data(load_config(None, keys, preset="frozen"))["training"]
     assert cost["cache_seconds"] > 0
     assert cost["seconds"] > cost["cache_seconds"]
 
@@ -82,7 +82,7 @@ def test_scoring_runs_the_encoder_once_an_image(run: Path) -> None:
     images = open_data(config.data).masked()
     seen = []
     network.backbone.register_forward_hook(lambda *_: seen.append(1))
-    evaluate_each(network, images, config, SCORED_LABELS, progress=False)
+    evaluate_each(network, images, config, SCORED_LABELS)
     assert len(seen) == len(images)
 
 
@@ -96,7 +96,7 @@ def test_a_resumed_run_ends_the_same(run: Path, keys: dict[str, Any], tmp_path: 
     step.mkdir()
     for file in (run / "checkpoints" / "step_00000004").iterdir():
         (step / file.name).write_bytes(file.read_bytes())
-    afa.train(config, other, resume=True, progress=False)
+    afa.train(config, other, resume=True)
     assert_same_weights(run, other)
 
 

@@ -89,7 +89,7 @@ def test_no_mask_of_the_data_set_is_opened(pets: Path, tmp_path: Path) -> None:
 def test_python(pets: Path, tmp_path: Path) -> None:
     keys = {"model.backbone": "clip_mini", "model.weights": "", "model.freeze_blocks": 4, "train.device": "cpu"}
     keys |= {"model.text_embeddings": str(pets.parent / "words")}
-    summary = afa.masks(pets, tmp_path / "out", progress=False, **keys)
+    summary = afa.masks(pets, tmp_path / "out", **keys)
     assert summary.num_images == 5
     assert summary.written.written == 5
     with refused("model.classifier is learned"):

@@ -263,7 +263,7 @@ def test_a_run_without_masks_on_data_with_negatives_ends_with_its_report(tiny_da
     tags = (root / "lists" / "tags.csv").read_text().splitlines()
     tags = [f"{line.split(',')[0]}," if line.split(",")[0] in names[:3] else line for line in tags]
     (root / "lists" / "tags.csv").write_text("\n".join(tags))
-    train_and_report(tiny_config(root, {"schedule.max_steps": 1}), tmp_path / "run", progress=False)
+    train_and_report(tiny_config(root, {"schedule.max_steps": 1}), tmp_path / "run")
     worth = json.loads((tmp_path / "run" / "worth.json").read_text())
     assert worth["negatives"]["images"] == 3
     assert "hold none of the classes" in (tmp_path / "run" / "report.html").read_text()

@@ -79,7 +79,7 @@ def photos(tiny_data: Path, tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_predict_of_which_a_worker_is_killed(photos: Path, tiny_run: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    alone = afa.predict(tiny_run, photos, one, formats="coco", progress=False)
+    alone = afa.predict(tiny_run, photos, one, formats="coco")
     assert (alone.written, len(alone.failed)) == (47, 1)
     killed = torchrun("predict", tiny_run, photos, "--out", two, "--format", "coco")
     kill_worker(killed, 1, when=lambda: len(list(two.glob("masks/*.png"))) >= 5)
@@ -101,14 +101,14 @@ def test_predict_of_which_a_worker_is_killed(photos: Path, tiny_run: Path, tmp_p
 @pytest.mark.slow
 def test_pseudo_and_check_are_shared(tiny_data: Path, tiny_run: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    afa.pseudo_labels(tiny_run, tiny_data, one, formats="voc", progress=False)
+    afa.pseudo_labels(tiny_run, tiny_data, one, formats="voc")
     out, _ = run("pseudo", tiny_run, "--data", tiny_data, "--out", two, "--format", "voc")
     assert out.count("24 masks written") == 1
     assert contents(two) == contents(one)
     flags = [word for word in tiny_flags(tiny_data)[3:] if word not in ("--data.root", str(tiny_data))]
     _, err = run("check", tiny_data, "--preset", "demo", "--json", tmp_path / "two.json", *flags)
     assert err.count("trying out") == 1
-    alone = afa.check_data(tiny_config(tiny_data), progress=False)
+    alone = afa.check_data(tiny_config(tiny_data))
     shared = json.loads((tmp_path / "two.json").read_text())
     assert {**shared["images"], "seconds": 0} == {**alone["images"], "seconds": 0}
     assert shared["problems"] == alone["problems"]
@@ -254,7 +254,7 @@ def _task(folder: Path, *, size: int, end: int = -1) -> Task[PreparedImage]:
 
 def _make_until(folder: str, size: int, end: int) -> None:
     names = [f"i{number}" for number in range(60)]
-    write_masks(_task(Path(folder), size=size, end=end), Path(folder), names, resume=True, progress=False)
+    write_masks(_task(Path(folder), size=size, end=end), Path(folder), names, resume=True)
 
 
 @pytest.mark.parametrize("size", [1, 8])
@@ -267,11 +267,11 @@ def test_a_kill_loses_at_most_what_waits_to_be_written(tmp_path: Path, size: int
     assert made == 5 * size
     assert made - size - masks._WRITE_BEHIND <= there <= made
     names = [f"i{number}" for number in range(60)]
-    summary = write_masks(_task(tmp_path, size=size), tmp_path, names, resume=True, progress=False)
+    summary = write_masks(_task(tmp_path, size=size), tmp_path, names, resume=True)
     assert (summary.written, summary.skipped) == (60 - there, there)
 
 
 def test_two_calls_do_not_write_to_one_output(tmp_path: Path) -> None:
     with only_writer(tmp_path / "masks"), refused("masks: another call is writing there; wait for it"):
-        write_masks(_task(tmp_path, size=1), tmp_path, ["a"], resume=False, progress=False)
-    assert write_masks(_task(tmp_path, size=1), tmp_path, ["a"], resume=False, progress=False).written == 1
+        write_masks(_task(tmp_path, size=1), tmp_path, ["a"], resume=False)
+    assert write_masks(_task(tmp_path, size=1), tmp_path, ["a"], resume=False).written == 1

@@ -19,7 +19,7 @@ from mistakes import refused
 def written(tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The masks that `afa predict` writes of four images, by file name."""
     out = tmp_path_factory.mktemp("ray") / "out"
-    afa.predict(tiny_run, images(tiny_data), out, overlay=False, progress=False)
+    afa.predict(tiny_run, images(tiny_data), out, overlay=False)
     return {path.name: (out / "masks" / f"{path.stem}.png").read_bytes() for path in images(tiny_data)}
 
 

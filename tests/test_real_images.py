@@ -57,14 +57,14 @@ def test_the_white_level_goes_from_training_to_prediction_and_export(
     np.testing.assert_array_equal(
         np.asarray(prediction.overlay(path)), np.asarray(prediction.overlay(Image.open(path)))
     )
-    assert evaluate(run, twelve_bit, progress=False).num_images > 0
+    assert evaluate(run, twelve_bit).num_images > 0
 
 
 def test_a_training_on_dark_pictures_says_so(
     twelve_bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(twelve_bit, KEYS | {"data.white_level": 65535, "data.skip_broken": True})
-    train_and_report(config, tmp_path / "run", progress=False)
+    train_and_report(config, tmp_path / "run")
     assert "of 65535, so they are nearly black; set data.white_level to 4095" in capsys.readouterr().err
 
 
@@ -73,5 +73,5 @@ def test_white_masks_stop_a_training_before_it_begins(tmp_path: Path) -> None:
     for path in (tmp_path / "data" / "masks").iterdir():
         Image.fromarray(np.array([[0, 0, 255, 255, 0, 0]] * 4, dtype=np.uint8)).save(path)
     with refused("masks have the values 0 and 255 alone", "data.mask_values"):
-        train_and_report(tiny_config(tmp_path / "data"), tmp_path / "run", progress=False)
+        train_and_report(tiny_config(tmp_path / "data"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

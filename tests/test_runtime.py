@@ -25,6 +25,8 @@ from afa.runtime import (
     resolve_precision,
     say,
     seed_step,
+    showing_progress,
+    shows_progress,
 )
 from mistakes import refused
 
@@ -202,6 +204,9 @@ def test_without_a_terminal_progress_is_lines_with_rate_and_time_left(
         advance(3, 2.0)
     with image_progress("quiet", total=2, enabled=False) as advance:
         advance(1, 1.0)
+    with showing_progress(False), showing_progress(True), image_progress("unwanted", total=2) as advance:
+        advance(1, 1.0)
+    assert shows_progress()
     assert capsys.readouterr().err.splitlines() == [
         "read 2/8  4 images/s  2 s left",
         "read 4/8  0.5 images/s  words  8 s left",

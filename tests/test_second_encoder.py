@@ -44,7 +44,7 @@ def keys(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.fixture(scope="module")
 def run(keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("two") / "run"
-    afa.train(load_config(None, keys, preset="frozen"), run, progress=False)
+    afa.train(load_config(None, keys, preset="frozen"), run)
     return run
 
 
@@ -85,14 +85,14 @@ def test_a_cache_of_another_second_encoder_is_another_one(keys: dict[str, Any]) 
 def test_every_command_takes_it(run: Path, keys: dict[str, Any], tiny_data: Path, tmp_path: Path) -> None:
     report = json.loads((run / "report.json").read_text())
     assert report["complete"]
-    assert afa.evaluate(run, tiny_data, progress=False, **CPU).to_json()["miou"] == report["miou"]
-    assert pseudo_labels(run, tiny_data, tmp_path / "labels", progress=False, **CPU).written > 0
+    assert afa.evaluate(run, tiny_data, **CPU).to_json()["miou"] == report["miou"]
+    assert pseudo_labels(run, tiny_data, tmp_path / "labels", **CPU).written > 0
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8))
     prediction = afa.Predictor.from_run(run, device="cpu")(picture)
     saved = export(run, tmp_path / "hub", format="hf")
     assert np.array_equal(prediction.label, afa.Predictor.from_pretrained(saved, device="cpu")(picture).label)
     assert json.loads((tmp_path / "hub" / "config.json").read_text())["config"]["model"]["second_weights"] == "second"
-    assert check_data(load_config(None, keys, preset="frozen"), progress=False)["training"]["cache_seconds"] > 0
+    assert check_data(load_config(None, keys, preset="frozen"))["training"]["cache_seconds"] > 0
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_a_resumed_run_ends_the_same(run: Path, keys: dict[str, Any], tmp_path: 
     (rows,) = (other / "features").glob("*/rows.bin")
     made = rows.stat().st_mtime_ns
     config = load_config(None, keys | {"train.example_images": 0}, preset="frozen")
-    afa.train(config, other, resume=True, progress=False)
+    afa.train(config, other, resume=True)
     assert_same_weights(run, other)
     assert rows.stat().st_mtime_ns == made
 
@@ -125,14 +125,14 @@ def test_it_trains_without_the_cache(keys: dict[str, Any], tmp_path: Path) -> No
     changed = {"train.feature_cache": False, "model.second_similarity": False, "model.freeze_blocks": 3}
     changed |= {"model.backbone": "siglip_mini", "model.text_embeddings": str(words)}
     short = {"schedule.max_steps": 3, "schedule.refined_steps": 1, "train.example_images": 0}
-    afa.train(load_config(None, keys | changed | short, preset="frozen"), tmp_path / "run", progress=False)
+    afa.train(load_config(None, keys | changed | short, preset="frozen"), tmp_path / "run")
     assert json.loads((tmp_path / "run" / "report.json").read_text())["complete"]
     assert not (tmp_path / "run" / "features").exists()
 
 
 def test_masks_without_training(keys: dict[str, Any], tiny_data: Path, tmp_path: Path) -> None:
     given = {key: value for key, value in keys.items() if key.startswith(("model.", "evaluation."))}
-    made = [afa.masks(tiny_data, tmp_path / str(similar), examples=0, progress=False,
+    made = [afa.masks(tiny_data, tmp_path / str(similar), examples=0,
                       **given | CPU | {"model.second_similarity": similar}) for similar in (False, True)]  # fmt: skip
     assert made[0].written.written == made[1].written.written > 0
     masks = [sorted((tmp_path / str(similar) / "masks").iterdir()) for similar in (False, True)]

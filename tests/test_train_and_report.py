@@ -65,7 +65,7 @@ def test_scoring_keeps_to_the_batch_size(tiny_run: Path, tiny_data: Path, tmp_pa
 
     config = tiny_config(tiny_data, {"evaluation.batch_size": 3, "train.example_images": 0})
     with torch.nn.modules.module.register_module_forward_pre_hook(note):
-        train_and_report(config, run, resume=True, progress=False)
+        train_and_report(config, run, resume=True)
     assert sizes & {3, 6}  # pseudo labels also see each image mirrored
     assert not sizes - {3, 6}
 
@@ -90,7 +90,7 @@ def test_without_validation_list_nothing_is_scored(
     tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(tiny_data, {"data.val_list": "", "schedule.max_steps": 1})
-    train_and_report(config, tmp_path, progress=False)
+    train_and_report(config, tmp_path)
     assert not (tmp_path / "evaluation").exists()
     assert not (tmp_path / "examples").exists()
     report = json.loads((tmp_path / "report.json").read_text())
@@ -103,7 +103,7 @@ def test_without_validation_list_nothing_is_scored(
 def test_without_masks_the_tags_are_scored(own_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     (own_data / "SegmentationClassAug").rename(tmp_path / "gone")
-    train_and_report(tiny_config(own_data, {"schedule.max_steps": 1}), run, progress=False)
+    train_and_report(tiny_config(own_data, {"schedule.max_steps": 1}), run)
     assert (run / "model.safetensors").is_file()
     assert [path.name for path in (run / "evaluation").iterdir()] == ["tags.json"]
     figures = json.loads((run / "evaluation" / "tags.json").read_text())
@@ -125,7 +125,7 @@ def test_a_folder_without_validation_list_trains_and_says_so(
     own_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (own_data / "lists" / "val.txt").unlink()
-    train_and_report(tiny_config(own_data, {"schedule.max_steps": 1}), tmp_path / "run", progress=False)
+    train_and_report(tiny_config(own_data, {"schedule.max_steps": 1}), tmp_path / "run")
     assert (tmp_path / "run" / "model.safetensors").is_file()
     assert not (tmp_path / "run" / "evaluation").exists()
     assert f"no {own_data / 'lists/val.txt'}: nothing" in capsys.readouterr().err
@@ -137,7 +137,7 @@ def test_errors_of_the_check_are_one_line(own_data: Path, tmp_path: Path) -> Non
             file.write("nothing\n")
     config = tiny_config(own_data, {"data.val_list": "lists/../lists/val.txt"})
     with pytest.raises(AfaError, match=rf"^.*'nothing'.*1 more; afa check {own_data} .*$"):
-        train_and_report(config, tmp_path / "run", progress=False)
+        train_and_report(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -146,7 +146,7 @@ def test_validation_images_without_tags_are_scored_by_their_segmentation_alone(
 ) -> None:
     tags = own_data / "lists" / "tags.csv"
     tags.write_text("".join(line for line in tags.read_text().splitlines(keepends=True) if "val_" not in line))
-    train_and_report(tiny_config(own_data, {"schedule.max_steps": 1}), tmp_path / "run", progress=False)
+    train_and_report(tiny_config(own_data, {"schedule.max_steps": 1}), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "evaluation").iterdir()] == ["seg.json"]
     assert "are not scored" in capsys.readouterr().err
 
@@ -157,7 +157,7 @@ def test_resuming_a_finished_run_scores_it_again(tiny_data: Path, tiny_run: Path
     for name in ("evaluation", "examples", "report.json", "report.html"):
         path = run / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    train_and_report(tiny_config(tiny_data), run, resume=True, progress=False)
+    train_and_report(tiny_config(tiny_data), run, resume=True)
     assert_same_weights(run, tiny_run)
     for labels in SCORED_LABELS:
         again, before = (json.loads((r / "evaluation" / f"{labels}.json").read_text()) for r in (run, tiny_run))
@@ -169,7 +169,7 @@ def test_bad_masks_are_found_before_training(own_data: Path, tmp_path: Path) -> 
     path = own_data / "SegmentationClassAug" / "val_00003.png"
     path.unlink()
     with pytest.raises(AfaError, match=r"no val_00003\.png"):
-        train_and_report(tiny_config(own_data), tmp_path / "run", progress=False)
+        train_and_report(tiny_config(own_data), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -245,7 +245,7 @@ def test_the_page_is_written_at_each_evaluation_and_after_the_last_step(
 
     monkeypatch.setattr(api, "write_report", noted)
     keys = {"schedule.max_steps": 4, "train.eval_steps": 2, "train.eval_images": 3, "train.example_images": 4}
-    train_and_report(tiny_config(tiny_data, keys), tmp_path, progress=False)
+    train_and_report(tiny_config(tiny_data, keys), tmp_path)
     said = ("running, step 2 of 4", "trained, being scored", "finished, 4 steps")
     assert [[words in page for words in said] for page in pages] == [[i == j for j in range(3)] for i in range(3)]
     assert "step 2, 3 images" in pages[0]

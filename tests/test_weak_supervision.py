@@ -88,7 +88,7 @@ def test_no_default_is_chosen_and_no_worth_told_by_masks(tiny_data: Path, tmp_pa
     network = train_tiny(tiny_config(tiny_data, {"data.val_list": "", "schedule.max_steps": 1}), tmp_path).network
     with Opened.recorded() as paths:
         config, _, data = training_config(tiny_data, overrides={"model.weights": "", "train.device": "cpu"})
-        worth = measure_worth(network, data.validation(), tiny_config(tiny_data), progress=False)
+        worth = measure_worth(network, data.validation(), tiny_config(tiny_data))
     assert config.data.root == str(tiny_data)
     assert worth.num_images == len((tiny_data / "lists" / "val.txt").read_text().split())
     assert not [path for path in paths if MASKS in path and Path(path).suffix]
@@ -110,7 +110,7 @@ def test_learning_from_tags_never_loads_what_reads_masks_to_learn(tiny_data: Pat
         "import sys, torch; from pathlib import Path; from afa.config import load_config; "
         "from afa.data.open import open_data; from afa.training.loop import train; "
         "config = load_config('tiny.toml'); "
-        "train(config, open_data(config.data), Path('run'), device=torch.device('cpu'), progress=False); "
+        "train(config, open_data(config.data), Path('run'), device=torch.device('cpu')); "
         "print('LOADED', 'afa.training.supervised' in sys.modules)"
     )
     process = start_python(["-c", script], cwd=tmp_path)

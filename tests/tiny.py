@@ -45,10 +45,10 @@ def tiny_config(root: Path, keys: dict[str, Any] | None = None) -> Config:
     return load_config(None, SETTINGS | {"data.root": str(root)} | (keys or {}), preset="demo")
 
 
-def train_tiny(config: Config, run: Path, *, resume: bool = False, progress: bool = False) -> TrainResult:
+def train_tiny(config: Config, run: Path, *, resume: bool = False) -> TrainResult:
     """Train alone on the CPU."""
     data = open_data(config.data)
-    return train(config, data, run, device=torch.device("cpu"), resume=resume, progress=progress)
+    return train(config, data, run, device=torch.device("cpu"), resume=resume)
 
 
 def write_untrained(run: Path, classes: Sequence[str], keys: dict[str, Any] | None = None) -> Config:

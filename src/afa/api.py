@@ -13,7 +13,7 @@ import itertools
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,8 @@ from afa.check.scale import parse_count
 from afa.check.tags import check_fast
 from afa.config import Config, DataConfig, config_to_dict, load_config
 from afa.data.classes import read_lines
-from afa.data.dataset import MaskedImages, TaggedImages
+from afa.data.dataset import MaskedImages
 from afa.data.images import level_warning, sample_peaks
-from afa.data.members import MemberPath
 from afa.data.open import DataSet, open_data
 from afa.data.readers.tag_files import read_tags
 from afa.data.split import VALIDATION
@@ -42,14 +41,13 @@ from afa.evaluation.scores import EvaluationResult
 from afa.evaluation.tags import TagResult, evaluate_tags
 from afa.evaluation.worth import measure_worth
 from afa.formats.voc_test import SubmissionCheck, check_voc_test
-from afa.formats.write import mask_items, parse_formats, write_format
 from afa.inference import files as prediction
 from afa.inference import shards as sharding
 from afa.inference.hub import load_pretrained, save_pretrained
 from afa.inference.masks import MasksSummary, PredictSummary, joined_masks, summarize_masks
 from afa.inference.onnx import ExportCheck, export_metadata, export_onnx, export_torch, read_check_images
+from afa.inference.output import NO_FORMATS, Output
 from afa.inference.predictor import Predictor
-from afa.inference.stamp import current_masks
 from afa.model.network import AfaNetwork
 from afa.report.collect import rank_images
 from afa.report.compare import compare_runs, render_text, write_comparison
@@ -60,7 +58,7 @@ from afa.report.pictures import write_examples, write_ranked, write_worth
 from afa.runs.auto import choose_defaults
 from afa.runs.network import build_network, load_run
 from afa.runs.run import Run
-from afa.runtime import Processes, pick_device, process_group, say
+from afa.runtime import Processes, pick_device, process_group, say, showing_progress
 from afa.training import loop
 from afa.training.log import MetricsLog
 from afa.training.trackers import check_trackers
@@ -73,8 +71,6 @@ _TRAINED = ("augment", "model", "loss", "schedule")
 
 _LIVE_EXAMPLES = 4
 """Examples at most that an evaluation during a training draws: each takes as long as scoring several images."""
-
-_NO_FORMATS = "--format names or copies image files, and images in shards are none; leave it out, or unpack the shards"
 
 _DEMO_IMAGE_SIZE = 128
 
@@ -145,25 +141,23 @@ def train_and_report(
     run, device = Path(run), pick_device(config.train.device)
     check_trackers(config.train.trackers)
     data, resume = data or open_data(config.data), resume or is_restarted()
-    with process_group(device) as processes:
-        data.leave_out_broken(progress=progress and processes.is_main)
+    with process_group(device) as processes, showing_progress(progress and processes.is_main):
+        data.leave_out_broken()
         warnings = _check(config, data)
         for warning in warnings if processes.is_main else ():
             say(f"warning: {warning}")
-        progress = progress and processes.is_main
 
         def show(network: AfaNetwork, scored: MaskedImages | None) -> Path | None:
             return _show_running(config, data, scored, run, network)
 
-        options: dict[str, Any] = {"processes": processes, "progress": progress}
-        result = loop.train(config, data, run, device=device, resume=resume, show=show, **options)
+        result = loop.train(config, data, run, device=device, processes=processes, resume=resume, show=show)
         with result.log or contextlib.nullcontext() as log:
             if processes.is_main:
                 write_report(run, running=True)
             if result.scored is None:
-                _score_tags(config, data, run, result.network, log, **options)
+                _score_tags(config, data, run, result.network, log, processes)
             else:
-                _score_masks(config, result.scored, run, result.network, log, **options)
+                _score_masks(config, result.scored, run, result.network, log, processes)
         if processes.is_main:
             page = write_report(run)
             say(f"run folder {run}; open {page}")
@@ -178,7 +172,8 @@ def _show_running(
         if config.train.example_images and config.data.val_list and data.has_validation:
             images = scored or data.validation()
             count = min(_LIVE_EXAMPLES, config.train.example_images)
-            sheet = write_examples(network, images, run, config=config, count=count, progress=False)
+            with showing_progress(False):
+                sheet = write_examples(network, images, run, config=config, count=count)
         write_report(run, running=True)
     except AfaError as error:
         say(f"warning: the page of the running training is as it was: {error}")
@@ -186,21 +181,14 @@ def _show_running(
 
 
 def _score_masks(
-    config: Config,
-    scored: MaskedImages,
-    run: Path,
-    network: AfaNetwork,
-    log: MetricsLog | None,
-    *,
-    processes: Processes,
-    progress: bool,
+    config: Config, scored: MaskedImages, run: Path, network: AfaNetwork, log: MetricsLog | None, processes: Processes
 ) -> None:
     """Score segmentation, CAM and propagated CAM, and draw examples, the worst and the best images."""
     tagged = all(scored.has_tags(index) for index in range(len(scored)))
     if not tagged and processes.is_main:
         say("some validation images have no tags: CAM and propagated CAM, which need them, are not scored")
     labels = SCORED_LABELS if tagged else SCORED_LABELS[:1]
-    scores = evaluation.evaluate_each(network, scored, config, labels, processes=processes, progress=progress)
+    scores = evaluation.evaluate_each(network, scored, config, labels, processes=processes)
     if log is None:
         return
     sheet, figures = None, {each.labels: each.to_json() for each in scores}
@@ -210,9 +198,9 @@ def _score_masks(
         say(f"{each.labels}: mIoU {score} on {each.num_images} images")
         log.track(figures[each.labels], "final", config.schedule.max_steps)
     if count := config.train.example_images:
-        sheet = write_examples(network, scored, run, config=config, count=count, progress=progress)
+        sheet = write_examples(network, scored, run, config=config, count=count)
         ranked = [each["image"] for each in rank_images(figures["seg"]["images"])] if tagged else []
-        write_ranked(network, scored, run, ranked, config=config, count=count, progress=progress)
+        write_ranked(network, scored, run, ranked, config=config, count=count)
     log.show(config.schedule.max_steps, sheet=sheet, result=scores[0])
 
 
@@ -231,14 +219,7 @@ def _check(config: Config, data: DataSet) -> list[str]:
 
 
 def _score_tags(
-    config: Config,
-    data: DataSet,
-    run: Path,
-    network: AfaNetwork,
-    log: MetricsLog | None,
-    *,
-    processes: Processes,
-    progress: bool,
+    config: Config, data: DataSet, run: Path, network: AfaNetwork, log: MetricsLog | None, processes: Processes
 ) -> None:
     """Score what can be scored without masks."""
     if not config.data.val_list or not data.has_validation:
@@ -249,20 +230,20 @@ def _score_tags(
         if processes.is_main:
             say(f"tags are not scored: {error}")
         return
-    figures = evaluate_tags(network, images, config, processes=processes, progress=progress)
+    figures = evaluate_tags(network, images, config, processes=processes)
     if log is not None:
         Run(run).write_scores("tags", figures.to_json())
         log.track(figures.to_json(), "final", config.schedule.max_steps)
         score = "none" if figures.tag_f1 is None else f"{figures.tag_f1:.2f}"
         say(f"tags: F1 {score} on {figures.num_images} images; there are no masks to tell the mIoU by")
-        worth = measure_worth(network, images, config, progress=progress)
+        worth = measure_worth(network, images, config)
         Run(run).write_worth(worth.to_json())
         for line in worth.failures():
             say(f"warning: {line}")
         if count := config.train.example_images:
-            sheet = write_examples(network, images, run, config=config, count=count, progress=progress)
+            sheet = write_examples(network, images, run, config=config, count=count)
             log.show(config.schedule.max_steps, sheet=sheet)
-            write_worth(network, images, run, worth, config=config, progress=progress)
+            write_worth(network, images, run, worth, config=config)
 
 
 def run_demo(
@@ -298,7 +279,7 @@ def run_demo(
     say(f"writing {num_train} training and {num_val} validation images to {data}")
     classes, style = (SHAPE_CLASSES[:1], NEGATIVES_STYLE) if one_class else (SHAPE_CLASSES, DEFAULT_STYLE)
     sizes = {"num_train": num_train, "num_val": num_val, "image_size": _DEMO_IMAGE_SIZE}
-    write_shapes(data, **sizes, classes=classes, style=style, progress=True)
+    write_shapes(data, **sizes, classes=classes, style=style)
     train_and_report(config, run, resume=resume)
     figures = Run(run).report()
     say(
@@ -393,28 +374,19 @@ def evaluate(
     run = Path(run)
     protocols = {} if protocol is None else {"evaluation.protocol": protocol}
     config = run_config(run, overrides | protocols, data=data)
-    device = pick_device(config.train.device)
-    with process_group(device) as processes:
-        loaded = load_run(run, device)
-        layout = open_data(config.data)
-        layout.leave_out_broken((VALIDATION,), list_file=list_file, progress=progress and processes.is_main)
+    with _at_work(config, progress) as (device, processes):
+        network, layout = load_run(run, device).network, open_data(config.data)
+        with showing_progress(processes.is_main):
+            layout.leave_out_broken((VALIDATION,), list_file=list_file)
         if labels == "seg" and not layout.has_masks and config.data.mask_dir == DataConfig().mask_dir:
             if processes.is_main:
                 say(f"{layout.root}: no masks, so nothing tells the mIoU; the tags are scored")
             images = first_images(layout.validation(list_file=list_file), limit)
-            return evaluate_tags(loaded.network, images, config, processes=processes, progress=progress)
+            return evaluate_tags(network, images, config, processes=processes)
         scored = first_images(layout.masked(list_file=list_file), limit)
         scored.check_values()
-        return evaluation.evaluate(
-            loaded.network,
-            scored,
-            config,
-            labels=labels,
-            refine=refine,
-            boundary=boundary,
-            processes=processes,
-            progress=progress,
-        )
+        options: dict[str, Any] = {"labels": labels, "refine": refine, "boundary": boundary}
+        return evaluation.evaluate(network, scored, config, processes=processes, **options)
 
 
 def predict(
@@ -460,41 +432,39 @@ def predict(
     Raises:
         AfaError: As `afa.inference.files.predict_files` and `afa.formats.write.write_format`; not a run folder.
     """
-    names = parse_formats(formats) if formats else ()
     run = Path(run)
     texts = [str(images)] if isinstance(images, str | Path) else [str(path) for path in images]
     sharded = [text for text in texts if sharding.is_sharded(text)]
     paths = [Path(text) for text in texts if text not in sharded]
+    size = out_shards or (sharding.DEFAULT_SIZE if paths and is_remote(str(out)) else 0)
+    output = Output(out, formats=formats, shard_size=size, rle=rle, scores=scores)
     config = run_config(run, overrides)
-    device = pick_device(config.train.device)
     if crf:
         config = dataclasses.replace(config, evaluation=config.evaluation.with_crf(True))
-    with process_group(device) as processes:
+    with _at_work(config, progress) as (device, processes):
         loaded = load_run(run, device)
         predictor = Predictor(loaded.network, loaded.classes, config=config, tiles=tiles, max_pixels=max_pixels)
         known = None if tags is None else read_tags(Path(tags), predictor.classes, config.data.negatives)
-        size = out_shards or (sharding.DEFAULT_SIZE if paths and is_remote(str(out)) else 0)
-        folder = _shard_folder(out, size, rle, predictor.classes, config, refused="--scores" if scores else formats)
-        settings: dict[str, Any] = {"tags": known, "scores": scores, "progress": progress}
-        if folder is None:
+        settings: dict[str, Any] = {"tags": known, "scores": scores}
+        if not output.in_shards:
             settings |= {"overlay": overlay, "processes": processes}
-        if not sharded and folder is None:
-            summary = prediction.predict_files(predictor, paths, Path(out), resume=resume, **settings)
-            files = prediction.output_names(paths, Path(out)) if names and processes.is_main else {}
-            shown: dict[str, Any] = {"progress": progress, "processes": processes}
-            return _with_formats(summary, names, files, predictor.classes, Path(out), **shown)
-        if names:
-            raise AfaError(_NO_FORMATS)
+        if not sharded and not output.in_shards:
+            summary = prediction.predict_files(predictor, paths, output.folder, resume=resume, **settings)
+            files = prediction.output_names(paths, output.folder) if output.formats and processes.is_main else {}
+            return output.convert(summary, files, predictor.classes, processes)
+        if output.formats:
+            raise AfaError(NO_FORMATS)
 
         def make(files: Mapping[str, Path], place: Path, *, resume: bool = True) -> PredictSummary:
             return prediction.predict_files(predictor, files, place, resume=resume, **{"overlay": False, **settings})
 
         parts = sharding.shard_files(sharded, config.data)
         if paths:
-            parts = itertools.chain([("images", prediction.output_names(paths, Path(out)))], parts)
-        if folder is None:
-            return sharding.make_parts(make, parts, Path(out), resume=resume, processes=processes)
-        return sharding.whole(folder.write(make, parts, {}, resume=resume, processes=processes), processes)
+            parts = itertools.chain([("images", prediction.output_names(paths, output.folder))], parts)
+        if not output.in_shards:
+            return sharding.make_parts(make, parts, output.folder, resume=resume, processes=processes)
+        shards = output.shards(predictor.classes, config.data)
+        return sharding.whole(shards.write(make, parts, {}, resume=resume, processes=processes), processes)
 
 
 def pseudo_labels(
@@ -536,26 +506,13 @@ def pseudo_labels(
         AfaError: As `afa.inference.files.pseudo_files` and `afa.formats.write.write_format`; not a run folder; the
             data set is missing or broken.
     """
-    names = parse_formats(formats) if formats else ()
-    run = Path(run)
+    run, output = Path(run), Output(out, formats=formats, shard_size=out_shards, rle=rle)
     config = run_config(run, overrides, data=data)
-    device = pick_device(config.train.device)
-    with process_group(device) as processes:
-        loaded = load_run(run, device)
+    with _at_work(config, progress) as (device, processes):
+        network = load_run(run, device).network
         images = open_data(config.data).train(list_file=list_file)
-        folder = _shard_folder(out, out_shards, rle, images.classes, config, refused=formats)
-        tiling = prediction.pseudo_tiling(loaded.network, config, tiles, max_pixels=max_pixels)
-        settings: dict[str, Any] = {"config": config, "kind": kind, "tiling": tiling, "progress": progress}
-        if folder is None:
-            _refuse_formats(names, images)
-            summary = prediction.pseudo_files(loaded.network, images, Path(out), processes=processes, **settings)
-            shown: dict[str, Any] = {"progress": progress, "processes": processes}
-            return _labels_with_formats(summary, names, images, Path(out), **shown)
-
-        def make(part: TaggedImages, place: Path) -> PredictSummary:
-            return prediction.pseudo_files(loaded.network, part, place, **settings)
-
-        return sharding.whole(folder.write_images(make, images, processes), processes)
+        tiling = prediction.pseudo_tiling(network, config, tiles, max_pixels=max_pixels)
+        return output.write_labels(network, images, config, processes, kind=kind, tiling=tiling)
 
 
 def masks(
@@ -596,88 +553,29 @@ def masks(
         AfaError: As `open_data`, `build_network`, `afa.inference.files.pseudo_files` and
             `afa.formats.write.write_format`; `model.classifier` is not text.
     """
-    names = parse_formats(formats) if formats else ()
+    output = Output(out, formats=formats, shard_size=out_shards, rle=rle)
     config = _file_config(file, {"data.root": str(data)} | overrides, None if file else "frozen")
     if config.model.classifier != "text":
         raise AfaError("model.classifier is learned, and nothing was learned yet; set it to text, or use afa train")
-    device = pick_device(config.train.device)
-    with process_group(device) as processes:
+    with _at_work(config, progress) as (device, processes):
         opened = open_data(config.data)
         images = opened.tagged() if list_file is None else opened.train(list_file=list_file)
         torch.manual_seed(config.train.seed)
         network = build_network(config.model, len(images.classes), words=opened.words).to(device).eval()
         tiling = prediction.pseudo_tiling(network, config, tiles, max_pixels=max_pixels)
-        folder = _shard_folder(out, out_shards, rle, images.classes, config, refused=formats)
-        settings: dict[str, Any] = {"config": config, "kind": "cam", "refine": True, "tiling": tiling}
-        if folder is not None:
-            parts: list[MasksSummary] = []
+        parts: list[MasksSummary] = []
 
-            def make(part: TaggedImages, place: Path) -> PredictSummary:
-                written = prediction.pseudo_files(network, part, place, progress=progress, **settings)
-                parts.append(summarize_masks(written, part, place))
-                return written
+        def look(*made: Any) -> None:
+            parts.append(summarize_masks(*made))
 
-            written = sharding.whole(folder.write_images(make, images, processes), processes)
+        how: dict[str, Any] = {"kind": "cam", "refine": True, "tiling": tiling, "overlay": True, "look": look}
+        written = output.write_labels(network, images, config, processes, **how)
+        if output.in_shards:
             return joined_masks(written, [each for made in processes.gather(parts) for each in made])
-        _refuse_formats(names, images)
-        out = Path(out)
-        shown: dict[str, Any] = {"progress": progress, "processes": processes}
-        written = prediction.pseudo_files(network, images, out, overlay=True, **settings, **shown)
-        written = _labels_with_formats(written, names, images, out, **shown)
-        summary = summarize_masks(written, images, out, **shown)
+        summary = summarize_masks(written, images, output.folder, processes=processes)
         if processes.is_main:
-            write_masks_page(network, images, out, summary, config=config, count=examples, progress=progress)
+            write_masks_page(network, images, output.folder, summary, config=config, count=examples)
         return summary
-
-
-def _shard_folder(
-    out: str | Path, size: int, rle: bool, classes: Sequence[str], config: Config, *, refused: str
-) -> sharding.ShardFolder | None:
-    """Where shards of masks go, if there are to be some; `refused` is what cannot be written beside them."""
-    if not size and not is_remote(str(out)):
-        if rle:
-            raise AfaError("--rle is for shards; add --out-shards N, or leave it out")
-        return None
-    if refused:
-        raise AfaError(f"{refused} is not written beside shards of masks; leave it out, or write files")
-    return sharding.ShardFolder(str(out).rstrip("/"), size, rle, classes, config.data)
-
-
-def _refuse_formats(formats: Sequence[str], images: TaggedImages) -> None:
-    if formats and len(images) and isinstance(images.image_path(0), MemberPath):
-        raise AfaError(_NO_FORMATS)
-
-
-def _labels_with_formats(
-    summary: PredictSummary,
-    formats: Sequence[str],
-    images: TaggedImages,
-    out: Path,
-    *,
-    progress: bool,
-    processes: Processes,
-) -> PredictSummary:
-    """As `_with_formats`, for labels of tagged images."""
-    files = {name: images.image_path(index) for index, name in enumerate(images.names)} if formats else {}
-    return _with_formats(summary, formats, files, images.classes, out, progress=progress, processes=processes)
-
-
-def _with_formats(
-    summary: PredictSummary,
-    formats: Sequence[str],
-    files: Mapping[str, Path],
-    classes: Sequence[str],
-    out: Path,
-    *,
-    progress: bool,
-    processes: Processes,
-) -> PredictSummary:
-    """Let the first process write the masks in `out` for other tools too; `files` has the image of each name."""
-    if not processes.is_main:
-        return summary
-    items = mask_items(((name, files[name]) for name in current_masks(out, files)), out) if formats else ()
-    written = tuple(write_format(name, items, classes, out, progress=progress) for name in formats)
-    return dataclasses.replace(summary, formats=written)
 
 
 def check_data(
@@ -723,9 +621,8 @@ def check_data(
                 device = pick_device(config.train.device)
                 opened = open_data(config.data)
                 config, _ = choose_defaults(opened, device, keys, need_weights=False)
-    with process_group(pick_device(config.train.device)) as processes:
-        shown: dict[str, Any] = {"progress": progress, "processes": processes}
-        return collect.check_data(config, opened, fast=fast, limit=limit, scale=scale, **shown)
+    with _at_work(config, progress) as (_, processes):
+        return collect.check_data(config, opened, fast=fast, limit=limit, scale=scale, processes=processes)
 
 
 def check_voc(
@@ -850,6 +747,14 @@ def compare(runs: Sequence[str | Path], *, out: str | Path | None = None) -> str
     if out is not None:
         say(str(write_comparison(groups, Path(out))))
     return render_text(groups)
+
+
+@contextlib.contextmanager
+def _at_work(config: Config, progress: bool) -> Iterator[tuple[torch.device, Processes]]:
+    """The device and the processes of a command; inside it, progress is shown or not."""
+    device = pick_device(config.train.device)
+    with process_group(device) as processes, showing_progress(progress):
+        yield device, processes
 
 
 def run_config(run: Path, overrides: Mapping[str, Any], *, data: str | Path | None = None) -> Config:

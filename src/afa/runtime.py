@@ -13,6 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
@@ -45,6 +46,7 @@ READ_AHEAD: Final = 8
 _TOLD_SECONDS: Final = 10.0
 
 _bars: list[str] = []  # what a bar is shown for; within it, others tell in lines
+_shows = ContextVar("shows", default=True)
 
 Advance = Callable[..., None]
 """Takes how many were done since its last call; `image_progress` says the rest."""
@@ -303,6 +305,21 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def showing_progress(wanted: bool) -> Iterator[None]:
+    """Show the progress of what goes on inside only if it is wanted here, and wherever this is called from."""
+    before = _shows.set(_shows.get() and wanted)
+    try:
+        yield
+    finally:
+        _shows.reset(before)
+
+
+def shows_progress() -> bool:
+    """Whether progress is wanted, as far as `showing_progress` says."""
+    return _shows.get()
+
+
 def progress_bar(*, enabled: bool = True, extra: str = "") -> Progress:
     """A progress bar on standard error with count, rate, time gone and time left.
 
@@ -345,7 +362,7 @@ def image_progress(
         total: How many there are to do; None where it is not known.
         done: How many of them are done already.
         images: Images of each.
-        enabled: False shows nothing.
+        enabled: False shows nothing; neither does a call within `showing_progress(False)`.
         unit: What is done.
         processes: Processes that share the work as `Processes.share` says: the first one shows all of it, at its pace.
 
@@ -354,7 +371,7 @@ def image_progress(
         their mean since the start, and words to show beside them. Threads may call it.
     """
     first, began = done, time.monotonic()
-    enabled = enabled and processes.is_main
+    enabled = enabled and shows_progress() and processes.is_main
     told, lock = began, threading.Lock()
     with _as_innermost(description), progress_bar(enabled=enabled and len(_bars) == 1, extra="words") as bar:
         in_lines = enabled and (len(_bars) > 1 or not bar.console.is_terminal)

@@ -65,7 +65,7 @@ def test_every_layout_is_checked_and_a_fast_check_opens_nothing(
 ) -> None:
     LAYOUTS[name](tmp_path)
     monkeypatch.setattr("PIL.Image.open", lambda *_: pytest.fail("opened an image"))
-    report = check_data(settings(tmp_path), fast=True, progress=False)
+    report = check_data(settings(tmp_path), fast=True)
     assert report["kind"]
     tagged = sum(entry["train"] for entry in report["classes"])
     assert tagged + report["num_negatives"] >= report["num_train"] > 0
@@ -75,7 +75,7 @@ def test_every_layout_is_checked_and_a_fast_check_opens_nothing(
 @pytest.mark.parametrize(("write", "kind"), [(write_voc, "voc"), (write_table, "table")])
 def test_figures_of_a_sound_data_set(write: Any, kind: str, tmp_path: Path) -> None:
     write(tmp_path / "data")
-    report = check_data(settings(tmp_path / "data"), limit=12, progress=False)
+    report = check_data(settings(tmp_path / "data"), limit=12)
     assert (report["num_train"], report["num_validation"], report["num_untagged"]) == (40, 10, 0)
     assert report["classes"] == [{"name": name, "train": 20, "validation": 5} for name in CLASSES]
     assert report["together"] == [[20, 0], [0, 20]]
@@ -108,7 +108,7 @@ def troubled(tmp_path: Path) -> Path:
 
 
 def test_what_is_wrong_with_images_is_said_by_name(troubled: Path, tmp_path: Path) -> None:
-    report = check_data(settings(troubled), progress=False)
+    report = check_data(settings(troubled))
     expected = {
         "error": ("i0.png: cannot be read as an image", "i41.png: the mask is 96x72", "i42.png: the mask has value 9"),
         "warning": (
@@ -145,7 +145,7 @@ def test_what_is_wrong_with_images_is_said_by_name(troubled: Path, tmp_path: Pat
 
 
 def test_broken_images_are_a_note_where_they_are_left_out(troubled: Path) -> None:
-    report = check_data(settings(troubled, {"data.skip_broken": True}), progress=False)
+    report = check_data(settings(troubled, {"data.skip_broken": True}))
     assert report["images"]["broken"] == ["JPEGImages/i0.png"]
     (note,) = [message for message in messages(report, "note") if "i0.png" in message]
     assert note.startswith("broken images left out by data.skip_broken: 1 (first: ")
@@ -159,7 +159,7 @@ def test_twelve_bits_are_warned_of_and_the_key_helps(tmp_path: Path) -> None:
         levels[0, 0] = 4095
         Image.fromarray(levels).save(tmp_path / "images" / f"i{i}.png")
     told = {
-        level: messages(check_data(settings(tmp_path, keys), progress=False), "warning")
+        level: messages(check_data(settings(tmp_path, keys)), "warning")
         for level, keys in ((65535, {}), (4095, {"data.white_level": 4095}), (1023, {"data.white_level": 1023}))
     }
     assert any("largest value of 50 images of" in m and "4095 of 65535" in m for m in told[65535])
@@ -171,13 +171,13 @@ def test_white_masks_are_an_error(tmp_path: Path) -> None:
     write_voc(tmp_path)
     for path in (tmp_path / "SegmentationClassAug").iterdir():
         Image.fromarray(np.full((72, 96), 255, dtype=np.uint8)).save(path)
-    (error,) = messages(check_data(settings(tmp_path), progress=False), "error")
+    (error,) = messages(check_data(settings(tmp_path)), "error")
     assert "all 10 masks have the values 0 and 255 alone" in error
 
 
 def test_the_page_has_a_chart_and_shares_and_escapes_texts(tmp_path: Path) -> None:
     write_table(tmp_path)
-    report = check_data(settings(tmp_path), fast=True, progress=False)
+    report = check_data(settings(tmp_path), fast=True)
     report["problems"] = [{"severity": "note", "message": "<b>&"}] * 300
     report["classes"][0]["train"] = 5
     page = collect_page(report)
@@ -192,7 +192,7 @@ def test_the_page_has_a_chart_and_shares_and_escapes_texts(tmp_path: Path) -> No
 
 
 def test_a_data_set_that_cannot_be_opened_is_a_report_with_that_error(tmp_path: Path) -> None:
-    report = check_data(settings(tmp_path), progress=False)
+    report = check_data(settings(tmp_path))
     assert (report["layout"], report["errors"], len(report["problems"])) == (None, 1, 1)
     assert "no tags found" in render_text(report)
     assert "could not be opened" in write_check(report, tmp_path).read_text(encoding="utf-8")
@@ -200,16 +200,16 @@ def test_a_data_set_that_cannot_be_opened_is_a_report_with_that_error(tmp_path: 
 
 def test_no_folder_is_a_mistake_of_the_call(tmp_path: Path) -> None:
     with refused(tmp_path / "absent", "no such folder"):
-        check_data(settings(tmp_path / "absent"), progress=False)
+        check_data(settings(tmp_path / "absent"))
 
 
 def test_small_images_for_the_crop_are_a_warning(tmp_path: Path) -> None:
     write_table(tmp_path)
     keys = {"augment.crop_size": 96}
-    (warning,) = messages(check_data(settings(tmp_path, keys), limit=4, progress=False), "warning")
+    (warning,) = messages(check_data(settings(tmp_path, keys), limit=4), "warning")
     assert re.match("augment.crop_size is 96, .* 72 pixels", warning)
     keys |= {"augment.short_side": 96}
-    assert messages(check_data(settings(tmp_path, keys), limit=4, progress=False), "warning") == []
+    assert messages(check_data(settings(tmp_path, keys), limit=4), "warning") == []
 
 
 def test_many_messages_and_classes_stay_readable() -> None:

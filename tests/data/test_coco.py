@@ -176,10 +176,10 @@ def test_images_are_copied_where_links_are_not_allowed(tmp_path: Path) -> None:
     """As on Windows without the right to make them; a second call goes on with what is there."""
     instances, images = write_coco(tmp_path)
     target, linked = tmp_path / "out", tmp_path / "linked"
-    convert_coco(instances, images, linked, split="train", progress=False)
+    convert_coco(instances, images, linked, split="train")
     for _ in range(2):
         with forbidden("os.symlink", "os.link"):
-            convert_coco(instances, images, target, split="train", progress=False)
+            convert_coco(instances, images, target, split="train")
     names = (target / "lists" / "train.txt").read_text()
     assert names == (linked / "lists" / "train.txt").read_text()
     copies = [path for path in (target / "JPEGImages").rglob("*") if path.is_file()]
@@ -188,7 +188,7 @@ def test_images_are_copied_where_links_are_not_allowed(tmp_path: Path) -> None:
     assert open_data(DataConfig(root=str(target), train_list="lists/train.txt")).train().image(0).ndim == 3
     copies[0].write_bytes(b"another image")
     with forbidden("os.symlink"), refused(copies[0], "another image than", "choose another OUT"):
-        convert_coco(instances, images, target, split="train", progress=False)
+        convert_coco(instances, images, target, split="train")
 
 
 def test_an_interrupted_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,14 +204,14 @@ def test_an_interrupted_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(coco_module, "write_index_png", write_two)
     with pytest.raises(AfaError, match="disk is full"):
-        convert_coco(path, images, out, split="train", progress=False)
+        convert_coco(path, images, out, split="train")
     assert not (out / "lists" / "train.txt").exists()
     monkeypatch.undo()
     times = [file.stat().st_mtime_ns for file in written]
-    summary = convert_coco(path, images, out, split="train", progress=False)
+    summary = convert_coco(path, images, out, split="train")
     assert (summary.num_images, summary.num_without, summary.num_written) == (5, 1, 3)
     assert [file.stat().st_mtime_ns for file in written] == times
-    assert convert_coco(path, images, out, split="train", progress=False).num_written == 0
+    assert convert_coco(path, images, out, split="train").num_written == 0
     assert len((out / "lists" / "train.txt").read_text().splitlines()) == 5
 
 
@@ -254,7 +254,7 @@ def test_other_mistakes(tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def message(*arguments: Path, split: str = "train") -> str:
-        return said(convert_coco, *arguments, split=split, progress=False)
+        return said(convert_coco, *arguments, split=split)
 
     assert "none.json: no such file" in message(tmp_path / "none.json", images, out)
     assert "none: no such folder" in message(path, tmp_path / "none", out)
@@ -262,6 +262,6 @@ def test_other_mistakes(tmp_path: Path) -> None:
     out.write_text("x")
     assert "out: cannot be written (" in message(path, images, out)
     out.unlink()
-    convert_coco(path, images, out, split="train", progress=False)
+    convert_coco(path, images, out, split="train")
     spoil(path, "categories", {"name": "lamp"})
     assert "classes.txt: lists other classes; choose" in message(path, images, out)

@@ -192,7 +192,7 @@ def test_a_broken_image_is_named_and_left_out(tmp_path: Path) -> None:
     with pytest.raises(BrokenImageError, match=r"x\.tar/c\.jpg: the file is empty"):
         images.image(2)
     data = found(tmp_path, skip_broken=True, val_list="")
-    data.leave_out_broken(progress=False)
+    data.leave_out_broken()
     assert list(data.train().names) == ["x/a"]
 
 

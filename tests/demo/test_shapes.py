@@ -12,6 +12,7 @@ from afa.demo import write
 from afa.demo.shapes import DEFAULT_STYLE, SHAPE_CLASSES, Scene, ShapesStyle, draw_shapes
 from afa.demo.write import write_shapes
 from afa.errors import AfaError
+from afa.runtime import showing_progress
 
 FLAT = ShapesStyle(
     num_objects=(1, 1),
@@ -242,10 +243,11 @@ def test_style_that_shows_no_object_is_refused():
 def test_progress_goes_to_stderr(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runtime, "_TOLD_SECONDS", -1.0)
     (tmp_path / "quiet").mkdir()  # an empty folder is filled
-    write_shapes(tmp_path / "quiet", num_train=1, num_val=1, image_size=32)
+    with showing_progress(False):
+        write_shapes(tmp_path / "quiet", num_train=1, num_val=1, image_size=32)
     assert (tmp_path / "quiet" / "JPEGImages" / "val_00000.jpg").is_file()
     assert capsys.readouterr() == ("", "")
-    write_shapes(tmp_path / "loud", num_train=1, num_val=1, image_size=32, progress=True)
+    write_shapes(tmp_path / "loud", num_train=1, num_val=1, image_size=32)
     out, err = capsys.readouterr()
     assert out == ""
     assert "generating 1/2" in err

@@ -99,7 +99,7 @@ def run(images: MaskedImages, **settings: Any) -> EvaluationResult:
     config, limit = settings.pop("config", Config()), settings.pop("limit", None)
     evaluation = replace(config.evaluation, **{key: settings.pop(key) for key in ("protocol",) if key in settings})
     config = replace(config, evaluation=evaluation)
-    return evaluate(ColorNetwork(), first_images(images, limit), config, progress=False, **settings)  # type: ignore[arg-type]
+    return evaluate(ColorNetwork(), first_images(images, limit), config, **settings)  # type: ignore[arg-type]
 
 
 def expected_matrix(names: list[str]) -> np.ndarray:
@@ -152,7 +152,7 @@ def test_json_has_the_promised_keys_rounded(tmp_path: Path) -> None:
 def test_one_pass_per_image_and_the_mode_is_restored(tmp_path: Path) -> None:
     network = ColorNetwork().train()
     images = write_data(tmp_path)
-    evaluate(network, images, Config(), progress=False)  # type: ignore[arg-type]
+    evaluate(network, images, Config())  # type: ignore[arg-type]
     assert network.training
     assert network.num_calls == len(IMAGES)
 
@@ -209,7 +209,7 @@ def test_uncertain_pixels_are_not_scored_but_reported(tmp_path: Path, monkeypatc
 def test_real_pseudo_labels_are_scored(tmp_path: Path) -> None:
     network = tiny_network()
     images = write_data(tmp_path)
-    result = evaluate(network, first_images(images, 2), Config(), labels="propagated", progress=False)
+    result = evaluate(network, first_images(images, 2), Config(), labels="propagated")
     assert result.matrix.sum() == expected_matrix(["a", "b"]).sum()
     assert result.matrix[:, 3].sum() == 0  # No image is tagged horse.
 
@@ -240,7 +240,7 @@ def test_other_classes(tmp_path: Path) -> None:
     network = ColorNetwork()
     network.num_classes = 20
     with refused("20 classes", "data set 3; evaluate"):
-        evaluate(network, images, Config(), progress=False)  # type: ignore[arg-type]
+        evaluate(network, images, Config())  # type: ignore[arg-type]
 
 
 def test_broken_or_missing_masks_are_one_line(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def tiny_network() -> AfaNetwork:
 def test_batches_give_the_figures_of_single_images(tmp_path: Path, labels: str) -> None:
     network = tiny_network()
     images = write_sizes(tmp_path, [(40, 50), (50, 40), (40, 50), (64, 33), (40, 50), (50, 40), (40, 50)])
-    settings: dict[str, Any] = {"labels": labels, "progress": False}
+    settings: dict[str, Any] = {"labels": labels}
     sizes: list[int] = []
     network.backbone.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     one = evaluate(network, images, Config(evaluation=EvaluationConfig(batch_size=1)), **settings)

@@ -34,7 +34,7 @@ def score(network: AfaNetwork, root: Path, protocol: Any = "single", limit: int 
     config = tiny_config(root)
     images = first_images(open_data(config.data).validation(), limit)
     config = replace(config, evaluation=replace(config.evaluation, protocol=protocol))
-    return evaluate_tags(network, images, config, progress=False)
+    return evaluate_tags(network, images, config)
 
 
 def test_it_is_the_f1_of_scikit_learn(network: AfaNetwork, tiny_data: Path) -> None:
@@ -59,7 +59,7 @@ def test_it_is_the_f1_of_scikit_learn(network: AfaNetwork, tiny_data: Path) -> N
 def test_it_is_the_tag_f1_of_the_evaluation_with_masks(network: AfaNetwork, tiny_data: Path) -> None:
     config = tiny_config(tiny_data)
     scored = open_data(config.data).masked()
-    whole = evaluate(network, scored, config, progress=False)
+    whole = evaluate(network, scored, config)
     assert score(network, tiny_data).tag_f1 == pytest.approx(whole.extras["tag_f1"])
 
 
@@ -76,5 +76,5 @@ def test_mistakes(network: AfaNetwork, tiny_data: Path) -> None:
         score(network, tiny_data, protocol="best")
     few = TaggedImages(classes=("disk", "ring"), names=(), paths=(), tags=np.zeros((0, 2), dtype=bool))
     with pytest.raises(AfaError, match=r"network has 5 .*data set 2"):
-        evaluate_tags(network, few, config, progress=False)
+        evaluate_tags(network, few, config)
     assert evaluation_tags._f1(0, 0) is None

@@ -62,7 +62,7 @@ def images(tmp_path: Path) -> TaggedImages:
 
 def measured(images: TaggedImages, config: Config = CONFIG) -> Worth:
     network: Any = Halves()
-    return measure_worth(network, images, config, progress=False)
+    return measure_worth(network, images, config)
 
 
 def test_coverage_and_agreement(images: TaggedImages) -> None:

@@ -36,7 +36,7 @@ def write_named(folder: Path, ignored: int | None = None) -> list[MaskItem]:
 
 
 def write(items: list[MaskItem], out: Path, classes: tuple[str, ...] = VOC_CLASSES) -> Path:
-    return write_format("voc_test", items, classes, out, progress=False).path
+    return write_format("voc_test", items, classes, out).path
 
 
 def test_masks_lie_where_the_server_looks_with_the_values_of_voc(tmp_path: Path) -> None:

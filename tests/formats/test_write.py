@@ -22,7 +22,7 @@ FOLDERS = [name for name, info in FORMATS.items() if "." not in info.output]
 
 
 def write(format: str, items: object, out: Path, **settings: object) -> FormatResult:
-    return write_format(format, items, CLASSES, out, progress=False, **settings)  # type: ignore[arg-type]
+    return write_format(format, items, CLASSES, out, **settings)  # type: ignore[arg-type]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -188,7 +188,7 @@ def test_what_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AfaError, match=r"coco\.json: .*no mask .*; predict"):
         write("coco", [], out)
     with pytest.raises(AfaError, match=r"ö\.0\.png: .*value 2, .*1 classes; write"):
-        write_format("coco", items, CLASSES[:1], out, progress=False)
+        write_format("coco", items, CLASSES[:1], out)
     items[2].image_path.unlink()
     with pytest.raises(AfaError, match=r"ö\.2\.jpg: no such image; keep"):
         write("yolo", items, out)

@@ -60,7 +60,7 @@ def run(
     paths: list[Path] | Path, out: Path, *, shift: float = 0.0, batch_size: int = 0, **settings: Any
 ) -> PredictSummary:
     paths = [paths] if isinstance(paths, Path) else paths
-    return predict_files(make_predictor(shift, batch_size), paths, out, progress=False, **settings)
+    return predict_files(make_predictor(shift, batch_size), paths, out, **settings)
 
 
 def files_in(folder: Path) -> list[str]:
@@ -163,7 +163,7 @@ def test_broken_images_are_left_out_where_that_is_asked_for(tmp_path: Path) -> N
     made = make_predictor()
     made.config = replace(made.config, data=DataConfig(skip_broken=True))
     tags = {"00": ("catt",), "01": ("cat",), "02": ("cat",)}
-    summary = predict_files(made, [images], tmp_path / "out", tags=tags, progress=False)
+    summary = predict_files(made, [images], tmp_path / "out", tags=tags)
     assert files_in(tmp_path / "out" / "masks") == ["02.png"]
     assert len(summary.failed) == 1  # a wrong tag is no broken image
     assert "'catt'" in summary.failed[0]
@@ -177,10 +177,10 @@ def test_twelve_bits_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture
     levels[0, 0] = 4095
     Image.fromarray(levels).save(tmp_path / "a.png")
     made = make_predictor()
-    predict_files(made, [tmp_path / "a.png"], tmp_path / "out", progress=False)
+    predict_files(made, [tmp_path / "a.png"], tmp_path / "out")
     assert "is 4095 of 65535, so they are nearly black; set data.white_level to 4095" in capsys.readouterr().err
     made.config = replace(made.config, data=DataConfig(white_level=4095))
-    predict_files(made, [tmp_path / "a.png"], tmp_path / "other", progress=False)
+    predict_files(made, [tmp_path / "a.png"], tmp_path / "other")
     assert "warning" not in capsys.readouterr().err
     seen = made.prepare(tmp_path / "a.png").pixels
     np.testing.assert_array_equal(seen[:, :, 0], np.rint(levels / 4095 * 255))
@@ -250,7 +250,7 @@ def test_long_names(tmp_path: Path, length: int, tiles: str | int) -> None:
     made = make_predictor()
     made.network.backbone = SimpleNamespace(min_size=32)  # type: ignore[assignment]
     made = Predictor(made.network, CLASSES, config=made.config, tiles=tiles)
-    summary = predict_files(made, [images], tmp_path / "out", progress=False)
+    summary = predict_files(made, [images], tmp_path / "out")
     assert summary.written + len(summary.failed) == 3
     assert [line.rpartition(": ")[2] for line in summary.failed] == (length == 250) * 2 * [
         "cannot be written (File name too long); give the image a shorter name"
@@ -415,7 +415,7 @@ def pseudo_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def run_pseudo(images: TaggedImages, out: Path, **settings: Any) -> PredictSummary:
-    settings = {"config": Config(), "progress": False, **settings}
+    settings = {"config": Config(), **settings}
     return pseudo_files(ColorNetwork(), images, out, **settings)  # type: ignore[arg-type]
 
 
@@ -483,7 +483,7 @@ def test_pseudo_labels_leave_broken_images_out_where_that_is_asked_for(
     images = tagged_images(tmp_path / "data", {"a": 1, "b": 2})
     (tmp_path / "data" / "JPEGImages" / "a.png").write_bytes(b"broken")
     config = Config(data=DataConfig(skip_broken=True))
-    summary = pseudo_files(ColorNetwork(), images, tmp_path / "out", config=config, progress=False)  # type: ignore[arg-type]
+    summary = pseudo_files(ColorNetwork(), images, tmp_path / "out", config=config)  # type: ignore[arg-type]
     assert files_in(tmp_path / "out") == ["masks/b.png"]
     assert (len(summary.failed), len(summary.broken)) == (0, 1)
 

@@ -51,7 +51,7 @@ def expected(run: Path, tmp_path: Path) -> dict[str, bytes]:
     for number in range(12):
         (tmp_path / "photos").mkdir(exist_ok=True)
         (tmp_path / "photos" / f"{number:05d}.jpg").write_bytes(jpeg(number))
-    predict(run, tmp_path / "photos", tmp_path / "files", progress=False)
+    predict(run, tmp_path / "photos", tmp_path / "files")
     return {path.stem: path.read_bytes() for path in (tmp_path / "files" / "masks").iterdir()}
 
 
@@ -86,7 +86,7 @@ def test_shards_give_the_masks_of_files(run: Path, tmp_path: Path, expected: dic
 
 def test_shards_of_a_stated_size(run: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
     folder = write_shards(tmp_path / "pets")
-    summary = predict(run, [folder], tmp_path / "out", out_shards=5, progress=False)
+    summary = predict(run, [folder], tmp_path / "out", out_shards=5)
     assert (summary.written, summary.failed) == (12, ())
     shards = shards_in(tmp_path / "out")
     assert {name: len(packed(content)) for name, content in shards.items()} == {
@@ -95,14 +95,14 @@ def test_shards_of_a_stated_size(run: Path, tmp_path: Path, expected: dict[str, 
     found = {name: mask for content in shards.values() for name, mask in packed(content).items()}
     assert found == {f"{int(key) // 6:04d}/{key}.mask.png": mask for key, mask in expected.items()}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*shards, "predict.json"}
-    predict(run, [tmp_path / "photos"], tmp_path / "other", out_shards=12, progress=False)
+    predict(run, [tmp_path / "photos"], tmp_path / "other", out_shards=12)
     assert packed(shards_in(tmp_path / "other")["000000.tar"]) == {f"{k}.mask.png": m for k, m in expected.items()}
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")
 def test_run_lengths(run: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
     folder = write_shards(tmp_path / "pets")
-    predict(run, [folder], tmp_path / "out", out_shards=12, rle=True, progress=False)
+    predict(run, [folder], tmp_path / "out", out_shards=12, rle=True)
     found = packed(shards_in(tmp_path / "out")["000000.tar"])
     assert len(found) == 12
     for name, content in found.items():
@@ -121,12 +121,12 @@ def test_a_store_gets_a_shard_for_each(
     for number in range(2):
         files.pipe(f"/pets/{number:04d}.tar", samples(6, start=6 * number))
     store.failures = 3
-    predict(run, "failing://pets", "failing://masks/of", progress=False)
+    predict(run, "failing://pets", "failing://masks/of")
     found = {f"{number}": packed(files.cat_file(f"/masks/of/{number:04d}.tar")) for number in range(2)}
     assert found["1"] == {f"{key}.mask.png": expected[key] for key in sorted(expected)[6:]}
     assert json.loads(files.cat_file("/masks/of/predict.json"))["made"] == "predictions"
     calls = store.calls
-    summary = predict(run, "failing://pets", "failing://masks/of", resume=True, progress=False)
+    summary = predict(run, "failing://pets", "failing://masks/of", resume=True)
     assert (summary.written, summary.skipped, str(summary.folder)) == (0, 12, "failing://masks/of")
     assert store.calls > calls
 
@@ -147,7 +147,7 @@ def test_what_a_store_does_not_take_is_done_again(run: Path, tmp_path: Path, sto
 
     fsspec.register_implementation("refusing", Refusing, clobber=True)
     store.store.clear()
-    text = said(predict, run, folder, "refusing://masks", progress=False, **keys)
+    text = said(predict, run, folder, "refusing://masks", **keys)
     assert "masks/0001.tar: the store failed 1 times (503); try again later" in text
     fsspec.register_implementation("refusing", FailingStore, clobber=True)
     fsspec.filesystem("failing")
@@ -198,18 +198,18 @@ def test_a_killed_call_goes_on_and_gives_the_same_bytes(run: Path, tmp_path: Pat
 
 def test_shards_of_other_weights_or_sizes_are_not_mixed(run: Path, tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "pets")
-    predict(run, folder, tmp_path / "out", out_shards=5, progress=False)
+    predict(run, folder, tmp_path / "out", out_shards=5)
     for keys in ({"out_shards": 4}, {"out_shards": 5, "rle": True}, {"out_shards": 5, "evaluation.short_side": 32}):
-        text = said(predict, run, folder, tmp_path / "out", resume=True, progress=False, **keys)
+        text = said(predict, run, folder, tmp_path / "out", resume=True, **keys)
         assert "out: the 3 shards there were made with other weights, settings or sizes; delete them" in text
-    assert predict(run, folder, tmp_path / "out", out_shards=5, progress=False).written == 12
+    assert predict(run, folder, tmp_path / "out", out_shards=5).written == 12
 
 
 def test_tags_of_shards(run: Path, tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "pets")
     rows = "".join(f"{number:05d},{CLASSES[number % 2]}\n" for number in range(12))
     (tmp_path / "tags.csv").write_text(f"file,tags\n{rows}")
-    named: dict[str, Any] = {"tags": tmp_path / "tags.csv", "progress": False}
+    named: dict[str, Any] = {"tags": tmp_path / "tags.csv"}
     predict(run, folder, tmp_path / "out", **named)
     for path in (tmp_path / "out" / "masks").rglob("*.png"):
         assert set(np.unique(np.array(Image.open(path)))) <= {0, int(path.stem) % 2 + 1}
@@ -218,7 +218,7 @@ def test_tags_of_shards(run: Path, tmp_path: Path) -> None:
 
 def test_pseudo_labels_of_shards_are_those_of_files(run: Path, tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "pets")
-    keys: dict[str, Any] = {"kind": "cam", "progress": False, "data.val_list": ""}
+    keys: dict[str, Any] = {"kind": "cam", "data.val_list": ""}
     pseudo_labels(run, folder, tmp_path / "files", **keys)
     summary = pseudo_labels(run, folder, tmp_path / "out", out_shards=7, **keys)
     assert summary.written == 12
@@ -244,7 +244,7 @@ def test_each_of_several_processes_makes_its_own_shards(run: Path, tmp_path: Pat
         target = ShardFolder(str(out), 0, False, CLASSES, data)
         return [
             target.write(
-                lambda files, place: predict_files(predictor, files, place, resume=True, progress=False),
+                lambda files, place: predict_files(predictor, files, place, resume=True),
                 shard_files([str(folder)], data),
                 {},
                 resume=True,
@@ -261,7 +261,7 @@ def test_each_of_several_processes_makes_its_own_shards(run: Path, tmp_path: Pat
 
 def test_a_full_disk_leaves_what_was_made(run: Path, tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "pets", 1, 12)
-    keys: dict[str, Any] = {"out_shards": 12, "progress": False}
+    keys: dict[str, Any] = {"out_shards": 12}
     with largest_file(4000):
         text = said(predict, run, folder, tmp_path / "out", **keys)
     assert "out/000000.tar: cannot be written (File too large); free space or choose another folder" in text
@@ -281,5 +281,5 @@ def test_a_full_disk_leaves_what_was_made(run: Path, tmp_path: Path) -> None:
 )
 def test_mistakes(run: Path, tmp_path: Path, keys: dict[str, Any], expected: str) -> None:
     folder = write_shards(tmp_path / "pets", 1)
-    assert expected in said(predict, run, folder, tmp_path / "out", progress=False, **keys)
+    assert expected in said(predict, run, folder, tmp_path / "out", **keys)
     assert "nothing.tar: no such file or folder" in said(predict, run, tmp_path / "nothing.tar", tmp_path / "out")

@@ -154,7 +154,7 @@ def test_images_up_to_a_side_keep_their_resolution() -> None:
 
 
 def predict(paths: list[Path], out: Path, *, tiles: str | int = 160, **settings: Any) -> PredictSummary:
-    return predict_files(color_predictor(tiles), paths, out, progress=False, **settings)
+    return predict_files(color_predictor(tiles), paths, out, **settings)
 
 
 def test_files_of_every_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,7 +264,7 @@ def test_pseudo_labels_in_tiles(tmp_path: Path, untrained: Path) -> None:
     config = load_config(None, SETTINGS)
     network, out = load_run(untrained, torch.device("cpu")).network, tmp_path / "out"
     tiling = pseudo_tiling(network, config, 160, max_pixels=None)
-    summary = pseudo_files(network, images, out, config=config, kind="cam", tiling=tiling, overlay=True, progress=False)
+    summary = pseudo_files(network, images, out, config=config, kind="cam", tiling=tiling, overlay=True)
     assert (summary.written, summary.failed) == (2, ())
     for name, size in (("small", (100, 128)), ("large", (300, 210))):
         mask = read_mask(out / "masks" / f"{name}.png")
@@ -273,7 +273,7 @@ def test_pseudo_labels_in_tiles(tmp_path: Path, untrained: Path) -> None:
     found = summarize_masks(summary, images, out)
     assert found.num_images == 2
     limited = pseudo_tiling(network, config, 160, max_pixels=12_799)
-    failed = pseudo_files(network, images, tmp_path / "no", config=config, tiling=limited, progress=False).failed
+    failed = pseudo_files(network, images, tmp_path / "no", config=config, tiling=limited).failed
     assert [line.partition(" more than ")[2][:6] for line in failed] == ["12,799"] * 2
     assert pseudo_tiling(network, config, "auto", max_pixels=None).side == 160
     (out / "masks" / "large.png").rename(out / "masks" / "kept.png")
@@ -283,7 +283,7 @@ def test_pseudo_labels_in_tiles(tmp_path: Path, untrained: Path) -> None:
     Image.open(tiff.image_path(0)).save(tmp_path / "tiff" / "large.tif")
     again = TaggedImages(classes=CLASSES, names=("large",), paths=[tmp_path / "tiff" / "large.tif"], tags=tiff.tagged)
     other = tmp_path / "other"
-    summary = pseudo_files(network, again, other, config=config, kind="cam", tiling=tiling, progress=False)
+    summary = pseudo_files(network, again, other, config=config, kind="cam", tiling=tiling)
     np.testing.assert_array_equal(read_mask(other / "masks" / "large.tif"), label)
     coverage = 100 * float(((label > 0) & (label < 255)).mean())
     assert summarize_masks(summary, again, other).coverage == pytest.approx(coverage)

@@ -205,7 +205,7 @@ def run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sheets(run: Path) -> dict[str, np.ndarray]:
-    paths = write_figures(run, count=2, device="cpu", progress=False)
+    paths = write_figures(run, count=2, device="cpu")
     assert [path.relative_to(run).as_posix() for path in paths] == [f"figures/{name}.png" for name in FIGURES]
     return {path.stem: np.array(Image.open(path)) for path in paths}
 
@@ -261,4 +261,4 @@ def test_figures_command_and_data_that_is_gone(
     assert lines == [*(str(run / "figures" / f"{name}.png") for name in FIGURES), str(run / "report.html")]
     assert all(Path(line).is_file() for line in lines)
     with refused(tmp_path / "gone"):
-        write_figures(run, data=str(tmp_path / "gone"), progress=False)
+        write_figures(run, data=str(tmp_path / "gone"))

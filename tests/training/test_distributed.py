@@ -77,7 +77,7 @@ def test_two_processes_equal_one(tiny_data: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("TINY_RUN", str(tmp_path / "two"))
     flags = [*tiny_flags(tiny_data, keys), "--out", str(tmp_path / "two")]
     process = start_python([*TORCHRUN, "-m", "afa", *flags])
-    train_and_report(tiny_config(tiny_data, keys), tmp_path / "one", progress=False)
+    train_and_report(tiny_config(tiny_data, keys), tmp_path / "one")
     output, messages = process.communicate()
     assert process.returncode == 0, messages
     assert output.count("[schedule]") == 1

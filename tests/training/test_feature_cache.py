@@ -89,7 +89,7 @@ def make_network(config: Config, words: Sequence[Sequence[str]] = WORDS) -> AfaN
 
 def prepare(config: Config, run: Path, network: AfaNetwork | None = None) -> FeatureReader:
     network = network or make_network(config)
-    return prepare_features(network, open_data(config.data).train(), config, run, progress=False)
+    return prepare_features(network, open_data(config.data).train(), config, run)
 
 
 def batches(config: Config, reader: FeatureReader | None, **options: Any) -> list[Batch]:

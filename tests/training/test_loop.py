@@ -120,7 +120,7 @@ def test_an_affinity_that_has_learnt_nothing_is_told_once(
         return 0 * affinity.sum() + loss
 
     monkeypatch.setattr("afa.training.step.affinity_loss", constant)
-    train_tiny(tiny_config(tiny_data), tmp_path / "run", progress=True)
+    train_tiny(tiny_config(tiny_data), tmp_path / "run")
     told = [line for line in capsys.readouterr().err.splitlines() if "the affinity has learnt nothing" in line]
     assert len(told) == (1 if loss == 0.5 else 0)
     assert all("step 5:" in line and "loss 0.50" in line and "another --train.seed" in line for line in told)

@@ -41,11 +41,11 @@ def _train_shards(rank: int, root: str, folder: str, port: int) -> None:
     config = shard_config(Path(root))
     data = open_data(config.data)
     with process_group(CPU) as processes:
-        train(config, data, Path(folder, "two"), device=CPU, processes=processes, progress=False)
-        train(config, data, Path(folder, "resumed"), device=CPU, processes=processes, resume=True, progress=False)
+        train(config, data, Path(folder, "two"), device=CPU, processes=processes)
+        train(config, data, Path(folder, "resumed"), device=CPU, processes=processes, resume=True)
         half = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="fp16"))
         with refused("train.precision is fp16, which train.shard does not know"):
-            train(half, data, Path(folder, "half"), device=CPU, processes=processes, progress=False)
+            train(half, data, Path(folder, "half"), device=CPU, processes=processes)
 
 
 def largest_difference(run: Path, other: Path) -> float:

@@ -18,7 +18,7 @@ from afa.data.loader import resolve_workers
 from afa.data.open import DataSet, data_root, open_data
 from afa.errors import AfaError
 from afa.report.render import gibibytes
-from afa.runtime import ALONE, Processes, pick_device, say
+from afa.runtime import ALONE, Processes, pick_device, say, shows_progress
 
 
 def check_data(
@@ -28,7 +28,6 @@ def check_data(
     fast: bool = False,
     limit: int | None = None,
     scale: tuple[int, str] | None = None,
-    progress: bool = True,
     processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Check a data set for a training with these settings.
@@ -39,7 +38,6 @@ def check_data(
         fast: Open no image and try no training step.
         limit: Read only so many images, evenly spread; None reads all.
         scale: A number of images and a name of `MACHINES` to extrapolate to; None does not.
-        progress: Show progress on standard error.
         processes: Processes that share the reading of images; the report of the first one is whole.
 
     Returns:
@@ -74,7 +72,7 @@ def check_data(
         return report | _listed([Problem("error", str(error))])
     problems = [*opened.problems, *check_tags(opened, config)]
     if not fast and opened.train is not None:
-        measured, found = _measure(config, opened, device, limit, progress=progress, processes=processes)
+        measured, found = _measure(config, opened, device, limit, processes=processes)
         report |= measured
         problems += found
     if scale is not None:
@@ -123,19 +121,13 @@ def _describe_tags(opened: OpenedData) -> dict[str, Any]:
 
 
 def _measure(
-    config: Config,
-    opened: OpenedData,
-    device: torch.device,
-    limit: int | None,
-    *,
-    progress: bool,
-    processes: Processes,
+    config: Config, opened: OpenedData, device: torch.device, limit: int | None, *, processes: Processes
 ) -> tuple[dict[str, Any], list[Problem]]:
     """Take a few training steps and read the images: `images`, `training` and `cache` of the report, and problems."""
     problems: list[Problem] = []
     cost = None
     try:
-        if progress and processes.is_main:
+        if shows_progress() and processes.is_main:
             say(f"trying out a few training steps on {device.type}")
         # Before images are read: on a CPU the memory is the most that this process ever took.
         if processes.is_main:
@@ -144,7 +136,7 @@ def _measure(
         problems.append(Problem("error", str(error)))
     workers = resolve_workers(config.data.workers, processes=processes.count)
     # This thread only waits.
-    table = read_images(opened, limit, threads=workers + 1, progress=progress, processes=processes)
+    table = read_images(opened, limit, threads=workers + 1, processes=processes)
     if table is None:
         return {}, problems
     problems += check_images(table, config)

@@ -63,7 +63,7 @@ class ImageTable:
 
 
 def read_images(
-    opened: OpenedData, limit: int | None, *, threads: int, progress: bool, processes: Processes = ALONE
+    opened: OpenedData, limit: int | None, *, threads: int, processes: Processes = ALONE
 ) -> ImageTable | None:
     """Read the images of both sides, each file once, and the masks of those that have one.
 
@@ -71,7 +71,6 @@ def read_images(
         opened: The images.
         limit: Read only so many, evenly spread; None reads all.
         threads: How many read at the same time.
-        progress: Show progress on standard error.
         processes: Processes that share the reading; the first one gets the table, others None.
     """
     places: dict[Path, list[int]] = {}  # file -> index on each side, -1 where it is not there
@@ -89,7 +88,7 @@ def read_images(
         if scored is not None and rows[index, 1] >= 0:
             scored.mask(int(rows[index, 1]))
 
-    with image_progress("reading images", total=len(paths), enabled=progress, processes=processes) as advance:
+    with image_progress("reading images", total=len(paths), processes=processes) as advance:
         scan = scan_images(
             paths,
             threads=threads,

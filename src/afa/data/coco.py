@@ -74,7 +74,7 @@ class CocoSummary:
         )
 
 
-def convert_coco(instances: Path, images: Path, out: Path, *, split: str, progress: bool = True) -> CocoSummary:
+def convert_coco(instances: Path, images: Path, out: Path, *, split: str) -> CocoSummary:
     """Write a split of COCO as a data set in the VOC layout; call it again for the other split.
 
     The images stay where they are: OUT/JPEGImages gets a link to their folder, or, where links to folders are not
@@ -86,7 +86,6 @@ def convert_coco(instances: Path, images: Path, out: Path, *, split: str, progre
         images: Folder of the images that it names.
         out: Folder to write, made if missing.
         split: Name of the list, such as train or val.
-        progress: Show progress on standard error.
 
     Raises:
         AfaError: The file is no instances JSON, or an outline in it is malformed; an image is missing; OUT holds other
@@ -112,7 +111,7 @@ def convert_coco(instances: Path, images: Path, out: Path, *, split: str, progre
         masks = {number: out / "SegmentationClassAug" / f"{stem}.png" for number, stem in stems.items()}
         missing = [number for number, path in masks.items() if not path.is_file()]
         index = {category: value for value, category in enumerate(found.names, start=1)}
-        with image_progress(f"masks of {split}", total=len(missing), enabled=progress) as advance:
+        with image_progress(f"masks of {split}", total=len(missing)) as advance:
             for number in missing:
                 image = found.images[number]
                 parts = [part["instance"]._replace(category=part["category_id"]) for part in found.annotations[number]]

@@ -25,7 +25,7 @@ from afa.data.readers import folders, shards, tag_files, voc
 from afa.data.readers.places import unread, words
 from afa.data.split import TEST, TRAIN, VALIDATION, choose_sides
 from afa.errors import AfaError, BrokenImageError, shown
-from afa.runtime import image_progress, read_ahead, say
+from afa.runtime import image_progress, read_ahead, say, shows_progress
 from afa.types import IGNORE_INDEX
 
 
@@ -164,15 +164,12 @@ class DataSet:
         classes = f"{len(self.classes)} class{'' if len(self.classes) == 1 else 'es'} ({first})"
         return f"{self.root}: {self._table.origin}, {classes}; {', '.join((*parts, *self.remarks))}"
 
-    def leave_out_broken(
-        self, sides: Sequence[int] = (TRAIN, VALIDATION), *, list_file: str | None = None, progress: bool = True
-    ) -> None:
+    def leave_out_broken(self, sides: Sequence[int] = (TRAIN, VALIDATION), *, list_file: str | None = None) -> None:
         """If `data.skip_broken` says so, read the images of some sides once and leave out those that cannot be read.
 
         Args:
             sides: `TRAIN`, `VALIDATION`.
             list_file: As of `train`.
-            progress: Show progress on standard error, and say how many were left out.
 
         Raises:
             AfaError: A list is missing or names an unknown image; an image is missing.
@@ -183,7 +180,7 @@ class DataSet:
         rows = np.unique(np.concatenate([self._rows(side, list_file) for side in wanted] or [np.zeros(0, np.int64)]))
         failures = []
         folder, paths = self._table.folder, self._table.paths
-        with image_progress("looking for broken images", total=len(rows), enabled=progress) as advance:
+        with image_progress("looking for broken images", total=len(rows)) as advance:
 
             def read(row: int) -> tuple[int, ...]:
                 return read_image(member_or_below(folder, paths[row])).shape
@@ -195,7 +192,7 @@ class DataSet:
                     self._broken[row] = True
                     failures.append(str(error))
                 advance(1)
-        if failures and progress:
+        if failures and shows_progress():
             say(f"{_images(len(failures), 'broken ')} of {len(rows):,} left out (first: {failures[0]})")
 
     def train(self, *, list_file: str | None = None) -> TaggedImages:

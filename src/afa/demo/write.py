@@ -38,7 +38,6 @@ def write_shapes(
     seed: int = 0,
     classes: Sequence[str] = SHAPE_CLASSES,
     style: ShapesStyle = DEFAULT_STYLE,
-    progress: bool = False,
 ) -> None:
     """Write a generated data set, or keep the one that is there if it was made with the same parameters.
 
@@ -54,7 +53,6 @@ def write_shapes(
         seed: Start of the random numbers, at least 0.
         classes: Names out of `SHAPE_CLASSES`, each once; their order is that of the mask values.
         style: How hard the images are.
-        progress: Whether to show a progress bar on stderr.
 
     Raises:
         AfaError: A parameter is out of its range, the folder holds other files or another data
@@ -80,7 +78,7 @@ def write_shapes(
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
             unfinished = Path(folder) / "data"
-            _write_files(unfinished, {"train": num_train, "val": num_val}, classes, draw, progress=progress)
+            _write_files(unfinished, {"train": num_train, "val": num_val}, classes, draw)
             (unfinished / MARKER_NAME).write_text(marker, encoding="utf-8")
             if root.exists():
                 root.rmdir()
@@ -90,15 +88,13 @@ def write_shapes(
             raise AfaError(f"{root}: cannot be written ({error}); free space or choose another folder") from None
 
 
-def _write_files(
-    root: Path, counts: dict[str, int], classes: Sequence[str], draw: Callable[[int, int], Scene], *, progress: bool
-) -> None:
+def _write_files(root: Path, counts: dict[str, int], classes: Sequence[str], draw: Callable[[int, int], Scene]) -> None:
     """Write all files but the marker."""
     for name in ("JPEGImages", "SegmentationClassAug", "lists"):
         (root / name).mkdir(parents=True)
     tags = {}
     jobs = [(split, i) for split, count in enumerate(counts.values()) for i in range(count)]
-    with image_progress("generating", total=len(jobs), enabled=progress) as advance:
+    with image_progress("generating", total=len(jobs)) as advance:
         for split, i in jobs:
             name = f"{list(counts)[split]}_{i:05d}"
             scene = draw(split, i)

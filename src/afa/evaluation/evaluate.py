@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,7 +58,6 @@ def evaluate(
     refine: bool = False,
     boundary: bool = False,
     processes: Processes = ALONE,
-    progress: bool = True,
 ) -> EvaluationResult:
     """Score a network against the masks of a list of images.
 
@@ -75,7 +74,6 @@ def evaluate(
         refine: Refine cam and propagated labels with `pseudo.refinement` before they are scored.
         boundary: Also score the boundary IoU.
         processes: Processes that share the work.
-        progress: Show a progress bar on standard error (of the first process).
 
     Returns:
         Scores over all images.
@@ -86,8 +84,8 @@ def evaluate(
     Source:
         Paper Tables 2 and 3; docs/method.md, "Evaluation".
     """
-    options: dict[str, Any] = {"refine": refine, "boundary": boundary, "processes": processes, "progress": progress}
-    return evaluate_each(network, images, config, (labels,), **options)[0]
+    wanted = (labels,)
+    return evaluate_each(network, images, config, wanted, refine=refine, boundary=boundary, processes=processes)[0]
 
 
 def evaluate_each(
@@ -99,12 +97,11 @@ def evaluate_each(
     refine: bool = False,
     boundary: bool = False,
     processes: Processes = ALONE,
-    progress: bool = True,
 ) -> list[EvaluationResult]:
     """Score several kinds of labels as `evaluate`, with each image read once, and encoded once if it can be kept.
 
     Args:
-        network, images, config, refine, boundary, processes, progress: As of `evaluate`.
+        network, images, config, refine, boundary, processes: As of `evaluate`.
         labels: Some of `LABELS`.
 
     Returns:
@@ -115,7 +112,7 @@ def evaluate_each(
     device = next(network.parameters()).device
     counts = [Counts(images, each, device, boundary=boundary) for each in labels]
     passes = once_per_view(network)
-    with closing(image_batches(network, images, config, labels, processes=processes, progress=progress)) as batches:
+    with closing(image_batches(network, images, config, labels, processes=processes)) as batches:
         for batch, count in ((batch, count) for batch in batches for count in counts):
             pixels = [sample.image for sample in batch]
             if count.labels == "seg":
@@ -166,13 +163,7 @@ class Sample:
 
 
 def image_batches(
-    network: AfaNetwork,
-    images: TaggedImages,
-    config: Config,
-    labels: Sequence[str],
-    *,
-    processes: Processes,
-    progress: bool,
+    network: AfaNetwork, images: TaggedImages, config: Config, labels: Sequence[str], *, processes: Processes
 ) -> Generator[list[Sample], None, None]:
     """Read this process's share of a list ahead, and collect images that the network sees at the same sizes.
 
@@ -182,7 +173,6 @@ def image_batches(
         config: Its `evaluation` and `pseudo` sections.
         labels: What the sizes are for: some of `LABELS`, and `tags` where no mask is to be read.
         processes: Processes that share the work.
-        progress: Show a progress bar on standard error (of the first process).
 
     Yields:
         Batches of one size.
@@ -212,7 +202,7 @@ def image_batches(
         return Sample(index, image, mask, tuple(view for each in sizes for view in each(size, config)))
 
     batch_size = resolve_batch_size(config.evaluation.batch_size, device)
-    shown = image_progress(f"evaluate {', '.join(labels)}", total=total, enabled=progress, processes=processes)
+    shown = image_progress(f"evaluate {', '.join(labels)}", total=total, processes=processes)
     readings = read_ahead(read, processes.share(range(total)))
     training = network.training
     network.eval()

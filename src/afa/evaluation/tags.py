@@ -53,12 +53,7 @@ class TagResult:
 
 
 def evaluate_tags(
-    network: AfaNetwork,
-    images: TaggedImages,
-    config: Config,
-    *,
-    processes: Processes = ALONE,
-    progress: bool = True,
+    network: AfaNetwork, images: TaggedImages, config: Config, *, processes: Processes = ALONE
 ) -> TagResult:
     """Compare the tags that the classifier finds with those of a list of images.
 
@@ -69,7 +64,6 @@ def evaluate_tags(
         images: What is scored.
         config: Its `evaluation` section, without the CRF, which refines masks, and `train.precision`.
         processes: Processes that share the work.
-        progress: Show a progress bar on standard error (of the first process).
 
     Returns:
         Scores over all images.
@@ -82,7 +76,7 @@ def evaluate_tags(
     started = time.monotonic()
     device = next(network.parameters()).device
     counts = torch.zeros(3, network.num_classes, dtype=torch.int64, device=device)  # hits, found, true
-    with closing(image_batches(network, images, config, ("tags",), processes=processes, progress=progress)) as batches:
+    with closing(image_batches(network, images, config, ("tags",), processes=processes)) as batches:
         for batch in batches:
             maps = logit_maps(network, [sample.image for sample in batch], config)
             found = torch.stack([each.image for each in maps]) > 0  # (B, C)

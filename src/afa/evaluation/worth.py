@@ -170,14 +170,13 @@ def threshold_settings(config: Config) -> dict[str, Config]:
     }
 
 
-def measure_worth(network: AfaNetwork, images: TaggedImages, config: Config, *, progress: bool = True) -> Worth:
+def measure_worth(network: AfaNetwork, images: TaggedImages, config: Config) -> Worth:
     """Compare CAM and prediction on tagged images.
 
     Args:
         network: With as many classes as the images have.
         images: With tags; at most `MOST_IMAGES` of them are looked at.
         config: Its `evaluation` and `pseudo` sections, and `train.precision`.
-        progress: Show a progress bar on standard error.
 
     Raises:
         AfaError: As `image_batches`.
@@ -192,7 +191,7 @@ def measure_worth(network: AfaNetwork, images: TaggedImages, config: Config, *, 
     labeled = np.zeros((len(settings), 2))  # foreground and uncertain shares, summed over images
     every = max(1, len(images) // _THRESHOLD_IMAGES)
     kinds = ("tags", "cam")  # sizes of the prediction and of the CAM; no mask is read
-    with closing(image_batches(network, images, config, kinds, processes=ALONE, progress=progress)) as batches:
+    with closing(image_batches(network, images, config, kinds, processes=ALONE)) as batches:
         for batch in batches:
             pixels, tags = [sample.image for sample in batch], [images.tags(sample.index) for sample in batch]
             cams = pseudo_labels(passes, pixels, tags, config, kind="cam")

@@ -38,6 +38,7 @@ from afa.model.network import AfaNetwork
 from afa.model.text import embed_words
 from afa.runs.network import load_run
 from afa.runs.run import Run
+from afa.runtime import showing_progress
 
 if TYPE_CHECKING:
     from afa.model.language import TextClassifier
@@ -351,7 +352,8 @@ def save_mask(
         if form == "png":
             return f"{flat}.png", item.mask_path.read_bytes()
         Image.fromarray(seen.pixels).resize(seen.size[::-1]).save(item.image_path)
-        written = write_format(form, [item], classes, root / "out", progress=False)
+        with showing_progress(False):
+            written = write_format(form, [item], classes, root / "out")
         if written.path.is_file():
             return f"{flat}.{written.path.name}", written.path.read_bytes()
         archive = io.BytesIO()

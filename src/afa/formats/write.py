@@ -142,7 +142,6 @@ def write_format(
     out_dir: Path,
     *,
     colors: Sequence[tuple[int, int, int]] | None = None,
-    progress: bool = True,
 ) -> FormatResult:
     """Convert masks to a format, as OUT/`FORMATS[format].output`.
 
@@ -154,7 +153,6 @@ def write_format(
         classes: The C class names; `classes[i]` has mask value i + 1.
         out_dir: Made if missing.
         colors: C RGB colors of the classes, 0..255; None = those of VOC.
-        progress: Show a progress bar on standard error.
 
     Returns:
         What was written and what was lost.
@@ -174,7 +172,7 @@ def write_format(
     def masks() -> Iterator[tuple[MaskItem, NDArray[np.uint8]]]:
         nonlocal num_images
         total = len(items) if isinstance(items, Sized) else None
-        with image_progress(f"write {format}", total=total, enabled=progress) as advance:
+        with image_progress(f"write {format}", total=total) as advance:
             for item in items:
                 _check_name(item)
                 yield item, _read(item, len(classes))

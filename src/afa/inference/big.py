@@ -53,13 +53,11 @@ class Large:
         more = f"; {len(names) - 1} more images in tiles too" if len(names) > 1 else ""
         say(f"{names[0]}: {width} x {height} pixels, in {down * across} tiles of at most {side} x {side}{more}")
 
-    def write(self, out_dir: Path, name: str, *, title: str, overlay: bool, progress: bool) -> None:
+    def write(self, out_dir: Path, name: str, *, title: str, overlay: bool) -> None:
         """Make and write the mask of an image."""
         with self.open(name) as rows:
             down, _ = self.tiling.count(rows.size)
-            with image_progress(
-                f"{title}: rows of tiles of {name}", total=down, enabled=progress, unit="rows"
-            ) as advance:
+            with image_progress(f"{title}: rows of tiles of {name}", total=down, unit="rows") as advance:
 
                 def counted() -> Bands:
                     for band in self.bands(name, rows):

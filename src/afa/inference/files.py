@@ -28,13 +28,7 @@ from afa.data.pixels import WHITE_LEVEL
 from afa.data.rows import Rows
 from afa.errors import AfaError
 from afa.evaluation.evaluate import resolve_batch_size
-from afa.evaluation.protocols import (
-    PSEUDO_LABELS,
-    check_choice,
-    host_tensor,
-    pseudo_labels,
-    pseudo_sizes,
-)
+from afa.evaluation.protocols import PSEUDO_LABELS, check_choice, host_tensor, pseudo_labels, pseudo_sizes
 from afa.formats.write import FORMATS
 from afa.inference.big import Bands, Large
 from afa.inference.masks import Made, PredictSummary, Task, write_masks
@@ -56,7 +50,6 @@ def predict_files(
     scores: bool = False,
     overlay: bool = True,
     resume: bool = False,
-    progress: bool = True,
     processes: Processes = ALONE,
 ) -> PredictSummary:
     """Segment image files and write OUT/masks/NAME.png, OUT/overlays/NAME.jpg and OUT/scores/NAME.npz.
@@ -74,7 +67,6 @@ def predict_files(
         scores: Also write the softmax: `scores` (K, H, W) float16 and `classes`, the K names.
         overlay: Also write the colored class map over the image.
         resume: Go on with an interrupted call: leave masks that are there already as they are.
-        progress: Show a progress bar on standard error.
         processes: Processes that share the images.
 
     Returns:
@@ -129,7 +121,7 @@ def predict_files(
         go_on="the same command with --resume goes on",
         large=_large(predictor.tiling, opened, lambda name, rows: predictor.tiling.labels(rows, allowed(name))),
     )
-    summary = write_masks(task, out_dir, list(files), resume=resume, progress=progress, processes=processes)
+    summary = write_masks(task, out_dir, list(files), resume=resume, processes=processes)
     shrunk = [each for part in processes.gather(shrunk) for each in part]
     if shrunk and processes.is_main:
         name, (height, width), (seen_height, seen_width) = min(shrunk)
@@ -150,7 +142,6 @@ def pseudo_files(
     refine: bool = False,
     overlay: bool = False,
     tiling: Tiling | None = None,
-    progress: bool = True,
     processes: Processes = ALONE,
 ) -> PredictSummary:
     """Write pseudo labels of tagged images as OUT/masks/NAME.png, 255 where they are uncertain.
@@ -168,7 +159,6 @@ def pseudo_files(
         refine: As `pseudo_labels`.
         overlay: Also write OUT/overlays/NAME.jpg.
         tiling: Which images are made in tiles; None: none is.
-        progress: Show a progress bar on standard error.
         processes: Processes that share the images.
 
     Returns:
@@ -183,7 +173,7 @@ def pseudo_files(
     task = _pseudo_task(network, images, config, kind=kind, refine=refine, overlay=overlay, max_pixels=limit)
     if tiling is not None:
         task = _pseudo_in_tiles(task, images, tiling, kind=kind, refine=refine)
-    return write_masks(task, out_dir, images.names, resume=True, progress=progress, processes=processes)
+    return write_masks(task, out_dir, images.names, resume=True, processes=processes)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from afa.inference.big import Large
 from afa.inference.predictor import PreparedImage
 from afa.inference.stamp import current_masks, missing_in_all
 from afa.runs.files import only_writer, write_whole
-from afa.runtime import ALONE, Advance, Processes, image_progress, read_ahead, say
+from afa.runtime import ALONE, Advance, Processes, image_progress, read_ahead, say, showing_progress
 
 _WRITE_BEHIND = 4
 """Number of results that may wait to be written, beside those of the last batch."""
@@ -118,12 +118,7 @@ class MasksSummary:
 
 
 def summarize_masks(
-    written: PredictSummary,
-    images: TaggedImages,
-    out_dir: Path,
-    *,
-    progress: bool = True,
-    processes: Processes = ALONE,
+    written: PredictSummary, images: TaggedImages, out_dir: Path, *, processes: Processes = ALONE
 ) -> MasksSummary:
     """Read the masks of tagged images again, say how sure they are, and write OUT/masks.json.
 
@@ -131,7 +126,6 @@ def summarize_masks(
         written: What was done.
         images: The images; one without a current mask is passed over.
         out_dir: Folder that has the masks.
-        progress: Show progress on standard error.
         processes: Processes that share the reading; the first one writes, and all get the summary.
     """
     finished = set(current_masks(out_dir, images.names))
@@ -139,7 +133,7 @@ def summarize_masks(
     missed: dict[int, list[str]] = {}
     covered = total = 0
     share = processes.share(indices)
-    with image_progress("summing up masks", total=len(indices), enabled=progress, processes=processes) as advance:
+    with image_progress("summing up masks", total=len(indices), processes=processes) as advance:
         for index, reading in read_ahead(lambda index: _count_values(mask_path(out_dir, images.names[index])), share):
             counts = reading.result()
             places = np.flatnonzero(images.tagged[index] & (counts[1 : 1 + len(images.classes)] == 0))
@@ -250,13 +244,7 @@ class Task(Generic[_Image]):
 
 
 def write_masks(
-    task: Task[_Image],
-    out_dir: Path,
-    names: Sequence[str],
-    *,
-    resume: bool,
-    progress: bool,
-    processes: Processes = ALONE,
+    task: Task[_Image], out_dir: Path, names: Sequence[str], *, resume: bool, processes: Processes = ALONE
 ) -> PredictSummary:
     """Read in threads, infer here in batches of one size, write in threads.
 
@@ -268,7 +256,6 @@ def write_masks(
         out_dir: Made if missing.
         names: Names of the images.
         resume: Leave masks that are there already as they are. A call that torchrun starts again does so anyway.
-        progress: Show a progress bar on standard error.
         processes: Processes that share the images, and all of which see `out_dir`.
 
     Returns:
@@ -283,11 +270,12 @@ def write_masks(
     with lock:
         missing = missing_in_all(out_dir, names, stamp, processes, resume=resume, otherwise=task.otherwise)
         started, skipped = time.monotonic(), len(names) - len(missing)
-        work = _Work(task, out_dir, processes.share(missing), progress=progress, processes=processes)
+        work = _Work(task, out_dir, processes.share(missing), is_main=processes.is_main)
         try:
-            with image_progress(task.title, total=len(missing), enabled=progress, processes=processes) as advance:
+            with image_progress(task.title, total=len(missing), processes=processes) as advance:
                 work.make(advance)
-            work.make_large()
+            with showing_progress(processes.is_main):
+                work.make_large()
         except AfaError as error:
             count = f"{skipped + work.done} masks are done and {len(missing) - work.done} missing; "
             raise AfaError(f"{error}; {'' if processes.count > 1 else count}{task.go_on}") from None
@@ -316,11 +304,9 @@ class _Work(Generic[_Image]):
         failed, broken: Name and line of each image that has no mask.
     """
 
-    def __init__(
-        self, task: Task[_Image], out_dir: Path, names: Sequence[str], *, progress: bool, processes: Processes
-    ) -> None:
+    def __init__(self, task: Task[_Image], out_dir: Path, names: Sequence[str], *, is_main: bool) -> None:
         self.task, self.out_dir, self.names = task, out_dir, names
-        self.is_main, self.shows = processes.is_main, progress and processes.is_main
+        self.is_main = is_main
         self.written = 0
         self.failed: list[tuple[str, str]] = []
         self.broken: list[tuple[str, str]] = []
@@ -352,9 +338,7 @@ class _Work(Generic[_Image]):
             if name == self._large[0] and self.is_main:
                 self.task.large.announce(self._large)
             try:
-                self.task.large.write(
-                    self.out_dir, name, title=self.task.title, overlay=self.task.overlay, progress=self.shows
-                )
+                self.task.large.write(self.out_dir, name, title=self.task.title, overlay=self.task.overlay)
                 self.written += 1
             except (BrokenImageError, LongNameError) as error:
                 self._leave_out(name, error)

@@ -39,9 +39,7 @@ _Row = list[Image.Image | None]
 
 
 @torch.inference_mode()
-def write_figures(
-    run: Path, *, data: str | None = None, count: int = 4, device: str = "auto", progress: bool = True
-) -> list[Path]:
+def write_figures(run: Path, *, data: str | None = None, count: int = 4, device: str = "auto") -> list[Path]:
     """Draw RUN/figures/{affinity,cam,labels,results}.png from evenly spaced images with tags.
 
     - affinity: two query points an image, where the CAM is strongest and where it is weakest; from there the mean
@@ -56,7 +54,6 @@ def write_figures(
         data: Folder of the data set; None is that of the run.
         count: Images.
         device: `auto`, `cpu`, `cuda` or `mps`.
-        progress: Show progress on standard error.
 
     Returns:
         The sheets.
@@ -71,14 +68,14 @@ def write_figures(
     config = Run(run).config(keys if data is None else keys | {"data.root": data})
     network = load_run(run, pick_device(device)).network
     opened = open_data(config.data)
-    opened.leave_out_broken((VALIDATION,), progress=progress)
+    opened.leave_out_broken((VALIDATION,))
     images: TaggedImages = opened.masked() if opened.has_masks else opened.validation()
     picks = evenly_spaced(images, count)
     if not picks:
         raise AfaError(f"{opened.root}: no image with tags to draw; pass --data with another folder")
     draw = {"affinity": _affinity_rows, "cam": _cam_rows, "labels": _label_rows, "results": _result_rows}
     rows: dict[str, list[_Row]] = {name: [] for name in FIGURES}
-    with image_progress("draw figures", total=len(picks), enabled=progress) as advance:
+    with image_progress("draw figures", total=len(picks)) as advance:
         for i in picks:
             seen = Seen.open(images, i, config, next(network.parameters()).device, enlarge=True)
             for name, sheet in rows.items():

@@ -16,14 +16,7 @@ from afa.runs.run import Run
 
 
 def write_masks_page(
-    network: AfaNetwork,
-    images: TaggedImages,
-    out: Path,
-    summary: MasksSummary,
-    *,
-    config: Config,
-    count: int,
-    progress: bool = True,
+    network: AfaNetwork, images: TaggedImages, out: Path, summary: MasksSummary, *, config: Config, count: int
 ) -> Path:
     """Write OUT/examples and OUT/masks.html.
 
@@ -34,13 +27,12 @@ def write_masks_page(
         summary: What was done.
         config: Settings that the masks were made with.
         count: How many examples.
-        progress: Show progress on standard error.
 
     Returns:
         Path of the page.
     """
     doubtful = [images.names.index(name) for name in list(summary.nothing)[: count // 2]]
-    write_examples(network, images, out, config=config, count=count, trained=False, first=doubtful, progress=progress)
+    write_examples(network, images, out, config=config, count=count, trained=False, first=doubtful)
     examples = read_examples(Run(out).examples)
     page = out / "masks.html"
     values = {

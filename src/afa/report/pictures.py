@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -56,7 +56,6 @@ def write_examples(
     count: int,
     trained: bool = True,
     first: Sequence[int] = (),
-    progress: bool = True,
 ) -> Path | None:
     """Write RUN/examples: a folder of pictures for each of some evenly spaced images, sheet.png and index.json.
 
@@ -72,7 +71,6 @@ def write_examples(
         count: How many examples; fewer when there are fewer images with tags.
         first: Positions of images that come first; the others are evenly spaced.
         trained: Off, the pictures are image, CAM and pseudo label alone: decoder and affinity have learned nothing.
-        progress: Show progress on standard error.
 
     Returns:
         The sheet; None without an example.
@@ -80,18 +78,11 @@ def write_examples(
     others = [i for i in evenly_spaced(images, count, negatives=count // 4) if i not in first]
     draw = _example_pictures if trained else _untrained_pictures
     picks = [*first, *others][:count]
-    return _write_drawn(Run(run).examples, network, images, picks, draw, config=config, progress=progress)
+    return _write_drawn(Run(run).examples, network, images, picks, draw, config=config)
 
 
 def write_ranked(
-    network: AfaNetwork,
-    images: TaggedImages,
-    run: Path,
-    ranked: Sequence[str],
-    *,
-    config: Config,
-    count: int,
-    progress: bool = True,
+    network: AfaNetwork, images: TaggedImages, run: Path, ranked: Sequence[str], *, config: Config, count: int
 ) -> None:
     """Write RUN/worst and RUN/best, as `write_examples` does: `count` // 4 of the best, and twice as many of the worst.
 
@@ -102,14 +93,13 @@ def write_ranked(
         ranked: Names of the images, the lowest score first.
         config: Settings of the run.
         count: How many examples the run has.
-        progress: Show progress on standard error.
     """
     places, few = {name: i for i, name in enumerate(images.names)}, count // 4
     for folder, names in ((Run(run).worst, ranked[: 2 * few]), (Run(run).best, ranked[::-1][:few])):
         shutil.rmtree(folder, ignore_errors=True)
         if names:
             picks = [places[name] for name in names]
-            _write_drawn(folder, network, images, picks, _example_pictures, config=config, progress=progress)
+            _write_drawn(folder, network, images, picks, _example_pictures, config=config)
 
 
 def _opened(
@@ -124,9 +114,7 @@ def _opened(
         yield i, seen
 
 
-def write_worth(
-    network: AfaNetwork, images: TaggedImages, run: Path, worth: Worth, *, config: Config, progress: bool = True
-) -> None:
+def write_worth(network: AfaNetwork, images: TaggedImages, run: Path, worth: Worth, *, config: Config) -> None:
     """Write RUN/uncertain, the images whose prediction is least certain, and RUN/thresholds, as `write_examples` does.
 
     Args:
@@ -135,14 +123,12 @@ def write_worth(
         run: Run folder.
         worth: What was found.
         config: Settings of the run.
-        progress: Show progress on standard error.
     """
     places = {name: i for i, name in enumerate(images.names)}
     uncertain = [places[name] for name, _ in worth.uncertain]
     spread = evenly_spaced(images, _THRESHOLD_EXAMPLES)
-    settings: dict[str, Any] = {"config": config, "progress": progress}
-    _write_drawn(Run(run).uncertain, network, images, uncertain, _example_pictures, **settings)
-    _write_drawn(Run(run).thresholds, network, images, spread, _threshold_pictures, **settings)
+    _write_drawn(Run(run).uncertain, network, images, uncertain, _example_pictures, config=config)
+    _write_drawn(Run(run).thresholds, network, images, spread, _threshold_pictures, config=config)
 
 
 def _write_drawn(
@@ -153,7 +139,6 @@ def _write_drawn(
     draw: Callable[[AfaNetwork, Config, Seen], dict[str, Pixels]],
     *,
     config: Config,
-    progress: bool,
 ) -> Path | None:
     """Write a folder of pictures for each of the images at some places, then the sheet and index.json."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -162,7 +147,7 @@ def _write_drawn(
     network.eval()
     index: list[dict[str, object]] = []
     device = next(network.parameters()).device
-    with image_progress(f"draw {folder.name}", total=len(picks), enabled=progress) as advance:
+    with image_progress(f"draw {folder.name}", total=len(picks)) as advance:
         for number, (i, seen) in enumerate(_opened(images, picks, config, device)):
             name = f"{number:03d}"
             (folder / name).mkdir()

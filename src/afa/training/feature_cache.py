@@ -33,7 +33,7 @@ from afa.model.families import TOKEN_SIZES
 from afa.model.network import AfaNetwork
 from afa.pseudo.cam import ViewScore, normalize_cam
 from afa.runs.run import Run
-from afa.runtime import ALONE, Processes, autocast, duration, image_progress, interrupts, say
+from afa.runtime import ALONE, Processes, autocast, duration, image_progress, interrupts, say, shows_progress
 from afa.training.feature_store import FeatureStore, format_gib, remove_store
 from afa.types import Batch, normalize_image
 
@@ -125,7 +125,6 @@ def prepare_features(
     *,
     processes: Processes = ALONE,
     cache: PixelCache | None = None,
-    progress: bool = True,
 ) -> FeatureReader:
     """Open the feature cache of a run, and compute what is missing of the images that its steps take.
 
@@ -138,7 +137,6 @@ def prepare_features(
         run: Run folder.
         processes: Processes that train together and share the images; all see the folder.
         cache: Where decoded images stay.
-        progress: Show progress on standard error.
 
     Returns:
         Reader of the cache.
@@ -171,14 +169,14 @@ def prepare_features(
             store = store or FeatureStore(folder, {"key": key})
             values = sum(grids[index][0] * grids[index][1] for index in store.missing(taken)) * sum(channels)
             store.reserve(2 * values, config.train.feature_cache_gib, setting="train.feature_cache_gib", advice=_ADVICE)
-            if progress:
+            if shows_progress():
                 say(_words(store, taken, len(images), 2 * values, config))
             store.commit()
     # Others could see rows that are written meanwhile, and share what is left of them.
     missing = processes.from_main(lambda: _open(folder).missing(taken))
     store = _open(folder)
     if missing:
-        _fill(store, missing, network, images, taken, config, processes, cache=cache, progress=progress)
+        _fill(store, missing, network, images, taken, config, processes, cache=cache)
         processes.wait()
         store = _open(folder)
     return FeatureReader(store, grids, channels, patch=patch, crop_size=crop_size)
@@ -233,7 +231,6 @@ def _fill(
     processes: Processes,
     *,
     cache: PixelCache | None,
-    progress: bool,
 ) -> None:
     """Compute this process's share of the rows that are missing; says soon how long it takes."""
     device = next(network.parameters()).device
@@ -245,9 +242,9 @@ def _fill(
     multiple = network.backbone.strides[-1]
     views = whole_views(images, config, multiple, share, batch_size=size, processes=processes, cache=cache)
     began = committed = time.perf_counter()
-    done, pending, tell = 0, 0, progress
+    done, pending, tell = 0, 0, shows_progress()
     there = len(taken) - len(missing)
-    bar = image_progress("feature cache", total=len(taken), done=there, enabled=progress, processes=processes)
+    bar = image_progress("feature cache", total=len(taken), done=there, processes=processes)
     with bar as advance, interrupts() as asked_to_stop:
         for batch in views:
             for row in _rows(network, batch, config, device):

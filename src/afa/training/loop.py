@@ -26,7 +26,7 @@ from afa.evaluation.evaluate import evaluate, first_images
 from afa.model.network import AfaNetwork
 from afa.runs.network import build_network
 from afa.runs.run import Run
-from afa.runtime import ALONE, Processes, image_progress, interrupts, say
+from afa.runtime import ALONE, Processes, image_progress, interrupts, say, showing_progress, shows_progress
 from afa.training.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from afa.training.engine import TrainingEngine
 from afa.training.feature_cache import prepare_features
@@ -100,7 +100,6 @@ def train(
     device: torch.device,
     processes: Processes = ALONE,
     resume: bool = False,
-    progress: bool = True,
     show: ShowFunction | None = None,
 ) -> TrainResult:
     """Train a network and write its run folder, up to the final weights; from tags, or as `train.supervision` says.
@@ -112,7 +111,6 @@ def train(
         device: Where to train.
         processes: Processes that train together.
         resume: Go on from the newest checkpoint of `run`; without one, start.
-        progress: Show progress on standard error.
         show: Called by the main process at each evaluation, to draw what is there; returns a sheet of examples.
 
     Returns:
@@ -122,7 +120,6 @@ def train(
         AfaError: Bad data, configuration or weights; `run` holds a run already and `resume` is off, or holds one
             with other settings; a tracker does not start; the disk is full; the loss stays not finite.
     """
-    progress = progress and processes.is_main
     images, compute = _open_training(config, data, tell=processes.is_main)
     scored = open_validation(config, data, tell=processes.is_main)
     torch.manual_seed(config.train.seed)
@@ -136,16 +133,14 @@ def train(
     log = None
     if processes.is_main:
         log = MetricsLog(run, resume_step=start, trackers=Trackers(Run(run), config, resumed=start > 0))
-    with contextlib.ExitStack() as unfinished:
+    with showing_progress(processes.is_main), contextlib.ExitStack() as unfinished:
         if log is not None:
             unfinished.enter_context(log)
         large = LargeImages(images, Run(run).pixels, int(config.data.large_gib * 2**30))
         cache = PixelCache(len(images), resolve_cache(config.data.cache_gib, processes=processes.count), large=large)
         if config.train.feature_cache:
-            engine.features = prepare_features(
-                network, images, config, run, processes=processes, cache=cache, progress=progress
-            )
-        loop = _Loop(run, engine, scored, log, start, seconds, progress=progress, show=show)
+            engine.features = prepare_features(network, images, config, run, processes=processes, cache=cache)
+        loop = _Loop(run, engine, scored, log, start, seconds, show=show)
         seconds = loop.run(_batches(engine, images, start, cache))
         engine.collect()
         network.eval()
@@ -211,7 +206,6 @@ class _Loop:
         step: int,
         seconds: float,
         *,
-        progress: bool,
         show: ShowFunction | None,
     ) -> None:
         self.show = show
@@ -221,7 +215,6 @@ class _Loop:
         self.scored = scored
         self.log = log
         self.step = step
-        self.progress = progress
         self.sums = _Sums()
         self.warned = False
         self.rate, self.words = 0.0, ""
@@ -237,7 +230,7 @@ class _Loop:
         train, processes = self.config.train, self.engine.processes
         total, batch_size = self.config.schedule.max_steps, self.config.schedule.batch_size
         self.engine.module.train()
-        bar = image_progress("step", total=total, done=self.step, images=batch_size, enabled=self.progress)
+        bar = image_progress("step", total=total, done=self.step, images=batch_size)
         # An error keeps this frame alive, and with it the threads that prepare batches, unless they are stopped here.
         with bar as advance, interrupts() as asked_to_stop, contextlib.closing(batches):
             for batch in batches:
@@ -277,7 +270,7 @@ class _Loop:
         self.words = describe(line)
         if self.log is not None:
             self.log.write(line)
-        if self.progress and not self.warned and (warning := affinity_warning(line, config)):
+        if shows_progress() and not self.warned and (warning := affinity_warning(line, config)):
             self.warned = True
             say(warning)
 
@@ -292,7 +285,7 @@ class _Loop:
         self.engine.collect()
         if self.scored is not None:
             images = first_images(self.scored, self.config.train.eval_images)
-            result = evaluate(network, images, self.config, processes=self.engine.processes, progress=self.progress)
+            result = evaluate(network, images, self.config, processes=self.engine.processes)
         if self.log is not None and result is not None:
             figures = result.to_json()
             keys = ("labels", "protocol", "miou", "num_images", "seconds")

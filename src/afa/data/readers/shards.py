@@ -95,7 +95,7 @@ def open_shards(texts: Sequence[str], data: DataConfig) -> list[Shard]:
     return list(found.values())
 
 
-def read_indices(shards: Sequence[Shard], *, progress: bool = True) -> dict[Shard, AfaError]:
+def read_indices(shards: Sequence[Shard]) -> dict[Shard, AfaError]:
     """Make the indices of shards that have none, several at a time, and return what failed.
 
     Each of several processes begins at another shard.
@@ -105,9 +105,7 @@ def read_indices(shards: Sequence[Shard], *, progress: bool = True) -> dict[Shar
     turn = len(shards) * rank // count
     missing = [shard for shard in (*shards[turn:], *shards[:turn]) if not shard.has_index]
     if missing:
-        with image_progress(
-            "index of shards", total=len(missing), enabled=progress and not rank, unit="shards"
-        ) as tell:
+        with image_progress("index of shards", total=len(missing), enabled=not rank, unit="shards") as tell:
             for shard, reading in read_ahead(Shard.index, missing):
                 try:
                     reading.result()
