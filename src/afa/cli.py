@@ -10,22 +10,20 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 from afa import __version__, elastic
 from afa.elastic import is_main, is_restarted
 from afa.errors import AfaError, GoneError
 
-if TYPE_CHECKING:
-    from afa.inference.masks import PredictSummary
-
 _FORMAT_HELP = (
     "also write the masks for other tools, names separated by commas: "
     "coco, cvat, hf, labelme, labelstudio, mmseg, panoptic, voc, voc_test, yolo"
 )
-_WRITTEN = ("out_shards", "rle", "tiles", "max_pixels")
 _MIOU = ("mIoU", "miou", "no pixel of a class")
+_Command = Callable[[dict[str, Any], dict[str, Any]], int]
+"""(flags by the parameters that they are for, keys) -> exit status."""
 _SHORTHANDS = {
     "device": "train.device",
     "seed": "train.seed",
@@ -51,11 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, rest = build_parser().parse_known_args(words)
         if rest:
             raise AfaError(f"unknown argument {rest[0]!r}; afa COMMAND --help lists them, keys are --SECTION.KEY VALUE")
-        for name, key in _SHORTHANDS.items():
-            if getattr(arguments, name, None) is not None:
-                overrides[key] = getattr(arguments, name)
-        run: Callable[[argparse.Namespace, dict[str, Any]], int] = arguments.run
-        return elastic.end_job(run(arguments, overrides))
+        named = vars(arguments)
+        command: tuple[str, _Command, bool] = named.pop("command")
+        name, run, takes_keys = command
+        for flag, key in _SHORTHANDS.items() if takes_keys else ():
+            if (value := named.pop(flag, None)) is not None:
+                overrides[key] = value
+        if overrides and not takes_keys:
+            raise AfaError(f"--{next(iter(overrides))}: afa {name} takes no configuration keys")
+        return elastic.end_job(run(named, overrides))
     except AfaError as error:
         elastic.say_once(f"afa: error: {error}")
         return 2 if isinstance(error, GoneError) else elastic.end_job(2)
@@ -115,12 +117,12 @@ def _minutes(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
 
 
-_RUN = _argument("folder", metavar="RUN", help="run folder")
+_RUN = _argument("run", metavar="RUN", help="run folder")
 _OUT_RUN = _argument("--out", type=_folder, required=True, metavar="RUN", help="run folder")
 _DATA = _argument("--data", required=True, metavar="DIR", help="folder of the data set")
 _PRESET = _argument("--preset", metavar="NAME", help="starting values: paper, paper_coco, rrm, frozen or demo")
 _JSON = _argument("--json", metavar="FILE", help="also write the figures here; - is standard output")
-_FORMATS = _argument("--format", metavar="NAMES", help=_FORMAT_HELP)
+_FORMATS = _argument("--format", dest="formats", default="", metavar="NAMES", help=_FORMAT_HELP)
 _SKIP = _argument(
     "--skip-missing", action="store_const", const="true", help="leave out, and count, tags whose image is missing"
 )
@@ -142,14 +144,16 @@ _NETWORK = (
 """Flags of every command that runs the network."""
 
 _DEMO = (
-    _argument("--out", type=_folder, default="runs/demo", metavar="RUN", help="run folder (default: %(default)s)"),
+    _argument(
+        "--out", dest="run", type=_folder, default="runs/demo", metavar="RUN", help="run folder (default: %(default)s)"
+    ),
     _argument("--smoke", action="store_true", help="a few steps only, to see that everything runs"),
     _argument("--one-class", action="store_true", help="images of one class, half of them without it"),
     _argument("--resume", action="store_true", help="go on with the run in RUN"),
 )
 _CHECK = (
     _argument("data", metavar="DIR", help="folder of the data set, in any layout of docs/data.md"),
-    _argument("--config", metavar="FILE", help="TOML configuration of the training to come"),
+    _argument("--config", dest="file", metavar="FILE", help="TOML configuration of the training to come"),
     _PRESET,
     _argument("--out", type=_folder, metavar="OUT", help="also write check.html and check.json there"),
     _JSON,
@@ -162,7 +166,7 @@ _CHECK = (
 )
 _TRAIN = (
     _argument("folder", nargs="?", metavar="DIR", help="folder of the data set; alone, it decides all settings"),
-    _argument("--config", metavar="FILE", help="TOML configuration"),
+    _argument("--config", dest="file", metavar="FILE", help="TOML configuration"),
     _PRESET,
     _OUT_RUN,
     _argument("--minutes", type=_minutes, metavar="M", help="with DIR alone: what all may take here (default: 60)"),
@@ -172,7 +176,9 @@ _TRAIN = (
 _EVALUATE = (
     _RUN,
     _DATA,
-    _argument("--list", metavar="FILE", help="image names, one a line (default: those for validation)"),
+    _argument(
+        "--list", dest="list_file", metavar="FILE", help="image names, one a line (default: those for validation)"
+    ),
     _argument(
         "--protocol", choices=("single", "multiscale", "single+crf", "multiscale+crf"), help="default: that of the run"
     ),
@@ -196,14 +202,16 @@ _PREDICT = (
     _argument("--scores", action="store_true", help="also write class scores"),
     _argument("--crf", action="store_true", help="refine the masks by the dense CRF"),
     _argument("--resume", action="store_true", help="go on with the masks that are in --out already"),
-    _argument("--no-overlay", action="store_true", help="write no color overlays"),
+    _argument("--no-overlay", dest="overlay", action="store_false", help="write no color overlays"),
     _FORMATS,
 )
 _MASKS = (
     _argument("data", metavar="DIR", help="folder of the data set: images and tags"),
     _argument("--out", required=True, type=_folder, metavar="OUT", help="folder or address of the masks"),
-    _argument("--config", metavar="FILE", help="TOML configuration (default: preset frozen)"),
-    _argument("--list", metavar="FILE", help="image names, one a line (default: every image with tags)"),
+    _argument("--config", dest="file", metavar="FILE", help="TOML configuration (default: preset frozen)"),
+    _argument(
+        "--list", dest="list_file", metavar="FILE", help="image names, one a line (default: every image with tags)"
+    ),
     _argument("--examples", type=int, default=8, metavar="N", help="images shown in OUT/masks.html (default: 8)"),
     _SKIP,
     _FORMATS,
@@ -212,13 +220,13 @@ _PSEUDO = (
     _RUN,
     _DATA,
     _argument("--out", type=_folder, required=True, metavar="DIR", help="folder or address of the labels"),
-    _argument("--list", metavar="FILE", help="image names, one a line (default: those to train on)"),
+    _argument("--list", dest="list_file", metavar="FILE", help="image names, one a line (default: those to train on)"),
     _argument("--kind", choices=("refined", "initial", "propagated", "cam"), default="refined"),
     _SKIP,
     _FORMATS,
 )
 _EXPORT = (
-    _argument("folder", metavar="RUN", help="run folder, or a folder or hub id of save_pretrained"),
+    _argument("run", metavar="RUN", help="run folder, or a folder or hub id of save_pretrained"),
     _argument("--format", required=True, choices=("onnx", "torch", "hf"), help="hf is a folder"),
     _argument("--out", required=True, metavar="PATH", help="file .onnx or .pt2, or folder (hf)"),
     _argument("--check", metavar="DIR", help="images to compare with PyTorch on (default: generated ones)"),
@@ -226,11 +234,11 @@ _EXPORT = (
 )
 _CHECK_VOC = (
     _argument("archive", metavar="ARCHIVE", help="what --format voc_test wrote, or any other"),
-    _argument("--list", metavar="FILE", help="names of the test images, one a line"),
+    _argument("--list", dest="list_file", metavar="FILE", help="names of the test images, one a line"),
     _argument("--images", metavar="DIR", help="folder of the test images, for their sizes"),
 )
 _REPORT = (
-    _argument("folders", nargs="+", metavar="RUN", help="run folder; several with --compare"),
+    _argument("runs", nargs="+", metavar="RUN", help="run folder; several with --compare"),
     _argument("--compare", action="store_true", help="tables of the runs' figures beside the paper's"),
     _argument("--out", type=_folder, metavar="DIR", help="--compare: also write compare.html and compare.json there"),
     _argument("--figures", action="store_true", help="also draw the paper's figures, as RUN/figures/*.png"),
@@ -241,8 +249,13 @@ _EXPLORE = (
     _argument("--data", metavar="DIR", help="folder of the data set (default: that of the run)"),
     _argument("--compare", metavar="RUN", help="another run to compare with"),
     _argument("--port", type=_port, metavar="N", help="default: 7860, or a free one if that is taken"),
-    _argument("--no-browser", action="store_true", help="open no browser; the first line printed is the address"),
-    _NETWORK[0],
+    _argument(
+        "--no-browser",
+        dest="browser",
+        action="store_false",
+        help="open no browser; the first line printed is the address",
+    ),
+    _argument("--device", default="auto", metavar="auto|cpu|cuda|mps", help="where to compute (default: auto)"),
 )
 _KEYS = (
     _argument("word", nargs="?", metavar="SECTION|WORD", help="only the keys of a section, or those with a word"),
@@ -264,19 +277,14 @@ def build_parser() -> argparse.ArgumentParser:
         ("demo", _demo, "train on generated images and write a report; a few minutes on a laptop", _DEMO + _NETWORK),
         ("check", _check, "look a data set over: tags, every image, what training would cost here", _CHECK + _NETWORK),
         ("train", _train, "train from tags, evaluate, report", _TRAIN + _NETWORK),
-        (
-            "masks",
-            _masks,
-            "masks of tagged images without training, by the class names",
-            _MASKS + _TILES + _NETWORK,
-        ),
+        ("masks", _masks, "masks of tagged images without training, by the class names", _MASKS + _TILES + _NETWORK),
         ("evaluate", _evaluate, "score a run against masks", _EVALUATE + _NETWORK),
-        ("predict", _predict, "segment images", _PREDICT + _TILES + _NETWORK),
-        ("pseudo", _pseudo, "write pseudo labels of tagged images", _PSEUDO + _TILES + _NETWORK),
-        ("check-voc", _check_voc, "check an archive for PASCAL VOC's test server", _CHECK_VOC),
-        ("export", _export, "write the network as a file for other programs", _EXPORT),
+        ("predict", _call("predict"), "segment images", _PREDICT + _TILES + _NETWORK),
+        ("pseudo", _call("pseudo_labels"), "write pseudo labels of tagged images", _PSEUDO + _TILES + _NETWORK),
+        ("check-voc", _call("check_voc"), "check an archive for PASCAL VOC's test server", _CHECK_VOC),
+        ("export", _call("export"), "write the network as a file for other programs", _EXPORT),
         ("report", _report, "write report.html and report.json anew", _REPORT),
-        ("explore", _explore, "look at a run in the browser: why is a mask as it is?", _EXPLORE),
+        ("explore", _call("explore"), "look at a run in the browser: why is a mask as it is?", _EXPLORE),
         ("keys", _keys, "list the keys of the configuration: default, range, unit, source", _KEYS),
     ):
         takes_keys = _NETWORK[1] in arguments
@@ -284,7 +292,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=text, description=f"{text[0].upper()}{text[1:]}{'' if text.endswith('?') else '.'}", epilog=more
         )
-        command.set_defaults(run=run)
+        command.set_defaults(command=(name, run, takes_keys))
         for names, settings in arguments:
             command.add_argument(*names, **settings)
     return parser
@@ -311,20 +319,36 @@ def _take_keys(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     return left, overrides
 
 
-def _demo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+def _call(function: str) -> _Command:
+    """A command that calls a function of `afa.api` and prints what it returned; status 1 if a part of it failed."""
+
+    def run(named: dict[str, Any], overrides: dict[str, Any]) -> int:
+        from afa import api
+
+        result = getattr(api, function)(**named, **overrides)
+        lines = [] if result is None else [result, *getattr(result, "formats", ())]
+        return _told(lines, failed=bool(getattr(result, "failed", ()) or getattr(result, "problems", ())))
+
+    return run
+
+
+def _told(lines: Iterable[object], *, failed: bool) -> int:
+    """Let the first process print what was done; the exit status."""
+    if not is_main():
+        return 0
+    for line in lines:
+        print(line)
+    return int(failed)
+
+
+def _demo(named: dict[str, Any], overrides: dict[str, Any]) -> int:
     from afa.api import run_demo
 
-    run_demo(
-        arguments.out,
-        smoke=arguments.smoke,
-        one_class=arguments.one_class,
-        resume=arguments.resume,
-        overrides=overrides,
-    )
+    run_demo(**named, overrides=overrides)
     return 0
 
 
-def _check(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+def _check(named: dict[str, Any], overrides: dict[str, Any]) -> int:
     from pathlib import Path
 
     from afa.api import check_data
@@ -332,45 +356,45 @@ def _check(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from afa.check.scale import MACHINES
     from afa.check.text import render_text
 
-    named = _named(arguments, "preset", "fast", "limit", "at_scale")
-    if arguments.at_scale and str(overrides.get("train.device", "auto")).upper() in MACHINES:
+    out, place = named.pop("out"), named.pop("json")
+    if named["at_scale"] and str(overrides.get("train.device", "auto")).upper() in MACHINES:
         named["machine"] = overrides.pop("train.device").upper()
-    report = check_data(arguments.data, file=arguments.config, **named, **overrides)
+    report = check_data(**named, **overrides)
     if not is_main():
         return 0
-    if not _write_json(report, arguments.json):
+    if not _write_json(report, place):
         sys.stdout.write(render_text(report))
-    if arguments.out:
-        print(write_check(report, Path(arguments.out)), file=sys.stderr)
+    if out:
+        print(write_check(report, Path(out)), file=sys.stderr)
     return 1 if report["errors"] else 0
 
 
-def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+def _train(named: dict[str, Any], overrides: dict[str, Any]) -> int:
     from afa.api import train_and_report, training_config
     from afa.config import config_to_toml
 
-    named = _named(arguments, "preset", "minutes") | {"file": arguments.config}
-    named["run"] = arguments.out if arguments.resume or is_restarted() else None
-    config, choices, data = training_config(arguments.folder, overrides=overrides, **named)
+    out, resume = named.pop("out"), named.pop("resume")
+    named["run"] = out if resume or is_restarted() else None
+    config, choices, data = training_config(**named, overrides=overrides)
     if is_main():
         for line in choices:
             print(line, file=sys.stderr)
         print(config_to_toml(config), flush=True)
-    train_and_report(config, arguments.out, data=data, resume=arguments.resume)
+    train_and_report(config, out, data=data, resume=resume)
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+def _evaluate(named: dict[str, Any], overrides: dict[str, Any]) -> int:
     from afa.api import evaluate
 
-    named = _named(arguments, "labels", "protocol", "refine", "boundary", "limit")
-    result = evaluate(arguments.folder, arguments.data, list_file=arguments.list, **named, **overrides)
+    place = named.pop("json")
+    result = evaluate(**named, **overrides)
     if not is_main():
         return 0
     figures = result.to_json()
-    if arguments.list:
-        figures["list"] = arguments.list
-    if _write_json(figures, arguments.json):
+    if named["list_file"]:
+        figures["list"] = named["list_file"]
+    if _write_json(figures, place):
         return 0
     width = max(len(name) for name in figures["per_class"])
     outlines = figures.get("boundary_per_class", {})
@@ -390,109 +414,38 @@ def _evaluate(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     return 0
 
 
-def _predict(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from afa.api import predict
-
-    named = _named(arguments, "tags", "scores", "crf", "resume", *_WRITTEN) | {"overlay": not arguments.no_overlay}
-    named["formats"] = arguments.format or ""
-    return _told(predict(arguments.folder, arguments.images, arguments.out, **named, **overrides))
-
-
-def _masks(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+def _masks(named: dict[str, Any], overrides: dict[str, Any]) -> int:
     from afa.api import masks
 
-    named = {"file": arguments.config, "list_file": arguments.list, "formats": arguments.format or ""}
-    named |= _named(arguments, *_WRITTEN)
-    summary = masks(arguments.data, arguments.out, examples=arguments.examples, **named, **overrides)
-    if not is_main():
-        return 0
-    page = [f"open {arguments.out}/masks.html"] if os.path.isfile(f"{arguments.out}/masks.html") else []
-    for line in (summary, *summary.written.formats, *page):
-        print(line)
-    return 1 if summary.written.failed else 0
+    summary, page = masks(**named, **overrides), f"{named['out']}/masks.html"
+    pages = [f"open {page}"] if os.path.isfile(page) else []
+    return _told([summary, *summary.written.formats, *pages], failed=bool(summary.written.failed))
 
 
-def _pseudo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from afa.api import pseudo_labels
-
-    named = {"kind": arguments.kind, "list_file": arguments.list, "formats": arguments.format or ""}
-    named |= _named(arguments, *_WRITTEN)
-    return _told(pseudo_labels(arguments.folder, arguments.data, arguments.out, **named, **overrides))
-
-
-def _told(summary: PredictSummary) -> int:
-    """Let the first process print what was written; the exit status."""
-    if not is_main():
-        return 0
-    for line in (summary, *summary.formats):
-        print(line)
-    return 1 if summary.failed else 0
-
-
-def _check_voc(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    _refuse_keys("check-voc", overrides)
-    from afa.api import check_voc
-
-    found = check_voc(arguments.archive, list_file=arguments.list, images=arguments.images)
-    print(found)
-    return 1 if found.problems else 0
-
-
-def _export(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    _refuse_keys("export", overrides)
-    from afa.api import export
-
-    print(export(arguments.folder, arguments.out, **_named(arguments, "format", "check", "opset")))
-    return 0
-
-
-def _report(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    _refuse_keys("report", overrides)
-    runs = arguments.folders
-    if arguments.compare and (arguments.figures or arguments.data):
+def _report(named: dict[str, Any], overrides: dict[str, Any]) -> int:
+    runs, out, data, figures = (named[name] for name in ("runs", "out", "data", "figures"))
+    if named["compare"] and (figures or data):
         raise AfaError("--figures and --data are for a single run; leave them out with --compare")
-    if not arguments.compare and (len(runs) > 1 or arguments.out):
+    if not named["compare"] and (len(runs) > 1 or out):
         raise AfaError(f"{'several runs are' if len(runs) > 1 else '--out is'} for --compare; add it")
-    if arguments.data and not arguments.figures:
+    if data and not figures:
         raise AfaError("--data is for --figures; add it")
     from afa.api import compare, report
 
-    if arguments.compare:
-        sys.stdout.write(compare(runs, out=arguments.out))
+    if named["compare"]:
+        sys.stdout.write(compare(runs, out=out))
         return 0
-    for path in report(runs[0], figures=arguments.figures, data=arguments.data):
-        print(path)
-    return 0
+    return _told(report(runs[0], figures=figures, data=data), failed=False)
 
 
-def _explore(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    device = overrides.pop("train.device", "auto")
-    _refuse_keys("explore", overrides)
-    from afa.api import explore
-
-    named = _named(arguments, "data", "compare", "port")
-    explore(arguments.folder, browser=not arguments.no_browser, device=device, **named)
-    return 0
-
-
-def _keys(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    _refuse_keys("keys", overrides)
+def _keys(named: dict[str, Any], overrides: dict[str, Any]) -> int:
     from afa.config.keys import all_keys, find_keys, keys_markdown, keys_text
 
-    if arguments.markdown:
+    if named["markdown"]:
         sys.stdout.write(keys_markdown())
     else:
-        sys.stdout.write(keys_text(find_keys(arguments.word) if arguments.word else all_keys()))
+        sys.stdout.write(keys_text(find_keys(named["word"]) if named["word"] else all_keys()))
     return 0
-
-
-def _named(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in names}
-
-
-def _refuse_keys(command: str, overrides: dict[str, Any]) -> None:
-    if overrides:
-        raise AfaError(f"--{next(iter(overrides))}: afa {command} takes no configuration keys")
 
 
 def _write_json(figures: dict[str, Any], place: str | None) -> bool:
