@@ -108,13 +108,10 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_cast(device: torch.device) -> Iterator[None]:
-    """Let all passes of the network inside share the copies of weights that autocast makes.
+    """Let all passes of a network on the device inside share the copies of weights that autocast makes.
 
     It keeps them until its outermost context ends, which is this one. What runs in here outside of `autocast` keeps its
     own precision.
-
-    Args:
-        device: Where the network is.
     """
     if torch.amp.is_autocast_available(device.type):
         with torch.autocast(device.type, enabled=False):
@@ -154,12 +151,7 @@ class Processes:
         return count
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is set in any process; all get the same answer.
-
-        Args:
-            flag: This process's.
-            device: Device that the processes talk from.
-        """
+        """Whether the flag is set in any process; all get the same answer, over the device that they talk from."""
         return bool(self.total(torch.tensor(int(flag), device=device))) if self.count > 1 else flag
 
     def wait(self) -> None:
@@ -282,9 +274,6 @@ def read_ahead(
         items: Items in the order wanted.
         workers: Threads; None is one for each core, at most as many as items are read ahead.
         ahead: How many items are begun before the one that is handed out next is asked for.
-
-    Yields:
-        Item and future, in order.
     """
     workers = workers or min(ahead, os.cpu_count() or 1)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="afa-read")

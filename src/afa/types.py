@@ -121,14 +121,7 @@ def inside_box(valid_box: Tensor, height: int, width: int) -> Tensor:
 
 
 def normalize_image(image: Tensor) -> Tensor:
-    """Turn pixels into what the encoders were trained on.
-
-    Args:
-        image: (B, 3, H, W) float RGB in [0, 1].
-
-    Returns:
-        (B, 3, H, W), (image - IMAGE_MEAN) / IMAGE_STD.
-    """
+    """(image - IMAGE_MEAN) / IMAGE_STD of RGB in [0, 1]: (B, 3, H, W) -> (B, 3, H, W)."""
     mean, std = _channel_statistics(image.dtype, image.device)
     return (image - mean) / std
 

@@ -96,13 +96,7 @@ class CacheCost:
 
 
 def phase_steps(config: Config) -> list[tuple[int, int]]:
-    """The phases of a training that have steps.
-
-    Args:
-        config: Settings.
-
-    Returns:
-        First step and number of steps of each.
+    """First step and number of steps of each phase of a training that has steps.
 
     >>> phase_steps(Config())
     [(0, 2001), (2001, 4000), (6001, 13999)]
@@ -114,17 +108,9 @@ def phase_steps(config: Config) -> list[tuple[int, int]]:
 
 
 def measure_cost(config: Config, tags: NDArray[np.bool_], *, device: torch.device) -> TrainingCost:
-    """Take a few steps of each phase with random weights and pixels.
+    """Take a few steps of each phase with random weights and pixels, of images with as many tags as (N, C) `tags` have.
 
     If a step would take long, as on a CPU, it times steps of two images and scales the time up to the batch.
-
-    Args:
-        config: Settings.
-        tags: (N, C) tags of the training images: the cost depends on how many an image has.
-        device: Where to train.
-
-    Returns:
-        What the training would cost.
 
     Raises:
         AfaError: It does not fit into memory; the network cannot be built.
@@ -183,25 +169,13 @@ def _random_network(config: Config, num_classes: int, device: torch.device) -> A
 
 
 def measure_cache(config: Config, sizes: NDArray[np.int32], num_images: int) -> CacheCost:
-    """Compare the decoded training images with the memory for them.
-
-    Args:
-        config: Settings.
-        sizes: (n, 2) height and width of those that were read, at least one, pixels.
-        num_images: Number of all training images.
-    """
+    """Compare the decoded training images, of which some have the (n, 2) height and width, with the memory for them."""
     mean = float(np.prod(sizes, axis=1, dtype=np.int64).mean()) * 3
     return CacheCost(int(mean * num_images), resolve_cache(config.data.cache_gib), free_memory())
 
 
 def measure_pace(config: Config, num_classes: int, device: torch.device) -> Pace:
-    """Time the encoder and a training step from the feature cache, with random weights.
-
-    Args:
-        config: Settings, of a training with feature cache.
-        num_classes: C.
-        device: Where to train.
-    """
+    """Time the encoder and a training step from the feature cache, with random weights; `config` has the cache."""
     network = _random_network(config, num_classes, device)
     engine = TrainingEngine(network, config, device=device)
     tags = torch.eye(num_classes).repeat(config.schedule.batch_size, 1)[: config.schedule.batch_size]

@@ -132,15 +132,7 @@ def _mask_doubt(scored: MaskedImages | None) -> str:
 
 
 def check_images(table: ImageTable, config: Config) -> Iterator[Problem]:
-    """Problems of single images, and copies.
-
-    Args:
-        table: The images.
-        config: How crops are taken, and what is to be left out.
-
-    Yields:
-        What was found.
-    """
+    """Problems of single images, and copies."""
     scan = table.scan
     failures = [scan.failures[i] for i in sorted(scan.failures)]
     broken = [error for error in failures if config.data.skip_broken and isinstance(error, BrokenImageError)]

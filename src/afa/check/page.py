@@ -24,15 +24,7 @@ _PICTURE_SIZE: Final = 260  # pixels
 
 
 def write_check(report: dict[str, Any], out: Path) -> Path:
-    """Write OUT/check.json and OUT/check.html, each in one piece.
-
-    Args:
-        report: What `check_data` gives.
-        out: Folder; made if absent.
-
-    Returns:
-        Path of the page.
-    """
+    """Write OUT/check.json, what `check_data` gives, and OUT/check.html, each in one piece; returns the page."""
     write_whole(out / "check.json", json.dumps(report, indent=2) + "\n")
     write_whole(out / "check.html", render_page("check", **collect_page(report)))
     return out / "check.html"

@@ -175,13 +175,10 @@ def identical_groups(scan: Scan) -> list[list[int]]:
 
 
 def similar_groups(scan: Scan) -> list[list[int]]:
-    """Groups of images that look the same but are not: scaled or compressed anew.
+    """Groups of images that look the same but are not: scaled or compressed anew. None is of little contrast.
 
     One of each group of identical images stands for all. An image is compared with those whose hash agrees in one of
     four parts, as any two do that differ in at most three bits; of very many such images, with the nearest in order.
-
-    Returns:
-        Groups as `identical_groups`; images of little contrast are in none.
     """
     spread = scan.thumbnails.std(axis=1)
     first = {member: group[0] for group in identical_groups(scan) for member in group}

@@ -73,14 +73,9 @@ class OpenedData:
 
 
 def check_fast(data: DataSet, config: Config) -> list[Problem]:
-    """Check lists, tags and counts; no image is opened.
+    """Check lists, tags and counts of a data set that `config.data` opened; no image is opened.
 
-    Args:
-        data: The data set.
-        config: Settings; of `data` those that it was opened with.
-
-    Returns:
-        Errors first. With none of them, the data is fit for training as far as tags tell.
+    Errors come first. With none of them, the data is fit for training as far as tags tell.
     """
     opened = open_sides(data, config)
     return by_severity([*opened.problems, *check_tags(opened, config)])
@@ -93,15 +88,7 @@ def by_severity(problems: Iterable[Problem]) -> list[Problem]:
 
 
 def open_sides(data: DataSet, config: Config) -> OpenedData:
-    """Open the images to train on and those for validation.
-
-    Args:
-        data: The data set.
-        config: Settings.
-
-    Returns:
-        What could be opened, and what could not in words.
-    """
+    """Open the images to train on and those for validation; what cannot be opened becomes a problem."""
     problems = []
     train: TaggedImages | None = None
     validation: TaggedImages | None = None
@@ -130,13 +117,7 @@ def open_sides(data: DataSet, config: Config) -> OpenedData:
 
 
 def together(tags: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Count the images of each pair of classes.
-
-    Args:
-        tags: (N, C).
-
-    Returns:
-        (C, C): images that have both classes; on the diagonal, images of the class.
+    """(C, C) images that have both classes, of (N, C) tags; on the diagonal, images of the class.
 
     >>> together(np.array([[1, 1], [1, 0]], dtype=bool)).tolist()
     [[2, 1], [1, 1]]
@@ -147,15 +128,7 @@ def together(tags: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 
 def check_tags(opened: OpenedData, config: Config) -> Iterator[Problem]:
-    """Check what tags and counts tell.
-
-    Args:
-        opened: The images.
-        config: Settings.
-
-    Yields:
-        What was found.
-    """
+    """Check what tags and counts tell."""
     data, train, batch_size = opened.data, opened.train, config.schedule.batch_size
     yield from (Problem("warning", note) for note in data.notes)
     for name in data.classes:

@@ -17,14 +17,7 @@ _SPREADS: Final = {"width": ("width", " pixels"), "height": ("height", " pixels"
 
 
 def render_text(report: dict[str, Any]) -> str:
-    """Lay out a check as text.
-
-    Args:
-        report: What `check_data` gives.
-
-    Returns:
-        Lines, the problems last.
-    """
+    """Lay out what `check_data` gives as text, the problems last."""
     facts = describe_figures(report)
     width = max(map(len, facts), default=0)
     parts = [
@@ -38,11 +31,7 @@ def render_text(report: dict[str, Any]) -> str:
 
 
 def describe_figures(report: dict[str, Any]) -> dict[str, str]:
-    """What was read and what training would cost, in words, by name.
-
-    Args:
-        report: What `check_data` gives.
-    """
+    """What was read and what training would cost, in words, by name; `report` is what `check_data` gives."""
     images, training, cache = report["images"], report["training"], report["cache"]
     facts = {}
     if images is not None:

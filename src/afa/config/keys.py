@@ -74,16 +74,11 @@ def find_keys(word: str) -> list[Key]:
     return found
 
 
-def keys_text(keys: Sequence[Key], *, width: int = 100) -> str:
-    """The keys for a terminal.
-
-    Args:
-        keys: What to show.
-        width: Characters a line.
-    """
+def keys_text(keys: Sequence[Key]) -> str:
+    """The keys for a terminal."""
     lines = []
     for key in keys:
-        text = textwrap.fill(key.text, width, initial_indent="    ", subsequent_indent="    ")
+        text = textwrap.fill(key.text, 100, initial_indent="    ", subsequent_indent="    ")
         lines.append(f"--{key.name}  (default {key.default}; {key.allowed})\n{text}\n")
     return "".join(lines)
 

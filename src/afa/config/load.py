@@ -52,9 +52,6 @@ def load_config(
         preset: Name that wins over the file's `preset`.
         stored: The file is a run's: what it leaves out is what runs did before there was such a key.
 
-    Returns:
-        The checked configuration.
-
     Raises:
         AfaError: The file is missing or not TOML; a key is unknown; a value has the wrong type or is out of range.
     """

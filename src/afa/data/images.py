@@ -138,12 +138,7 @@ def level_warning(peaks: Sequence[int], white_level: int) -> str:
 
 
 def picture_pixels(image: Image.Image, where: str, *, white_level: int = WHITE_LEVEL) -> NDArray[np.uint8]:
-    """The (H, W, 3) uint8 RGB pixels of a picture in memory, the same as those of its file.
-
-    Args:
-        image: The picture.
-        where: What it is called in messages.
-        white_level: As of `rgb_pixels`.
+    """The (H, W, 3) uint8 RGB pixels of a picture in memory, the same as those of its file; messages call it `where`.
 
     Raises:
         BrokenImageError: It cannot be decoded, or holds floating-point pixels.
@@ -234,10 +229,7 @@ def _decoding(where: str, remedy: str = "save it as PNG, TIFF or JPEG") -> Itera
 def decode_image(content: bytes, where: str, *, white_level: int = WHITE_LEVEL) -> NDArray[np.uint8]:
     """The image that `read_image` would read from a file with this content; formats that need a plug-in excepted.
 
-    Args:
-        content: The bytes of the file.
-        where: What it is called in messages.
-        white_level: As of `rgb_pixels`.
+    Messages call it `where`.
 
     Raises:
         BrokenImageError: As `read_image`.

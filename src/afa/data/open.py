@@ -30,10 +30,7 @@ from afa.types import IGNORE_INDEX
 
 
 def open_data(data: DataConfig) -> DataSet:
-    """Find out how images and tags lie in the folder of a data set, and read the tags.
-
-    Returns:
-        The data set. Nothing below looks for its files again.
+    """Find out how images and tags lie in the folder of a data set, and read the tags. Nothing looks for files again.
 
     Raises:
         AfaError: No layout fits; several files may be the tags; a file of tags is malformed, names a missing image,

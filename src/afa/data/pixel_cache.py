@@ -52,12 +52,7 @@ class PixelCache:
         return self._used
 
     def image(self, index: int, read: Callable[[int], NDArray[np.uint8]]) -> NDArray[np.uint8]:
-        """The image of an index, (H, W, 3) uint8 RGB, not to be written to.
-
-        Args:
-            index: Which image.
-            read: Decodes the image of an index; called unless the cache has it. Its errors pass.
-        """
+        """The image of an index, (H, W, 3) uint8 RGB, not to be written to; `read` decodes it unless it is here."""
         cached = self._images[index]
         if cached is not None:
             return cached

@@ -303,10 +303,7 @@ def index_tar(path: Path, address: str) -> Index:
     """Look through an archive: KEY.jpg or another image, KEY.json, KEY.cls or KEY.txt, and KEY.mask.png are a sample.
 
     What cannot be read, or would be written to another place than below the output, is left out and listed as a fault.
-
-    Args:
-        path: The archive.
-        address: What messages call it.
+    Messages call the archive `address`.
 
     Raises:
         AfaError: It is no archive, or is compressed.

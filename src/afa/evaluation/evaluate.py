@@ -75,9 +75,6 @@ def evaluate(
         boundary: Also score the boundary IoU.
         processes: Processes that share the work.
 
-    Returns:
-        Scores over all images.
-
     Raises:
         AfaError: As `image_batches`; unknown labels; an image has no tags and pseudo labels are scored.
 
@@ -233,9 +230,6 @@ def group_by_size(items: Iterable[_T], *, sizes: Callable[[_T], Sizes], batch_si
         items: Images in any order.
         sizes: Says the (height, width) of each pass of an image; images are batched where all are equal.
         batch_size: Images of `BATCH_PIXELS` pixels, or fewer pixels, in a batch; of larger ones there are fewer.
-
-    Yields:
-        Images of equal sizes, at least one.
     """
     groups: dict[Sizes, list[_T]] = {}  # the group of the oldest image first
     waiting = 0.0

@@ -51,14 +51,7 @@ class LogitMaps:
     image: Tensor
 
     def allow(self, classes: np.ndarray | None) -> LogitMaps:
-        """Rule classes out.
-
-        Args:
-            classes: (K,) bool, False for those that no pixel may become; None allows all.
-
-        Returns:
-            Maps in which those are never the largest and have a softmax of 0.
-        """
+        """Rule out the classes that are False in (K,) bool: none is the largest anywhere, and their softmax is 0."""
         if classes is None:
             return self
         # Not minus infinity: interpolation multiplies it by 0.
@@ -100,9 +93,6 @@ class OncePerView:
     """A network with class scores from words, whose encoder runs once where successive passes see the same view.
 
     Comparing the views synchronizes a GPU.
-
-    Args:
-        network: With class scores from words.
     """
 
     def __init__(self, network: AfaNetwork) -> None:
@@ -148,14 +138,9 @@ def image_tensor(image: np.ndarray | Tensor, *, device: torch.device) -> Tensor:
 
 
 def view_sizes(size: tuple[int, int], config: Config) -> tuple[tuple[int, int], ...]:
-    """Sizes at which the network sees an image under the protocol; images of equal ones can be batched.
+    """The (height, width) of each pass in which the network sees an image of a (height, width) under the protocol.
 
-    Args:
-        size: (height, width) of the image.
-        config: Its `evaluation` section says protocol, sizes and scales.
-
-    Returns:
-        (height, width) of each pass.
+    Images of equal ones can be batched. The `evaluation` section says protocol, sizes and scales.
     """
     height, width = size
     evaluation = config.evaluation
@@ -266,15 +251,9 @@ def _view_logits(
 def through_crf(
     maps: Sequence[LogitMaps], images: Sequence[np.ndarray | Tensor], *, config: EvaluationConfig
 ) -> list[LogitMaps]:
-    """Put logits through the dense CRF; on a GPU, images of one size together.
+    """Put the logits of (H, W, 3) uint8 RGB images through the dense CRF; on a GPU, images of one size together.
 
-    Args:
-        maps: Logits of each image.
-        images: (H, W, 3) uint8 RGB each.
-        config: Its `crf_*` keys.
-
-    Returns:
-        One map of log probabilities at the size of each image.
+    Each image gets one map of log probabilities at its size.
     """
     device = maps[0].image.device
     groups: dict[object, list[int]] = {}
@@ -291,15 +270,9 @@ def through_crf(
 
 
 def crf(probabilities: Tensor, pixels: Tensor, *, config: EvaluationConfig) -> Tensor:
-    """Refine probabilities by the dense CRF with the settings of a configuration.
+    """Refine probabilities by the dense CRF with the `crf_*` keys of a configuration.
 
-    Args:
-        probabilities: (B, K, H, W), summing to 1 over K.
-        pixels: (B, 3, H, W) RGB in 0..255.
-        config: Its `crf_*` keys.
-
-    Returns:
-        (B, K, H, W) float32 probabilities.
+    (B, K, H, W) probabilities that sum to 1 over K and (B, 3, H, W) RGB in 0..255 give (B, K, H, W) float32 ones.
     """
     names = [each.name for each in dataclasses.fields(CrfSettings)]
     settings = CrfSettings(**{name: getattr(config, f"crf_{name}") for name in names})
@@ -393,29 +366,16 @@ def _scorer(network: AfaNetwork | OncePerView, config: Config) -> ScoreFunction:
 
 
 def pseudo_view(pixels: Tensor, config: Config) -> Tensor:
-    """Scale an image for CAM passes.
+    """Scale a (1, 3, H, W) RGB image in [0, 1] for CAM passes.
 
-    Args:
-        pixels: (1, 3, H, W) RGB in [0, 1].
-        config: `evaluation.short_side` is the shorter side, 0 the native one; the smallest of `pseudo.scales` must
-            leave 32 pixels: smaller images are enlarged.
-
-    Returns:
-        (1, 3, H', W').
+    `evaluation.short_side` is its shorter side then, 0 the native one; the smallest of `pseudo.scales` must leave 32
+    pixels: smaller images are enlarged.
     """
     return _resize(pixels, _pseudo_view_size((pixels.shape[2], pixels.shape[3]), config), antialias=True)
 
 
 def pseudo_sizes(size: tuple[int, int], config: Config) -> tuple[tuple[int, int], ...]:
-    """Sizes at which the network sees an image for its pseudo label; images of equal ones can be batched.
-
-    Args:
-        size: (height, width) of the image.
-        config: As for `pseudo_view`.
-
-    Returns:
-        (height, width) of each pass.
-    """
+    """The (height, width) of each pass in which the network sees an image of a (height, width) for its pseudo label."""
     height, width = _pseudo_view_size(size, config)
     return tuple((int(height * scale), int(width * scale)) for scale in config.pseudo.scales)
 

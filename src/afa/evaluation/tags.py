@@ -65,9 +65,6 @@ def evaluate_tags(
         config: Its `evaluation` section, without the CRF, which refines masks, and `train.precision`.
         processes: Processes that share the work.
 
-    Returns:
-        Scores over all images.
-
     Raises:
         AfaError: Unknown protocol; class counts differ; an image is broken.
     """

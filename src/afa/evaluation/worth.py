@@ -55,11 +55,7 @@ class Coverage:
 
     @classmethod
     def of(cls, shares: np.ndarray) -> Coverage:
-        """That of the shares of N images.
-
-        Args:
-            shares: (N,) percent.
-        """
+        """That of the (N,) shares of N images, percent; see `Coverage`."""
         return cls(len(shares), float(shares.mean()), int((shares < NOTHING).sum()), int((shares > EVERYTHING).sum()))
 
 

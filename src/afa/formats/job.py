@@ -92,12 +92,7 @@ class Job:
         self.tally.ignored_pixels += int(np.count_nonzero(label == IGNORE_INDEX))
 
     def write(self, name: str, content: str | bytes) -> None:
-        """Write a file into the folder.
-
-        Args:
-            name: Path below the folder, `/` between its parts; folders are made.
-            content: Text, or bytes.
-        """
+        """Write a text or bytes as a file, by its path below the folder, `/` between parts; folders are made."""
         path = self.place(name)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -108,11 +103,7 @@ class Job:
         return path
 
     def add_image(self, item: MaskItem, name: str) -> None:
-        """Put an image file into the folder: as a hard link, or as a copy where links are not possible.
-
-        Args:
-            item: Whose image.
-            name: Path below the folder.
+        """Put an image file into the folder, as `name` below it: a hard link, or a copy where links are not possible.
 
         Raises:
             AfaError: The image is not there.
@@ -129,11 +120,7 @@ class Job:
 
 
 class JsonList:
-    """A JSON list that is written entry by entry to a file, which brings the brackets.
-
-    Args:
-        file: Binary file, at the place after `[`.
-    """
+    """A JSON list that is written entry by entry to a binary file, which brings the brackets."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file

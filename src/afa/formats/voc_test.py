@@ -94,9 +94,6 @@ def check_voc_test(
         names: Names of the test list; None: names are not compared.
         images: Name -> image file, or the folder that they are in; None: sizes are not compared.
 
-    Returns:
-        What is wrong.
-
     Raises:
         AfaError: The file is no archive, or an image cannot be read.
     """

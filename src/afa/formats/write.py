@@ -122,14 +122,9 @@ def mask_path(out_dir: Path, name: str) -> Path:
 
 
 def mask_items(images: Iterable[tuple[str, Path]], out_dir: Path) -> list[MaskItem]:
-    """Pair images with the masks that `afa predict` and `afa pseudo` wrote.
+    """Pair images, by name and file, with the masks that `afa predict` and `afa pseudo` wrote to OUT.
 
-    Args:
-        images: Name and file of each.
-        out_dir: Their output; the mask of an image is its `mask_path`.
-
-    Returns:
-        The images that have a mask, in their order.
+    The images that have a mask come in their order.
     """
     items = (MaskItem(name, path, mask_path(out_dir, name)) for name, path in images)
     return [item for item in items if os.path.isfile(item.mask_path)]
@@ -153,9 +148,6 @@ def write_format(
         classes: The C class names; `classes[i]` has mask value i + 1.
         out_dir: Made if missing.
         colors: C RGB colors of the classes, 0..255; None = those of VOC.
-
-    Returns:
-        What was written and what was lost.
 
     Raises:
         AfaError: Unknown format; colors that cannot be told apart; a name, class name or mask that the format

@@ -69,9 +69,6 @@ def predict_files(
         resume: Go on with an interrupted call: leave masks that are there already as they are.
         processes: Processes that share the images.
 
-    Returns:
-        What was done and what failed.
-
     Raises:
         AfaError: A path is missing or holds no image; `tags` has no entry for an image; the masks to go on with were
             made with other weights or settings; a file cannot be written (all others of the call that were made are
@@ -160,9 +157,6 @@ def pseudo_files(
         overlay: Also write OUT/overlays/NAME.jpg.
         tiling: Which images are made in tiles; None: none is.
         processes: Processes that share the images.
-
-    Returns:
-        What was done, what was skipped and what failed.
 
     Raises:
         AfaError: Unknown kind; the masks that are there were made with other weights or settings; a file cannot be

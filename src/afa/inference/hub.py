@@ -50,9 +50,6 @@ def save_pretrained(source: str | Path | LoadedRun, folder: str | Path) -> Path:
             card are read there.
         folder: Folder to write; made if absent. What an earlier call wrote there is replaced.
 
-    Returns:
-        `folder`.
-
     Raises:
         AfaError: The source cannot be loaded; the folder holds something else or cannot be written.
     """
@@ -106,14 +103,7 @@ def find_pretrained(source: str | Path) -> Path:
 
 
 def load_pretrained(source: str | Path, device: torch.device) -> LoadedRun:
-    """Load a trained network from a folder of `save_pretrained`, a hub id or a run folder.
-
-    Args:
-        source: Folder or hub id.
-        device: Where the network goes.
-
-    Returns:
-        The network in evaluation mode, its configuration and classes.
+    """Load a trained network, in evaluation mode, from a folder of `save_pretrained`, a hub id or a run folder.
 
     Raises:
         AfaError: As `find_pretrained`; a file is missing, broken, of another library or a newer afa; the weights are
@@ -136,15 +126,14 @@ def load_pretrained(source: str | Path, device: torch.device) -> LoadedRun:
 
 
 def push_to_hub(source: str | Path | LoadedRun, repo_id: str, *, private: bool = False) -> str:
-    """Publish a trained network on the Hugging Face hub, under the account that `hf auth login` or HF_TOKEN names.
+    """Publish a trained network on the Hugging Face hub, and return its address.
+
+    The account is the one that `hf auth login` or HF_TOKEN names.
 
     Args:
         source: As for `save_pretrained`.
         repo_id: OWNER/NAME of the model; made if absent.
         private: Only the owner can see it. An existing public model is then refused.
-
-    Returns:
-        Address of the model.
 
     Raises:
         AfaError: As `save_pretrained`; the id is malformed; the hub cannot be reached or refuses.

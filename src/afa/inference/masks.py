@@ -258,9 +258,6 @@ def write_masks(
         resume: Leave masks that are there already as they are. A call that torchrun starts again does so anyway.
         processes: Processes that share the images, and all of which see `out_dir`.
 
-    Returns:
-        What was done and what failed, in all processes.
-
     Raises:
         AfaError: The masks that are there were made with other weights or settings; a file cannot be written; another
             call is writing there.

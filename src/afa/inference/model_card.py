@@ -35,9 +35,6 @@ def is_hub_id(text: str) -> bool:
 def read_figures(folder: Path) -> dict[str, Any]:
     """Gather what a run folder tells of its training and scores.
 
-    Args:
-        folder: Run folder.
-
     Returns:
         Values that JSON can hold: `evaluation`, label kind -> miou, per_class, protocol and num_images, from
         evaluation/*.json or else report.json; `training`, from environment.json; `unfinished`, the name of the
@@ -63,14 +60,7 @@ def read_figures(folder: Path) -> dict[str, Any]:
 def model_card(config: Config, classes: Sequence[str], figures: Mapping[str, Any], *, title: str) -> str:
     """Write a model card in Markdown, with the front matter that the Hugging Face hub reads.
 
-    Args:
-        config: Configuration of the run, without private paths.
-        classes: C names.
-        figures: As `read_figures` gives them; may be empty.
-        title: Name of the model.
-
-    Returns:
-        Contents of README.md.
+    `config` has no private paths; `figures` are those of `read_figures`, and may be empty.
     """
     tags = ["afa", "semantic-segmentation", "image-segmentation"]
     tags += ["weakly-supervised"] if config.train.supervision == "tags" else []

@@ -265,14 +265,10 @@ class Predictor:
         )
 
     def segment(self, images: Sequence[PreparedImage]) -> list[LogitMaps]:
-        """Run the network on images of equal `sizes` in one batch; a GPU is not synchronized.
+        """Run the network on images of `prepare` that have equal `sizes`, in one batch; a GPU is not synchronized.
 
-        Args:
-            images: Images as `prepare` returns them.
-
-        Returns:
-            Logits of each image, on the device, without the classes that its tags rule out: small, or with the CRF
-            as large as the view.
+        The logits of each image are on the device, without the classes that its tags rule out: small, or with the CRF
+        as large as the view.
         """
         return logit_maps(
             self.network,

@@ -34,15 +34,8 @@ def missing_in_all(
 ) -> Sequence[str]:
     """Stamp OUT, and list the masks that are still to be made, as the first process finds them.
 
-    Others could see masks that are made meanwhile.
-
-    Args:
-        out_dir: OUT; its folder `masks` is there.
-        names: Names of the images.
-        stamp: What makes the masks, as JSON.
-        processes: Processes that share the images.
-        resume: Leave masks that are there already.
-        otherwise: What to do about masks that something else made.
+    Others could see masks that are made meanwhile. With `resume`, masks that are there already stay; `otherwise` says
+    what to do about those that something else than `stamp` made.
 
     Raises:
         AfaError: They were made with other weights or settings; a process sees other images than the first one.

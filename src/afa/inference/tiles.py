@@ -145,11 +145,7 @@ class ArrayRows:
 
 
 class Window:
-    """The rows of an image that a row of tiles sees: those that the next row does not see are let go.
-
-    Args:
-        source: Where the rows come from.
-    """
+    """The rows of an image that a row of tiles sees: those that the next row does not see are let go."""
 
     def __init__(self, source: PixelRows) -> None:
         self._source = source

@@ -11,15 +11,7 @@ from afa.types import IGNORE_INDEX
 
 
 def token_label(label: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resize a label map to the token grid by nearest neighbor.
-
-    Args:
-        label: (B, H, W) class indices and 255.
-        grid: (h, w).
-
-    Returns:
-        (B, h, w), same dtype.
-    """
+    """Resize class indices and 255 to the token grid by nearest neighbor: (B, H, W) -> (B, h, w)."""
     resized = interpolate(label[:, None].float(), size=grid, mode="nearest")[:, 0]  # (B, h, w)
     return resized.to(label.dtype)
 

@@ -59,15 +59,7 @@ class _ImageViews(ViewScore):
 
 
 def scale_view(image: Tensor, scale: float) -> Tensor:
-    """Rescale images for one pass of the multi-scale CAM.
-
-    Args:
-        image: (B, 3, H, W) normalized image.
-        scale: Of the sides; 1 returns the image itself.
-
-    Returns:
-        (B, 3, H * scale, W * scale), sizes rounded down.
-    """
+    """Rescale images for a pass of the multi-scale CAM: (B, 3, H, W) -> (B, 3, H * scale, W * scale), rounded down."""
     if scale == 1.0:
         return image
     size = (int(image.shape[2] * scale), int(image.shape[3] * scale))

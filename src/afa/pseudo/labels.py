@@ -47,13 +47,5 @@ def threshold_label(cam: Tensor, tags: Tensor, *, low: float, high: float) -> Te
 
 
 def ignore_outside(label: Tensor, valid_box: Tensor) -> Tensor:
-    """Ignore everything outside the part of the canvas that holds the photograph.
-
-    Args:
-        label: (B, H, W) int64.
-        valid_box: (B, 4) int64 (top, bottom, left, right), half open.
-
-    Returns:
-        (B, H, W) int64, 255 outside the box.
-    """
+    """Put 255 outside the (B, 4) int64 valid boxes, (top, bottom, left, right) half open, of (B, H, W) int64 labels."""
     return torch.where(inside_box(valid_box, label.shape[1], label.shape[2]), label, IGNORE_INDEX)

@@ -85,15 +85,9 @@ def best_slot(scores: Tensor) -> Tensor:
 
 
 def mask_scores(scores: Tensor, valid: Tensor, *, softmax: bool) -> Tensor:
-    """Let only valid channels compete.
+    """Let only the (B, P) valid channels of (B, P, H, W) scores compete; the others become 0.
 
-    Args:
-        scores: (B, P, H, W).
-        valid: (B, P) bool.
-        softmax: Softmax over the valid channels; off, the scores stay as they are.
-
-    Returns:
-        (B, P, H, W), 0 in channels that are not valid.
+    `softmax` is over the valid channels; off, their scores stay as they are.
     """
     absent = ~valid[:, :, None, None]  # (B, P, 1, 1)
     if softmax:
@@ -102,15 +96,9 @@ def mask_scores(scores: Tensor, valid: Tensor, *, softmax: bool) -> Tensor:
 
 
 def present_scores(scores: Tensor, tags: Tensor, *, softmax: bool) -> Tensor:
-    """Let background and tagged classes compete, in all K channels.
+    """Let background and tagged classes compete, in all K channels, background first: (B, K, H, W) -> (B, K, H, W).
 
-    Args:
-        scores: (B, K, H, W), background first.
-        tags: (B, C), above 0 where present.
-        softmax: As `mask_scores`.
-
-    Returns:
-        (B, K, H, W), 0 in absent classes.
+    Absent classes, those of (B, C) tags not above 0, become 0; `softmax` as of `mask_scores`.
     """
     return mask_scores(scores, valid_channels(tags), softmax=softmax)
 

@@ -127,13 +127,9 @@ class TableRow(NamedTuple):
 
 
 def compare_runs(runs: Sequence[Path]) -> list[RunGroup]:
-    """Read runs and put those together that differ by their seed alone.
+    """Read runs, finished or not, evaluated or not, and put those together that differ by their seed alone.
 
-    Args:
-        runs: Run folders, finished or not, evaluated or not.
-
-    Returns:
-        Groups in the order of their first runs.
+    The groups come in the order of their first runs.
 
     Raises:
         AfaError: A folder is no run, is given twice, or one of its files is broken.
@@ -152,12 +148,7 @@ def compare_runs(runs: Sequence[Path]) -> list[RunGroup]:
 
 
 def table_rows(groups: Sequence[RunGroup], table: PaperTable) -> list[TableRow]:
-    """The lines of a table: the paper's rows in its order, as far as runs name them, then variants.
-
-    Args:
-        groups: What `compare_runs` gives.
-        table: One of the paper's.
-    """
+    """The lines of a table: the paper's rows in its order, as far as runs name them, then variants."""
     lines: list[tuple[int, TableRow]] = []
     for group in (group for group in groups if group.table is table):
         own = table.row(group.name) or PaperRow(group.name, None, None, protocol="")
@@ -173,9 +164,6 @@ def table_rows(groups: Sequence[RunGroup], table: PaperTable) -> list[TableRow]:
 
 def broken_orders(lines: Sequence[TableRow]) -> tuple[int, list[str]]:
     """Compare the order of the lines with the order in the paper, pair by pair.
-
-    Args:
-        lines: What `table_rows` gives.
 
     Returns:
         How many pairs can be compared, and a text for each whose order is another here.
@@ -197,9 +185,6 @@ def broken_orders(lines: Sequence[TableRow]) -> tuple[int, list[str]]:
 def collect_tables(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
     """What text and page show: each of the paper's tables that a run names, and one table of all other runs.
 
-    Args:
-        groups: What `compare_runs` gives.
-
     Returns:
         `title`, `head`, `rows` of texts, `notes`, and `chart` as `bar_chart` gives it, of each table.
     """
@@ -212,11 +197,7 @@ def collect_tables(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
 
 
 def render_text(groups: Sequence[RunGroup]) -> str:
-    """Tables for a terminal: one for each of the paper's that a run names, and one of all other runs.
-
-    Args:
-        groups: What `compare_runs` gives.
-    """
+    """Tables for a terminal: one for each of the paper's that a run names, and one of all other runs."""
     blocks = []
     for table in collect_tables(groups):
         cells = [table["head"], *table["rows"]]
@@ -227,11 +208,7 @@ def render_text(groups: Sequence[RunGroup]) -> str:
 
 
 def to_json(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
-    """What compare.json holds: an object a group.
-
-    Args:
-        groups: What `compare_runs` gives.
-    """
+    """What compare.json holds: an object a group."""
     result = []
     for group in groups:
         row = group.table.row(group.name) if group.table else None
@@ -245,14 +222,7 @@ def to_json(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
 
 
 def write_comparison(groups: Sequence[RunGroup], out: Path) -> Path:
-    """Write OUT/compare.html, with charts, and OUT/compare.json, each in one piece.
-
-    Args:
-        groups: What `compare_runs` gives.
-        out: Made if missing.
-
-    Returns:
-        Path of the page.
+    """Write OUT/compare.html, with charts, and OUT/compare.json, each in one piece; returns the page.
 
     Raises:
         AfaError: The folder cannot be written.

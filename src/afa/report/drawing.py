@@ -43,15 +43,7 @@ class Token(NamedTuple):
 
 
 def lay_out(rows: Sequence[Sequence[Image.Image | None]], captions: Sequence[str]) -> Image.Image:
-    """Put pictures on a sheet, with captions on top.
-
-    Args:
-        rows: Pictures of any size, as many a row as there are captions; None leaves a place empty.
-        captions: Texts of the columns.
-
-    Returns:
-        RGB image on white.
-    """
+    """Put pictures of any size on a white RGB sheet, as many a row as captions of columns; None leaves a gap."""
     side, gap, header = SHEET_SIDE, 6, 26
     width = len(captions) * (side + gap) + gap
     sheet = Image.new("RGB", (width, header + len(rows) * (side + gap) + gap), "white")
@@ -70,11 +62,7 @@ def lay_out(rows: Sequence[Sequence[Image.Image | None]], captions: Sequence[str
 def heat_colors(values: NDArray[np.float64]) -> Pixels:
     """Colors of a heat map, from near black over purple and orange to pale yellow, ever brighter.
 
-    Args:
-        values: Any shape, in [0, 1].
-
-    Returns:
-        The shape + (3,), uint8 RGB.
+    Values in [0, 1] of any shape become uint8 RGB of that shape + (3,).
     """
     positions = np.linspace(0.0, 1.0, len(_HEAT_ANCHORS))
     channels = [np.interp(values, positions, channel) for channel in np.array(_HEAT_ANCHORS, dtype=float).T]
@@ -100,30 +88,14 @@ def blend_heat(image: Pixels, scores: Tensor) -> Pixels:
 
 
 def heat_map(scores: Tensor, size: tuple[int, int]) -> Pixels:
-    """The colors of `blend_heat` without the image.
-
-    Args:
-        scores: (classes, h, w), as there.
-        size: (height, width) of the map.
-
-    Returns:
-        (height, width, 3) uint8.
-    """
+    """The (height, width, 3) uint8 colors of `blend_heat` without the image, of (C, h, w) scores."""
     highest = scores.float().amax(0)[None] if len(scores) else scores.new_zeros(1, 1, 1, dtype=torch.float32)
     colors: Pixels = heat_maps(highest, size)[0]
     return colors
 
 
 def heat_maps(scores: Tensor, size: tuple[int, int]) -> Pixels:
-    """Heat maps of several things, each stretched to the whole range of colors.
-
-    Args:
-        scores: (n, h, w), any range.
-        size: (height, width) of a map.
-
-    Returns:
-        (n, height, width, 3) uint8.
-    """
+    """Heat maps of N things, each stretched to the whole range of colors: (N, h, w) -> (N, *size, 3) uint8."""
     heat = interpolate(scores.float()[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
     heat = heat - heat.amin((1, 2), keepdim=True)
     heat = heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-6)
@@ -135,12 +107,7 @@ def heat_maps(scores: Tensor, size: tuple[int, int]) -> Pixels:
 def blend_label(image: Pixels, label: Tensor) -> Pixels:
     """Lay class colors over an image; the photograph stays visible as gray, darker in the background.
 
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        label: (h, w) class indices, 255 = ignored; resized by nearest neighbor.
-
-    Returns:
-        (H, W, 3) uint8.
+    (H, W, 3) uint8 RGB and (h, w) class indices, 255 = ignored, resized by nearest neighbor, give (H, W, 3) uint8.
     """
     resized = interpolate(label[None, None].float(), size=image.shape[:2], mode="nearest-exact")[0, 0]
     label_map: Pixels = resized.to(torch.uint8).cpu().numpy()

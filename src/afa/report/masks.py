@@ -18,18 +18,9 @@ from afa.runs.run import Run
 def write_masks_page(
     network: AfaNetwork, images: TaggedImages, out: Path, summary: MasksSummary, *, config: Config, count: int
 ) -> Path:
-    """Write OUT/examples and OUT/masks.html.
+    """Write OUT/examples, of `count` images, and OUT/masks.html; returns the page.
 
-    Args:
-        network: In eval mode; the one that made the masks.
-        images: Where examples are taken from.
-        out: Folder of the masks.
-        summary: What was done.
-        config: Settings that the masks were made with.
-        count: How many examples.
-
-    Returns:
-        Path of the page.
+    The network, in eval mode, and the settings are those that made the masks that `summary` speaks of.
     """
     doubtful = [images.names.index(name) for name in list(summary.nothing)[: count // 2]]
     write_examples(network, images, out, config=config, count=count, trained=False, first=doubtful)

@@ -33,14 +33,9 @@ _REFRESH: Final = 30
 
 
 def write_report(run: Path, *, running: bool = False) -> Path:
-    """Write RUN/report.json and RUN/report.html, each in one piece.
+    """Write RUN/report.json and RUN/report.html, each in one piece, of a run finished or not; returns the page.
 
-    Args:
-        run: Run folder, finished or not.
-        running: Its training goes on: the page says so, and looks for a newer one now and then.
-
-    Returns:
-        Path of the page.
+    While its training goes on (`running`), the page says so, and looks for a newer one now and then.
 
     Raises:
         AfaError: `run` is no run folder, or one of its files is broken.
@@ -60,10 +55,7 @@ def write_report(run: Path, *, running: bool = False) -> Path:
 
 
 def read_examples(folder: Path) -> list[dict[str, Any]]:
-    """Load the pictures of RUN/examples, or another folder of such, for embedding.
-
-    Args:
-        folder: What `write_examples` left.
+    """Load the pictures that `write_examples` left in a folder, for embedding.
 
     Returns:
         `name`, `tags`, `pictures` (picture name -> data URI), `score` (None) of each example; empty without an index.

@@ -52,14 +52,9 @@ class PaperTable:
 
 
 def find_table(label: str) -> tuple[PaperTable, str] | None:
-    """The table and the row's name in a label such as `table3: AFA`.
+    """The table and the row's name in a `train.label` such as `table3: AFA`; None where it names no table of the paper.
 
-    Args:
-        label: `train.label` of a run.
-
-    Returns:
-        None where the label names no table of the paper. The name need not be that of a row: a variant of one's own may
-        stand in a table.
+    The name need not be that of a row: a variant of one's own may stand in a table.
 
     >>> table, name = find_table("Table 3: afa")
     >>> table.row(name).val

@@ -86,13 +86,7 @@ def write_ranked(
 ) -> None:
     """Write RUN/worst and RUN/best, as `write_examples` does: `count` // 4 of the best, and twice as many of the worst.
 
-    Args:
-        network: In eval mode during the call; its parameters say the device.
-        images: What was scored.
-        run: Run folder.
-        ranked: Names of the images, the lowest score first.
-        config: Settings of the run.
-        count: How many examples the run has.
+    `ranked` has the names of the images, the lowest score first.
     """
     places, few = {name: i for i, name in enumerate(images.names)}, count // 4
     for folder, names in ((Run(run).worst, ranked[: 2 * few]), (Run(run).best, ranked[::-1][:few])):
@@ -115,15 +109,7 @@ def _opened(
 
 
 def write_worth(network: AfaNetwork, images: TaggedImages, run: Path, worth: Worth, *, config: Config) -> None:
-    """Write RUN/uncertain, the images whose prediction is least certain, and RUN/thresholds, as `write_examples` does.
-
-    Args:
-        network: In eval mode during the call; its parameters say the device.
-        images: What was looked at, or more.
-        run: Run folder.
-        worth: What was found.
-        config: Settings of the run.
-    """
+    """Write RUN/uncertain, the images whose prediction is least certain, and RUN/thresholds, as `write_examples`."""
     places = {name: i for i, name in enumerate(images.names)}
     uncertain = [places[name] for name, _ in worth.uncertain]
     spread = evenly_spaced(images, _THRESHOLD_EXAMPLES)
@@ -166,14 +152,7 @@ def _write_drawn(
 
 
 def draw_sheet(folders: Sequence[Path]) -> Image.Image:
-    """Put the pictures of several examples on one sheet: a row an example, a column a picture, captions on top.
-
-    Args:
-        folders: Folders of examples as `write_examples` leaves them.
-
-    Returns:
-        RGB image on white.
-    """
+    """Put the examples of some folders on one RGB sheet: a row an example, a column a picture, captions on top."""
     captions = PICTURES | THRESHOLD_PICTURES
     keys = [key for key in captions if any((folder / f"{key}.png").is_file() for folder in folders)]
     paths = [[folder / f"{key}.png" for key in keys] for folder in folders]

@@ -13,15 +13,7 @@ from PIL import Image
 
 
 def render_page(name: str, /, **values: Any) -> str:
-    """Fill `templates/NAME.html.j2`.
-
-    Args:
-        name: `report`, `check` or `compare`.
-        values: What the template shows; texts are escaped.
-
-    Returns:
-        A whole HTML document.
-    """
+    """Fill `templates/NAME.html.j2` with values, whose texts are escaped: a whole HTML document."""
     return _environment().get_template(f"{name}.html.j2").render(**values)
 
 

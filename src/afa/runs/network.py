@@ -111,10 +111,6 @@ def _text_classifier(model: ModelConfig, num_classes: int, words: Sequence[Seque
 def load_run(run: Path, device: torch.device) -> LoadedRun:
     """Load the network of a run folder: its final weights, or its last checkpoint's if it is not finished.
 
-    Args:
-        run: Run folder.
-        device: Where the network goes.
-
     Raises:
         AfaError: Not a run folder; no weights yet; weights that are broken or of another network.
     """

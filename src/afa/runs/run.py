@@ -37,11 +37,7 @@ class ImageScore:
 
 
 class Run:
-    """A run folder: where its files lie, what they hold, and how they are written.
-
-    Args:
-        path: Folder of the run, there or not yet.
-    """
+    """A run folder, there or not yet: where its files lie, what they hold, and how they are written."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -90,20 +86,12 @@ class Run:
         return run if is_stored and (run.is_complete or run.latest_checkpoint() is not None) else None
 
     def start(self, config: Config, classes: Sequence[str]) -> None:
-        """Write configuration and classes; the folder is a run from then on.
-
-        Args:
-            config: Resolved configuration.
-            classes: Names of the C foreground classes in index order.
-        """
+        """Write the resolved configuration and the C class names in index order; the folder is a run from then on."""
         write_whole(self._classes, "".join(f"{name}\n" for name in classes), durable=True)
         write_whole(self._config, config_to_toml(config), durable=True)
 
     def config(self, overrides: Mapping[str, Any] | None = None) -> Config:
-        """The configuration that was resolved when the run was started.
-
-        Args:
-            overrides: Dotted keys that win.
+        """The configuration that was resolved when the run was started, under dotted keys that win.
 
         Raises:
             AfaError: Not a run folder; the file is empty; as `load_config`.

@@ -31,9 +31,6 @@ def save_checkpoint(run: Path, *, step: int, network: nn.Module, state: Mapping[
         network: Network whose weights are saved.
         state: Everything else that resuming needs; tensors, numbers, texts and containers of them.
 
-    Returns:
-        Folder of the checkpoint.
-
     Raises:
         AfaError: The disk is full or refuses; the message names the last good checkpoint.
     """
@@ -87,10 +84,6 @@ def load_checkpoint(folder: Path, network: nn.Module) -> dict[str, Any]:
 
 def save_weights(path: Path, network: nn.Module) -> None:
     """Write a network's weights as safetensors, whole or not at all.
-
-    Args:
-        path: File to write.
-        network: Network whose weights are saved.
 
     Raises:
         AfaError: The disk is full or refuses.

@@ -169,10 +169,7 @@ class TrainingEngine:
         return losses
 
     def check(self, step: int) -> None:
-        """Give up on a run whose gradients are not finite for many steps. Waits for the device.
-
-        Args:
-            step: Number of the last step.
+        """Give up on a run whose gradients are not finite for many steps up to the last one. Waits for the device.
 
         Raises:
             AfaError: The last `MAX_SKIPPED_STEPS` steps changed nothing.
@@ -188,10 +185,7 @@ class TrainingEngine:
         """Calibrate the affinity head by the first images that it learns from; weights that are not 0 stay.
 
         Images that say nothing leave the weights at 0, and the next step tries again: whether it does depends on the
-        weights alone, so that a resumed run does the same.
-
-        Args:
-            batch: This process's share of the batch, on the device.
+        weights alone, so that a resumed run does the same. `batch` is on the device.
         """
         self.collect()
         output, pairs = self.attend(batch)

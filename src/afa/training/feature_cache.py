@@ -138,9 +138,6 @@ def prepare_features(
         processes: Processes that train together and share the images; all see the folder.
         cache: Where decoded images stay.
 
-    Returns:
-        Reader of the cache.
-
     Raises:
         AfaError: Blocks of the encoder learn; the cache does not fit into `train.feature_cache_gib` or on the disk;
             features are too large for fp16; an image cannot be read; stopped by Ctrl-C.

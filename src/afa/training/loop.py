@@ -113,9 +113,6 @@ def train(
         resume: Go on from the newest checkpoint of `run`; without one, start.
         show: Called by the main process at each evaluation, to draw what is there; returns a sheet of examples.
 
-    Returns:
-        The trained network.
-
     Raises:
         AfaError: Bad data, configuration or weights; `run` holds a run already and `resume` is off, or holds one
             with other settings; a tracker does not start; the disk is full; the loss stays not finite.
@@ -309,12 +306,7 @@ def _open_training(config: Config, data: DataSet, *, tell: bool) -> tuple[Tagged
 
 
 def open_validation(config: Config, data: DataSet, *, tell: bool = False) -> MaskedImages | None:
-    """Open the images that a run is scored on.
-
-    Args:
-        config: Its `data` section applies.
-        data: The data set.
-        tell: Print a line when there are none.
+    """Open the images that a run is scored on; `tell` prints a line when there are none.
 
     Returns:
         None when `data.val_list` is empty, or is left at its default and the data set has no such list or no masks.

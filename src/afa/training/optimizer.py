@@ -11,17 +11,10 @@ from afa.training.schedule import learning_rate_factor
 
 
 def build_optimizer(network: AfaNetwork, schedule: ScheduleConfig) -> torch.optim.AdamW:
-    """Group the parameters and build the optimizer.
+    """Group the parameters and build the optimizer, AdamW whose groups carry their full rate as `base_lr`.
 
     Encoder layers get the base learning rate, everything else `head_lr_factor` times as much. The encoder's norm
     layers never decay, and with `freeze_norms` they stop asking for gradients: that is what learning rate 0 means.
-
-    Args:
-        network: Network; the flag `requires_grad` of its encoder's norm layers is set.
-        schedule: Settings.
-
-    Returns:
-        AdamW whose groups carry their full rate as `base_lr`.
     """
     norms = network.backbone.norm_parameters()
     for parameter in norms:

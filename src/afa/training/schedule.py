@@ -38,15 +38,10 @@ class Phase:
 
 
 def learning_rate_factor(step: int, schedule: ScheduleConfig) -> float:
-    """Learning rate of a step over the full one.
+    """Learning rate of a step, from 0, over the full one.
 
-    Args:
-        step: Training step, 0-based.
-        schedule: Settings.
-
-    Returns:
-        Linear warm-up from `warmup_ratio`, then polynomial decay over all steps (not offset by the warm-up unless
-        `poly_offset` says so).
+    Linear warm-up from `warmup_ratio`, then polynomial decay over all steps (not offset by the warm-up unless
+    `poly_offset` says so).
 
     >>> learning_rate_factor(10_000, ScheduleConfig())
     0.5
@@ -59,12 +54,7 @@ def learning_rate_factor(step: int, schedule: ScheduleConfig) -> float:
 
 
 def learning_rate(step: int, schedule: ScheduleConfig) -> float:
-    """Encoder learning rate used at a step; the other layers use `head_lr_factor` times as much.
-
-    Args:
-        step: Training step, 0-based.
-        schedule: Settings.
-    """
+    """Encoder learning rate used at a step, from 0; the other layers use `head_lr_factor` times as much."""
     return schedule.learning_rate * learning_rate_factor(step, schedule)
 
 

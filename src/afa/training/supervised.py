@@ -48,14 +48,7 @@ def with_mask(batch: Batch, mask: Tensor) -> MaskedBatch:
 
 
 def open_masked(data: DataSet, train_list: str) -> MaskedImages:
-    """Open the images of `data.train_list` with tags and masks.
-
-    Args:
-        data: The data set.
-        train_list: List of names, relative to the root unless absolute.
-
-    Returns:
-        The images in the order of the list, each with a mask and at least one tag.
+    """Open the images of a list with tags and masks, in its order: each has a mask and at least one tag.
 
     Raises:
         AfaError: There is no such list; an image of it has no mask or no tag.

@@ -17,12 +17,7 @@ _SUFFIXES: Final = {b"\x89PNG": ".png", b"RIFF": ".webp", b"GIF8": ".gif", b"II*
 
 
 def write_tar(source: Path, target: BinaryIO, address: str) -> tuple[list[Any], list[str]]:
-    """Write the images of a file as an archive, named by their rows.
-
-    Args:
-        source: Parquet or Arrow file.
-        target: Gets the archive.
-        address: What messages call the file.
+    """Write the images of a Parquet or Arrow file as an archive, named by their rows; messages call the file `address`.
 
     Returns:
         What the column of tags holds, a list with a name in place of a single one; and the names of its classes, where
