@@ -23,7 +23,7 @@ from afa.check import collect
 from afa.check.cost import measure_pace
 from afa.check.scale import parse_count
 from afa.check.tags import check_fast
-from afa.config import Config, DataConfig, config_to_dict, load_config
+from afa.config import Config, DataConfig, config_to_keys, load_config
 from afa.data.classes import read_lines
 from afa.data.dataset import MaskedImages
 from afa.data.images import level_warning, sample_peaks
@@ -784,6 +784,4 @@ def _file_config(file: str | Path | None, overrides: Mapping[str, Any], preset: 
 
 
 def _changed(config: Config, overrides: Mapping[str, Any]) -> Config:
-    tree = config_to_dict(config)
-    stored = {f"{s}.{key}": value for s, part in tree.items() if isinstance(part, dict) for key, value in part.items()}
-    return load_config(None, stored | dict(overrides), preset=config.preset)
+    return load_config(None, config_to_keys(config) | dict(overrides), preset=config.preset)

@@ -1,6 +1,6 @@
 """Every knob of afa, typed: a preset, then a TOML file, then flags, give one frozen `Config`."""
 
-from afa.config.load import PRESETS, config_from_dict, config_to_dict, config_to_toml, load_config
+from afa.config.load import PRESETS, config_from_dict, config_to_dict, config_to_keys, config_to_toml, load_config
 from afa.config.schema import (
     SUPERVISION_NAMES,
     AugmentConfig,
@@ -42,6 +42,7 @@ __all__ = [
     "TrainConfig",
     "config_from_dict",
     "config_to_dict",
+    "config_to_keys",
     "config_to_toml",
     "load_config",
 ]

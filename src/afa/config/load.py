@@ -94,6 +94,11 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return result
 
 
+def config_to_keys(config: Config) -> dict[str, Any]:
+    """Value of each key, by SECTION.KEY, as of `config_to_dict`."""
+    return _flatten({name: part for name, part in config_to_dict(config).items() if name != "preset"}, "")
+
+
 def config_to_toml(config: Config) -> str:
     """The resolved configuration as TOML that `load_config` reads back to an equal one."""
     # JSON's texts, numbers, booleans and lists are TOML's.

@@ -113,18 +113,21 @@ class TaggedImages:
         row: NDArray[np.float32] = self._tags[index].astype(np.float32)
         return row
 
-    def subset(self, indices: Sequence[int]) -> TaggedImages:
+    def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> TaggedImages:
         """Some of the images, in the order of `indices`, by their tags alone."""
-        rows, windows = np.array(indices, dtype=np.int64), self.windows
-        return TaggedImages(
-            classes=self.classes,
-            names=take(self.names, rows),
-            paths=take(self._paths, rows),
-            windows=windows and windows.take(rows),
-            tags=self._tags[rows],
-            folder=self._folder,
-            white_level=self.white_level,
-        )
+        return TaggedImages(**self.chosen(np.array(indices, dtype=np.int64)))
+
+    def chosen(self, rows: NDArray[np.int64]) -> dict[str, Any]:
+        """What `TaggedImages` takes of some of the images."""
+        return {
+            "classes": self.classes,
+            "names": take(self.names, rows),
+            "paths": take(self._paths, rows),
+            "windows": self.windows and self.windows.take(rows),
+            "tags": self._tags[rows],
+            "folder": self._folder,
+            "white_level": self.white_level,
+        }
 
     @property
     def tagged(self) -> NDArray[np.bool_]:

@@ -10,7 +10,6 @@ import gc
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +18,8 @@ from afa.config import DataConfig
 from afa.data.classes import kept_classes, read_list
 from afa.data.dataset import ABSENT, PRESENT, UNKNOWN, MaskedImages, TaggedImages, TagTable
 from afa.data.files import path_below, unadorned, walk_files
-from afa.data.images import IMAGE_SUFFIXES, image_name, read_image
-from afa.data.members import Column, member_or_below, take
+from afa.data.images import IMAGE_SUFFIXES, image_name
+from afa.data.members import Column, take
 from afa.data.readers import folders, shards, tag_files, voc
 from afa.data.readers.places import unread, words
 from afa.data.split import TEST, TRAIN, VALIDATION, choose_sides
@@ -124,8 +123,16 @@ class DataSet:
         kept = kept_classes(data, known)
         self.classes = tuple(known[index] for index in kept)
         self.words = tuple(table.words.get(name, (name,)) for name in self.classes)
-        self._tags = tags[:, kept]
-        present = self._tags == PRESENT
+        self._all = TaggedImages(
+            classes=self.classes,
+            names=table.names,
+            paths=table.paths,
+            tags=tags[:, kept],
+            folder=table.folder,
+            white_level=data.white_level,
+            windows=table.windows,
+        )
+        present = self._all.tagged
         self._negative = (table.tags == ABSENT).all(axis=1)
         self._usable = present.any(axis=1) | self._negative
         self._broken = np.zeros(len(table.paths), dtype=bool)
@@ -176,11 +183,10 @@ class DataSet:
         wanted = [side for side in sides if side == TRAIN or list_file is not None or self.has_validation]
         rows = np.unique(np.concatenate([self._rows(side, list_file) for side in wanted] or [np.zeros(0, np.int64)]))
         failures = []
-        folder, paths = self._table.folder, self._table.paths
         with image_progress("looking for broken images", total=len(rows)) as advance:
 
             def read(row: int) -> tuple[int, ...]:
-                return read_image(member_or_below(folder, paths[row])).shape
+                return self._all.image(row).shape
 
             for row, reading in read_ahead(read, rows.tolist()):
                 try:
@@ -214,7 +220,7 @@ class DataSet:
         rows = np.flatnonzero(self._usable & ~self._broken)
         if not rows.size:
             raise AfaError(f"{self.root}: no image with a tag ({self._table.origin}); add some")
-        return TaggedImages(**self._part(rows))
+        return self._all.subset(rows)
 
     def masked(self, *, list_file: str | None = None) -> MaskedImages:
         """Images set aside that have masks. Arguments as `train`.
@@ -249,7 +255,7 @@ class DataSet:
         if table.listed:
             origin = f"{self.root} (no tags file)" if table.tags_path is None else str(table.tags_path)
         return MaskedImages(
-            **self._part(rows),
+            **self._all.chosen(rows),
             has_tags=(table.tags[rows] != UNKNOWN).any(axis=1),
             mask_paths=[masks[row] for row in rows.tolist()],
             mask_values=self._mask_values(),
@@ -277,20 +283,7 @@ class DataSet:
             purpose = "to train on" if side == TRAIN else "for validation"
             words = f"{self._table.origin}; {self._split_words}"
             raise AfaError(f"{self.root}: no image with a tag {purpose} ({words}); add some")
-        return TaggedImages(**self._part(rows))
-
-    def _part(self, rows: NDArray[np.int64]) -> dict[str, Any]:
-        """What `TaggedImages` takes of some rows."""
-        table, windows = self._table, self._table.windows
-        return {
-            "classes": self.classes,
-            "names": take(table.names, rows),
-            "paths": take(table.paths, rows),
-            "windows": windows and windows.take(rows),
-            "tags": self._tags[rows],
-            "folder": table.folder,
-            "white_level": self._data.white_level,
-        }
+        return self._all.subset(rows)
 
     def _rows(self, side: int, list_file: str | None) -> NDArray[np.int64]:
         """(n,) rows of the table that a list names, in its order, or that are on a side."""

@@ -51,7 +51,11 @@ class LogitMaps:
     image: Tensor
 
     def allow(self, classes: np.ndarray | None) -> LogitMaps:
-        """Rule out the classes that are False in (K,) bool: none is the largest anywhere, and their softmax is 0."""
+        """Rule classes out.
+
+        Args:
+            classes: (K,) bool, False for those that become the largest nowhere, with a softmax of 0; None allows all.
+        """
         if classes is None:
             return self
         # Not minus infinity: interpolation multiplies it by 0.

@@ -5,14 +5,13 @@ Holds all results in memory and writes only when told to; `afa.inference.files` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -125,7 +124,7 @@ class Predictor:
         Raises:
             AfaError: Not a run folder, no usable weights in it, no such device, or unknown protocol.
         """
-        return cls._from(load_run, Path(run), device=device, protocol=protocol, precision=precision, tiles=tiles)
+        return cls._of(load_run(Path(run), pick_device(device)), protocol, precision, tiles)
 
     @classmethod
     def from_pretrained(
@@ -149,21 +148,10 @@ class Predictor:
         Raises:
             AfaError: As `afa.inference.hub.load_pretrained`; no such device, or unknown protocol.
         """
-        folder = find_pretrained(source)
-        return cls._from(load_pretrained, folder, device=device, protocol=protocol, precision=precision, tiles=tiles)
+        return cls._of(load_pretrained(find_pretrained(source), pick_device(device)), protocol, precision, tiles)
 
     @classmethod
-    def _from(
-        cls,
-        load: Callable[[Path, torch.device], LoadedRun],
-        folder: Path,
-        *,
-        device: str,
-        protocol: str | None,
-        precision: Precision,
-        tiles: str | int,
-    ) -> Predictor:
-        loaded = load(folder, pick_device(device))
+    def _of(cls, loaded: LoadedRun, protocol: str | None, precision: Precision, tiles: str | int) -> Predictor:
         evaluation, train = loaded.config.evaluation, replace(loaded.config.train, precision=precision)
         if protocol is not None:
             check_choice(protocol, PROTOCOLS, what="protocol")

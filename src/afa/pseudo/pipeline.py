@@ -113,7 +113,6 @@ def infer_pseudo(
     want: Collection[str],
     refined: bool = False,
     crf: CrfFunction | None = None,
-    num_slots: int | None = None,
     limits: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Make CAMs and pseudo labels of whole images.
@@ -126,7 +125,6 @@ def infer_pseudo(
         want: What to return, of `PSEUDO_KINDS`.
         refined: Also put `cam_label` and `propagated_label` through the low-level refinement.
         crf: Refines the scores of all labels last; None: nothing does.
-        num_slots: 1 + the largest number of tags of an image, if known on the host.
         limits: (2, B, C, 1, 1), for tiles: the range of the CAMs of their image, as of `normalize_cam`.
 
     Returns:
@@ -138,7 +136,7 @@ def infer_pseudo(
     walks = (
         {"refined_label"} if config.propagated_scale == "one" else {"propagated", "propagated_label", "refined_label"}
     )
-    present = present_classes(tags, num_slots=num_slots)
+    present = present_classes(tags)
     foreground = present.foreground
     picked = multi_scale_cam(
         score,

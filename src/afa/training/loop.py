@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from afa import __version__
-from afa.config import SUPERVISION_NAMES, Config, DataConfig, config_to_dict
+from afa.config import SUPERVISION_NAMES, Config, DataConfig, config_to_keys
 from afa.data.dataset import MaskedImages, TaggedImages
 from afa.data.large import LargeImages
 from afa.data.loader import train_batches
@@ -335,7 +335,7 @@ def _prepare_run(run: Path, config: Config, classes: tuple[str, ...], *, resume:
     if began and not resume:
         raise AfaError(f"{run}: holds a run already; pass --resume to go on with it, or another --out")
     if began:
-        stored, wanted = _flat(folder.config()), _flat(config)
+        stored, wanted = config_to_keys(folder.config()), config_to_keys(config)
         for key, value in wanted.items():
             if key not in _FREE_KEYS and stored[key] != value:
                 raise AfaError(
@@ -345,11 +345,6 @@ def _prepare_run(run: Path, config: Config, classes: tuple[str, ...], *, resume:
         if (stored_classes := folder.classes()) != classes:
             raise AfaError(f"{run}: was started with the classes {stored_classes}, not {classes}; check --data.root")
     folder.start(config, classes)
-
-
-def _flat(config: Config) -> dict[str, Any]:
-    tree = config_to_dict(config)
-    return {f"{s}.{key}": value for s, part in tree.items() if isinstance(part, dict) for key, value in part.items()}
 
 
 def _write_environment(run: Path, engine: TrainingEngine, seconds: float) -> None:
