@@ -31,8 +31,9 @@ from PIL import Image
 from afa.check.scale import INDEX_BYTES, ORDER_BYTES, SHARD_BYTES
 from afa.config import DataConfig, load_config
 from afa.data.dataset import TaggedImages, Windows
-from afa.data.loader import train_batches, visits
+from afa.data.loader import train_batches
 from afa.data.open import open_data
+from afa.data.order import visits
 from afa.runtime import read_ahead
 
 EACH = 10_000  # images of a shard

@@ -16,8 +16,8 @@ from torch import Tensor
 from afa.api import check_data, run_demo, train_and_report
 from afa.config import Config, DataConfig, PseudoConfig, ScheduleConfig, TrainConfig
 from afa.data.dataset import TaggedImages
-from afa.data.loader import Order
 from afa.data.open import DataSet, open_data
+from afa.data.order import Order
 from afa.evaluation.protocols import pseudo_labels
 from afa.losses.classification import classification_loss
 from afa.pseudo.pipeline import training_labels

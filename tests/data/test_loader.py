@@ -15,7 +15,8 @@ from PIL import Image
 import naive
 from afa.config import AugmentConfig, Config, DataConfig, ScheduleConfig, TrainConfig
 from afa.data.dataset import TaggedImages
-from afa.data.loader import Order, class_repeats, resolve_workers, train_batches, visits, whole_views
+from afa.data.loader import resolve_workers, train_batches, whole_views
+from afa.data.order import Order, class_repeats, visits
 from afa.data.pixel_cache import PixelCache
 from afa.runtime import Processes
 from afa.types import Batch

@@ -15,8 +15,9 @@ import pytest
 from afa.config import DataConfig
 from afa.data.dataset import ABSENT, PRESENT, UNKNOWN, TaggedImages, Windows
 from afa.data.images import read_image, read_size
-from afa.data.loader import Order, train_batches, visits
+from afa.data.loader import train_batches
 from afa.data.open import DataSet, open_data
+from afa.data.order import Order, visits
 from afa.data.rows import Rows
 from afa.data.stores import expand
 from afa.errors import BrokenImageError

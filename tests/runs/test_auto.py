@@ -10,8 +10,8 @@ import torch
 from transformers import CLIPConfig, Dinov2WithRegistersConfig, SegformerConfig
 
 from afa.config import Config, load_config
-from afa.data.loader import Order
 from afa.data.open import open_data
+from afa.data.order import Order
 from afa.errors import AfaError
 from afa.model.registry import BACKBONES, backbone_of
 from afa.runs import auto as defaults

@@ -17,6 +17,7 @@ from torch import Tensor
 from afa.config import SUPERVISION_NAMES, Config, PseudoConfig
 from afa.data.dataset import MaskedImages, TaggedImages
 from afa.errors import AfaError
+from afa.evaluation.once import once_per_view
 from afa.evaluation.protocols import (
     PROTOCOLS,
     PSEUDO_LABELS,
@@ -24,7 +25,6 @@ from afa.evaluation.protocols import (
     group_sizes,
     host_tensor,
     logit_maps,
-    once_per_view,
     pseudo_labels,
     pseudo_sizes,
     view_sizes,

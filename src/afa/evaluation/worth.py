@@ -16,7 +16,8 @@ from afa.config import Config
 from afa.data.dataset import TaggedImages
 from afa.evaluation.confusion import ConfusionMatrix
 from afa.evaluation.evaluate import Sample, image_batches
-from afa.evaluation.protocols import OncePerView, logit_maps, once_per_view, pseudo_labels
+from afa.evaluation.once import OncePerView, once_per_view
+from afa.evaluation.protocols import logit_maps, pseudo_labels
 from afa.model.network import AfaNetwork
 from afa.runtime import ALONE
 from afa.types import IGNORE_INDEX

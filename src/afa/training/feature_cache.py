@@ -23,7 +23,8 @@ from torch import Tensor
 from afa.config import Config
 from afa.data.dataset import TaggedImages
 from afa.data.images import read_size
-from afa.data.loader import Order, whole_views
+from afa.data.loader import whole_views
+from afa.data.order import Order
 from afa.data.pixel_cache import PixelCache
 from afa.data.pixels import WHITE_LEVEL
 from afa.data.transforms import whole_size

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from afa.config import Config
 from afa.data.dataset import MaskedImages
-from afa.data.loader import Order, step_plan
 from afa.data.open import DataSet
+from afa.data.order import Order, step_plan
 from afa.data.transforms import resample_image
 from afa.errors import AfaError
 from afa.kernels.resize import resize
