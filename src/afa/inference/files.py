@@ -40,6 +40,9 @@ from afa.runtime import ALONE, Processes, say
 _MUCH_SMALLER: Final = 4.0
 """Images that the network sees so many times smaller are told of: small objects in them are lost."""
 
+_Shrunk = tuple[str, tuple[int, int], tuple[int, int]]
+"""Name of an image, its (height, width), and that which the network sees."""
+
 
 def predict_files(
     predictor: Predictor,
@@ -81,7 +84,7 @@ def predict_files(
         say(remark)
     known = _image_tags(files, tags)
 
-    shrunk: list[tuple[str, tuple[int, int], tuple[int, int]]] = []
+    shrunk: list[_Shrunk] = []
 
     def read(name: str) -> PreparedImage:
         image = predictor.prepare(files[name], known.get(name))
@@ -103,6 +106,9 @@ def predict_files(
         data = predictor.config.data
         return Rows(files[name], max_pixels=predictor.tiling.max_pixels, white_level=data.white_level)
 
+    def bands(name: str, rows: Rows) -> Bands:
+        return predictor.tiling.labels(rows, allowed(name))
+
     if scores and predictor.tiling.side:
         raise AfaError("--scores are not written for tiles, they would fill the disk; leave out --scores or --tiles")
     task = Task(
@@ -116,17 +122,22 @@ def predict_files(
         skip_broken=predictor.config.data.skip_broken,
         otherwise="predict without --resume, or use another",
         go_on="the same command with --resume goes on",
-        large=_large(predictor.tiling, opened, lambda name, rows: predictor.tiling.labels(rows, allowed(name))),
+        large=Large(predictor.tiling, opened, bands) if predictor.tiling.side else None,
     )
     summary = write_masks(task, out_dir, list(files), resume=resume, processes=processes)
-    shrunk = [each for part in processes.gather(shrunk) for each in part]
-    if shrunk and processes.is_main:
-        name, (height, width), (seen_height, seen_width) = min(shrunk)
+    _tell_shrunk(shrunk, processes)
+    return summary
+
+
+def _tell_shrunk(shrunk: list[_Shrunk], processes: Processes) -> None:
+    """Say how many images of all processes lost their small objects."""
+    every = [each for part in processes.gather(shrunk) for each in part]
+    if every and processes.is_main:
+        name, (height, width), (seen_height, seen_width) = min(every)
         say(
-            f"{len(shrunk)} images, such as {name} of {width} x {height} pixels, were shown to the network at "
+            f"{len(every)} images, such as {name} of {width} x {height} pixels, were shown to the network at "
             f"{seen_width} x {seen_height}; if objects are small in them, use --tiles auto"
         )
-    return summary
 
 
 def pseudo_files(
@@ -163,10 +174,7 @@ def pseudo_files(
             written (all others of the call that were made are there).
     """
     check_choice(kind, PSEUDO_LABELS, what="labels")
-    limit = tiling.max_pixels if tiling else None
-    task = _pseudo_task(network, images, config, kind=kind, refine=refine, overlay=overlay, max_pixels=limit)
-    if tiling is not None:
-        task = _pseudo_in_tiles(task, images, tiling, kind=kind, refine=refine)
+    task = _pseudo_task(network, images, config, tiling, kind=kind, refine=refine, overlay=overlay)
     return write_masks(task, out_dir, images.names, resume=True, processes=processes)
 
 
@@ -179,31 +187,35 @@ def _pseudo_task(
     network: AfaNetwork,
     images: TaggedImages,
     config: Config,
+    tiling: Tiling | None,
     *,
     kind: str,
     refine: bool,
     overlay: bool,
-    max_pixels: int | None,
 ) -> Task[_TaggedImage]:
     device = next(network.parameters()).device
     pseudo, evaluation = config.pseudo, config.evaluation
     positions = {name: index for index, name in enumerate(images.names)}
+    settings: dict[str, Any] = {"max_pixels": tiling and tiling.max_pixels, "white_level": images.white_level}
 
     def read(name: str) -> _TaggedImage:
         index = positions[name]
-        if max_pixels is None:
-            pixels = images.image(index)
-        else:
-            path = images.image_path(index)
-            pixels = read_image(path, white_level=images.white_level, max_pixels=max_pixels)
-        tags = images.tags(index)
+        own = settings["max_pixels"] is None
+        pixels = images.image(index) if own else read_image(images.image_path(index), **settings)
         sizes = pseudo_sizes((pixels.shape[0], pixels.shape[1]), config)
-        return _TaggedImage(pixels, host_tensor(pixels, device=device), None, sizes, tags)
+        return _TaggedImage(pixels, host_tensor(pixels, device=device), None, sizes, images.tags(index))
 
     def infer(batch: Sequence[_TaggedImage]) -> list[Made]:
         views, tags = [image.view for image in batch], [image.tags for image in batch]
         labels = pseudo_labels(network, views, tags, config, kind=kind, refine=refine)
         return [Made(label.to(torch.uint8)) for label in labels]
+
+    def opened(name: str) -> Rows:
+        return Rows(images.image_path(positions[name]), **settings)
+
+    def bands(name: str, _: Rows) -> Bands:
+        assert tiling is not None
+        return tiling.pseudo_labels(lambda: opened(name), images.tags(positions[name]), kind=kind, refine=refine)
 
     stamp = {
         "made": f"pseudo labels ({kind}{', refined by the image' if refine else ''})",
@@ -212,6 +224,7 @@ def _pseudo_task(
         **(_crf_settings(evaluation) if pseudo.crf else {}),
         "short_side": evaluation.short_side,
         "precision": config.train.precision,
+        **({"tiles": tiling.side} if tiling and tiling.side else {}),
     }
     return Task(
         title=f"pseudo labels ({kind})",
@@ -224,6 +237,7 @@ def _pseudo_task(
         skip_broken=config.data.skip_broken,
         otherwise="delete the folder, or use another",
         go_on="the same command goes on",
+        large=Large(tiling, opened, bands) if tiling and tiling.side else None,
     )
 
 
@@ -234,29 +248,8 @@ def pseudo_tiling(network: AfaNetwork, config: Config, tiles: str | int, *, max_
     return Tiling(network, config, tiles, max_side=MAX_SIDE, batch_size=batch_size, view=view, max_pixels=max_pixels)
 
 
-def _pseudo_in_tiles(
-    task: Task[_TaggedImage], images: TaggedImages, tiling: Tiling, *, kind: str, refine: bool
-) -> Task[_TaggedImage]:
-    """The same task with large images in tiles."""
-    positions = {name: index for index, name in enumerate(images.names)}
-
-    def opened(name: str) -> Rows:
-        path = images.image_path(positions[name])
-        return Rows(path, max_pixels=tiling.max_pixels, white_level=images.white_level)
-
-    def bands(name: str, _: Rows) -> Bands:
-        return tiling.pseudo_labels(lambda: opened(name), images.tags(positions[name]), kind=kind, refine=refine)
-
-    stamp = {**task.stamp, **({"tiles": tiling.side} if tiling.side else {})}
-    return dataclasses.replace(task, stamp=stamp, large=_large(tiling, opened, bands))
-
-
-def _large(tiling: Tiling, opened: Callable[[str], Rows], bands: Callable[[str, Rows], Bands]) -> Large | None:
-    return Large(tiling, opened, bands) if tiling.side else None
-
-
 def _prediction_stamp(predictor: Predictor, tags: Mapping[str, Sequence[str]], *, scores: bool) -> dict[str, Any]:
-    config = predictor.config.evaluation
+    config, white_level = predictor.config.evaluation, predictor.config.data.white_level
     views = ("long_side", "scales") if config.multiscale else ("short_side",)
     known = sorted((name, sorted(found)) for name, found in tags.items())
     return {
@@ -267,11 +260,7 @@ def _prediction_stamp(predictor: Predictor, tags: Mapping[str, Sequence[str]], *
         **(_crf_settings(config) if config.crf else {}),
         "max_side": predictor.max_side,
         "precision": predictor.config.train.precision,
-        **(
-            {}
-            if predictor.config.data.white_level == WHITE_LEVEL
-            else {"white_level": predictor.config.data.white_level}
-        ),
+        **({} if white_level == WHITE_LEVEL else {"white_level": white_level}),
         "tags": hashlib.sha256(json.dumps(known).encode()).hexdigest() if known else None,
         "scores": scores,
         **({"tiles": predictor.tiling.side} if predictor.tiling.side else {}),
