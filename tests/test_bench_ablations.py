@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import ablations as bench
 from afa.config import load_config
 from afa.report.paper_tables import PAPER_TABLES
 from afa.runs.network import build_network
 
 
-@pytest.fixture
-def bench() -> Iterator[ModuleType]:
-    """The module `bench/ablations.py`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
-        yield importlib.import_module("ablations")
-        del sys.modules["ablations"]
-
-
-def test_rows_are_those_of_the_paper(bench: ModuleType) -> None:
+def test_rows_are_those_of_the_paper() -> None:
     tables = {table.number: table for table in PAPER_TABLES}
     for row in bench.ROWS:
         paper = tables[row.table].row(row.name)
@@ -38,7 +27,7 @@ def test_rows_are_those_of_the_paper(bench: ModuleType) -> None:
     }
 
 
-def test_rows_are_the_demo_with_the_keys_of_their_file(bench: ModuleType, tmp_path: Path) -> None:
+def test_rows_are_the_demo_with_the_keys_of_their_file(tmp_path: Path) -> None:
     demo = load_config(preset="demo")
 
     def config(name: str) -> Any:
@@ -62,7 +51,7 @@ def test_rows_are_the_demo_with_the_keys_of_their_file(bench: ModuleType, tmp_pa
 
 
 def test_finished_runs_and_scores_are_kept(
-    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained: list[tuple[Path, bool]] = []
     pretrained: list[Path] = []
@@ -103,7 +92,7 @@ def test_finished_runs_and_scores_are_kept(
     assert build_network(weights, 5).backbone.channels == (16, 32, 64, 128)
 
 
-def test_orderings_are_those_of_the_papers_figures(bench: ModuleType) -> None:
+def test_orderings_are_those_of_the_papers_figures() -> None:
     rows = {(row.table, row.name): row for row in bench.ROWS}
     for table, better, worse in bench.ORDERINGS:
         first, second = rows[table, better], rows[table, worse]

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
+import cache as bench
 from encoders import write_embeddings
-
-BENCH = Path(__file__).parents[1] / "bench" / "cache.py"
 
 
 def test_table_and_ratio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("bench_cache", BENCH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    words = write_embeddings(tmp_path, [*module.CLASSES, "sky", "grass"], 32)
+    words = write_embeddings(tmp_path, [*bench.CLASSES, "sky", "grass"], 32)
     flags = ["--backbone", "clip_mini", "--text", str(words), "--crop", "64", "--batch", "2", "--images", "3"]
     monkeypatch.setattr(sys, "argv", ["cache.py", *flags, "--rounds", "1", "--device", "cpu"])
-    module.main()
+    bench.main()
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines[2:4]}
     assert rows.keys() == {"initial", "refined"}

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+import energy as bench
 
-def test_energy_benchmark(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
-    monkeypatch.delitem(sys.modules, "step", raising=False)
-    bench = importlib.import_module("energy")
+
+def test_energy_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     try:
         bench.main(["--size", "64", "--batch", "2", "--repeats", "1", "--step", "mit_tiny"])
     finally:
         torch.set_num_threads(threads)
-        for name in ("energy", "step"):
-            del sys.modules[name]
     lines = capsys.readouterr().out.splitlines()
     alone, step, share = (float(re.search(r"([\d.]+) (?:ms|%)", line)[1]) for line in lines[1:4])  # type: ignore[index]
     assert lines[-1].endswith("% of a training step")

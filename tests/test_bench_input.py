@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import mmap
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-BENCH = Path(__file__).parents[1] / "bench" / "input.py"
+import input as bench
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_input", BENCH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["input.py", *arguments])
     bench.main()
 
 
-def test_table_and_ratio(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_table_and_ratio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--images", "8", "--crop", "32", "--batch", "4", "--device", "cpu", "--step-images-per-second", "10"]
-    run(bench, monkeypatch, *flags)
+    run(monkeypatch, *flags)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("8 images (generated), crops of 32 px, batches of 4")
     rates = {line.split()[0]: [float(rate) for rate in line.split()[1:]] for line in lines[2:4]}
@@ -45,15 +31,15 @@ def test_table_and_ratio(
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read the way Linux tells it")
 def test_memory_does_not_grow_with_steps_and_images(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench, "RSS_FILES", 20)
-    run(bench, monkeypatch, "--rss", "--crop", "32", "--batch", "2", "--workers", "1")
+    run(monkeypatch, "--rss", "--crop", "32", "--batch", "2", "--workers", "1")
     assert "to step 500, list of 20,000 images" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read the way Linux tells it")
-def test_growing_memory_is_noticed(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growing_memory_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[mmap.mmap] = []
     make = bench.make_batches
 
@@ -67,4 +53,4 @@ def test_growing_memory_is_noticed(bench: ModuleType, monkeypatch: pytest.Monkey
     monkeypatch.setattr(bench, "make_batches", leaking)
     monkeypatch.setattr(bench, "RSS_FILES", 20)
     with pytest.raises(SystemExit, match="memory grew by more than 16 MiB"):
-        run(bench, monkeypatch, "--rss", "--crop", "32", "--batch", "2", "--workers", "0")
+        run(monkeypatch, "--rss", "--crop", "32", "--batch", "2", "--workers", "0")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+import step as bench
 from afa.kernels.walk import window_mask
 from afa.runs.network import build_network
 from afa.training.schedule import phase
@@ -22,24 +19,14 @@ CPU = torch.device("cpu")
 FLAGS = ["--backbone", "mit_tiny", "--crop", "64", "--classes", "3", "--steps", "1", "--phase", "refined"]
 
 
-@pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    """The module `bench/step.py`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
-        yield importlib.import_module("step")
-        for name in ("step", "published_step", "published_par"):
-            del sys.modules[name]
-
-
-def make_sides(bench: ModuleType) -> tuple[Any, Any]:
+def make_sides() -> tuple[Any, Any]:
     config = bench.step_config(backbone="mit_tiny", crop=64, batch=2)
     torch.manual_seed(0)
     network = build_network(config.model, 3)
     return bench.OurStep(network, config, CPU), bench.PublishedStep(network, config, CPU)
 
 
-def make_batch(bench: ModuleType) -> Any:
+def make_batch() -> Any:
     """One image with an empty margin, one without."""
     batch = bench.make_batch(1, crop=64, batch=2, num_classes=3, photograph=(50, 62))
     full = [box == [0, 64, 0, 64] for box in batch.valid_box.tolist()]
@@ -48,9 +35,9 @@ def make_batch(bench: ModuleType) -> Any:
 
 
 @pytest.mark.parametrize("name", ["cls", "initial", "refined"])
-def test_both_sides_agree(bench: ModuleType, name: str) -> None:
-    ours, published = make_sides(bench)
-    batch = make_batch(bench)
+def test_both_sides_agree(name: str) -> None:
+    ours, published = make_sides()
+    batch = make_batch()
     one = phase(bench.STEPS[name], ours.config)
     assert one.name == name
     found, wrong = bench.find_difference(ours, published, batch, one)
@@ -62,9 +49,9 @@ def test_both_sides_agree(bench: ModuleType, name: str) -> None:
         assert {0, 255} < kinds, "the comparison says little where a kind of label is missing"
 
 
-def test_both_sides_have_the_same_gradients(bench: ModuleType) -> None:
-    ours, published = make_sides(bench)
-    batch = make_batch(bench)
+def test_both_sides_have_the_same_gradients() -> None:
+    ours, published = make_sides()
+    batch = make_batch()
     one = phase(bench.STEPS["refined"], ours.config)
     ours.losses(batch, one).total.backward()
     published.losses(batch, one).total.backward()
@@ -84,9 +71,7 @@ def test_both_sides_have_the_same_gradients(bench: ModuleType) -> None:
         torch.testing.assert_close(our.grad / scale, their.grad / scale, rtol=0, atol=1e-3, msg=name)
 
 
-def test_benchmark_prints_and_writes_figures(
-    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_benchmark_prints_and_writes_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main([*FLAGS, "--roofline", "--json", str(tmp_path / "step.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"\d+\.\dx", lines[-1])
@@ -104,7 +89,7 @@ def test_benchmark_prints_and_writes_figures(
 
 
 def test_benchmark_times_nothing_when_results_differ(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     build = bench.PublishedStep._build_optimizer
 
@@ -121,13 +106,13 @@ def test_benchmark_times_nothing_when_results_differ(
     assert "whole step" not in captured.out
 
 
-def test_mask_of_the_loop_is_the_window(bench: ModuleType) -> None:
+def test_mask_of_the_loop_is_the_window() -> None:
     from published_step import radius_mask
 
     assert torch.equal(radius_mask(6, 2) == 1, window_mask(6, 6, 2))
 
 
-def test_meter_takes_out_what_inner_stages_take(bench: ModuleType) -> None:
+def test_meter_takes_out_what_inner_stages_take() -> None:
     readings = iter([0.0, 1.0, 11.0, 111.0, 1111.0, 11111.0])
     meter = bench.StageMeter(lambda: next(readings))
     with meter("outer"):
@@ -138,7 +123,7 @@ def test_meter_takes_out_what_inner_stages_take(bench: ModuleType) -> None:
     assert meter.totals == {"outer": 1 + 100 + 10000, "inner": 10 + 1000}
 
 
-def test_counter_knows_grouped_convolutions_and_attention(bench: ModuleType) -> None:
+def test_counter_knows_grouped_convolutions_and_attention() -> None:
     convolution = torch.nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
     image = torch.randn(1, 8, 10, 10, requires_grad=True)
     forward = 2 * (8 * 10 * 10) * 9
@@ -151,7 +136,7 @@ def test_counter_knows_grouped_convolutions_and_attention(bench: ModuleType) -> 
     assert counter.get_total_flops() == 2 * (2 * 2 * 32 * 32 * 8)
 
 
-def test_floor_of_the_refinement_counts_kernel_and_iterations(bench: ModuleType) -> None:
+def test_floor_of_the_refinement_counts_kernel_and_iterations() -> None:
     config = bench.step_config(
         backbone="mit_tiny", crop=64, batch=2, keys={"pseudo.iterations": 3, "pseudo.dilations": [1]}
     )
@@ -166,6 +151,6 @@ def test_floor_of_the_refinement_counts_kernel_and_iterations(bench: ModuleType)
 
 
 @pytest.mark.gpu
-def test_benchmark_runs_on_a_gpu(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmark_runs_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main([*FLAGS, "--device", "cuda", "--precision", "bf16"]) == 0
     assert "peak memory" in capsys.readouterr().out
