@@ -75,9 +75,6 @@ def check_voc(
         list_file: Names of the test images, one a line.
         images: Folder of the test images, for their sizes.
 
-    Returns:
-        What was found.
-
     Raises:
         AfaError: As `afa.formats.voc_test.check_voc_test`; no such list.
     """

@@ -90,9 +90,6 @@ def export(
         check: Folder of images to compare with PyTorch on; None compares on generated ones.
         opset: Version of ONNX's operators.
 
-    Returns:
-        What was written.
-
     Raises:
         AfaError: An option that the format does not know; as `save_pretrained`, `export_onnx` and `export_torch`.
     """
@@ -114,15 +111,12 @@ def export(
 
 
 def report(run: str | Path, *, figures: bool = False, data: str | None = None) -> list[Path]:
-    """Write report.html and report.json anew, as `afa report`.
+    """Write report.html and report.json anew, as `afa report`; returns the figures and, last, the page.
 
     Args:
         run: Run folder.
         figures: Also draw the paper's figures.
         data: For the figures: folder of the data set; None is that of the run.
-
-    Returns:
-        The figures and, last, the page.
 
     Raises:
         AfaError: As `write_report` and `write_figures`.

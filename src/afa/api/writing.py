@@ -61,9 +61,6 @@ def predict(
         progress: Show progress on standard error.
         overrides: Keys of the run's configuration to change, none that only training reads.
 
-    Returns:
-        What was written and what failed.
-
     Raises:
         AfaError: As `afa.inference.files.predict_files` and `afa.formats.write.write_format`; not a run folder.
     """
@@ -133,9 +130,6 @@ def pseudo_labels(
         max_pixels: As of `Predictor`.
         progress: Show progress on standard error.
         overrides: Keys of the run's configuration to change, none that only training reads.
-
-    Returns:
-        What was written and what failed.
 
     Raises:
         AfaError: As `afa.inference.files.pseudo_files` and `afa.formats.write.write_format`; not a run folder; the

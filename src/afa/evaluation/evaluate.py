@@ -171,9 +171,6 @@ def image_batches(
         labels: What the sizes are for: some of `LABELS`, and `tags` where no mask is to be read.
         processes: Processes that share the work.
 
-    Yields:
-        Batches of one size.
-
     Raises:
         AfaError: Unknown protocol; no images; the network has other classes; an image or mask is broken.
     """

@@ -6,7 +6,7 @@ import gzip
 import io
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Final
@@ -81,9 +81,7 @@ def write_voc_test(job: Job) -> None:
             archive.addfile(entry, io.BytesIO(encoded))
 
 
-def check_voc_test(
-    path: Path, *, names: Sequence[str] | None = None, images: Mapping[str, Path] | Path | None = None
-) -> SubmissionCheck:
+def check_voc_test(path: Path, *, names: Sequence[str] | None = None, images: Path | None = None) -> SubmissionCheck:
     """Look for everything that the server would refuse or score as nothing.
 
     The masks must be in `FOLDER`, one for each name and no other. They must be index PNGs with VOC's palette and values
@@ -92,7 +90,7 @@ def check_voc_test(
     Args:
         path: The archive, `.tgz` or any other tar.
         names: Names of the test list; None: names are not compared.
-        images: Name -> image file, or the folder that they are in; None: sizes are not compared.
+        images: Folder of the images; None: sizes are not compared.
 
     Raises:
         AfaError: The file is no archive, or an image cannot be read.
@@ -169,12 +167,10 @@ def _mask_fault(content: IO[bytes], size: tuple[int, int] | None) -> tuple[str, 
     return None
 
 
-def _image_size(name: str, images: Mapping[str, Path] | Path | None) -> tuple[int, int] | None:
+def _image_size(name: str, images: Path | None) -> tuple[int, int] | None:
     """Height and width of an image; None if it is not known."""
     if images is None:
         return None
-    if not isinstance(images, Path):
-        return read_size(images[name]) if name in images else None
     candidates = (images / f"{name}{suffix}" for suffix in (".jpg", *sorted(IMAGE_SUFFIXES)))
     file = next((path for path in candidates if path.is_file()), None)
     return None if file is None else read_size(file)

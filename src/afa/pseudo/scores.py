@@ -52,9 +52,6 @@ def present_classes(tags: Tensor, *, num_slots: int | None = None) -> PresentCla
         tags: (B, C), above 0 where present.
         num_slots: P, at least 2 and at least 1 + the largest number of tags of an image; None counts the tags, which
             synchronizes the GPU.
-
-    Returns:
-        Slots of each image.
     """
     present = tags > 0
     if num_slots is None:

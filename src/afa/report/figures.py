@@ -55,9 +55,6 @@ def write_figures(run: Path, *, data: str | None = None, count: int = 4, device:
         count: Images.
         device: `auto`, `cpu`, `cuda` or `mps`.
 
-    Returns:
-        The sheets.
-
     Raises:
         AfaError: Not a run folder, no data set there, or none of its images has tags.
 

@@ -162,9 +162,6 @@ def read(root: Path, data: DataConfig) -> TagTable:
         root: Folder of lists and classes; `home` of shards that `data.root` names.
         data: Where the shards are.
 
-    Returns:
-        A row for each image.
-
     Raises:
         AfaError: There are none; one cannot be read or fetched, unless `data.skip_broken` says so; an unknown class.
     """
