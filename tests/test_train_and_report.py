@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from afa import api
-from afa.api import SCORED_LABELS, run_demo, train_and_report
+from afa.api import SCORED_LABELS, run_demo, train_and_report, training
 from afa.config import config_to_dict, load_config
 from afa.errors import AfaError
 from afa.model.network import AfaNetwork
@@ -223,8 +222,8 @@ def test_the_full_demo_is_larger_than_the_smoke_one(tmp_path: Path, monkeypatch:
     def sizes(root: Path, *, num_train: int, num_val: int, **_: Any) -> None:
         calls.append((num_train, num_val, 0))
 
-    monkeypatch.setattr(api, "write_shapes", sizes)
-    monkeypatch.setattr(api, "train_and_report", stop)
+    monkeypatch.setattr(training, "write_shapes", sizes)
+    monkeypatch.setattr(training, "train_and_report", stop)
     for smoke in (True, False):
         with pytest.raises(StopError):
             run_demo(tmp_path, smoke=smoke)
@@ -243,7 +242,7 @@ def test_the_page_is_written_at_each_evaluation_and_after_the_last_step(
         pages.append(page.read_text(encoding="utf-8"))
         return page
 
-    monkeypatch.setattr(api, "write_report", noted)
+    monkeypatch.setattr(training, "write_report", noted)
     keys = {"schedule.max_steps": 4, "train.eval_steps": 2, "train.eval_images": 3, "train.example_images": 4}
     train_and_report(tiny_config(tiny_data, keys), tmp_path)
     said = ("running, step 2 of 4", "trained, being scored", "finished, 4 steps")

@@ -24,6 +24,7 @@ from afa.model.language import LanguageBackbone
 from afa.model.network import AfaNetwork
 from afa.pseudo.cam import normalize_cam
 from afa.runs.network import build_network
+from afa.runtime import showing_progress
 from afa.training import feature_cache, feature_store
 from afa.training.engine import TrainingEngine
 from afa.training.feature_cache import FeatureReader, feature_key, prepare_features
@@ -89,7 +90,8 @@ def make_network(config: Config, words: Sequence[Sequence[str]] = WORDS) -> AfaN
 
 def prepare(config: Config, run: Path, network: AfaNetwork | None = None) -> FeatureReader:
     network = network or make_network(config)
-    return prepare_features(network, open_data(config.data).train(), config, run)
+    with showing_progress(False):
+        return prepare_features(network, open_data(config.data).train(), config, run)
 
 
 def batches(config: Config, reader: FeatureReader | None, **options: Any) -> list[Batch]:
