@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import afa
+from afa import runtime
 from afa.api import train_and_report, training_config
 from afa.cli import main
 from afa.config import config_to_dict
@@ -125,3 +126,12 @@ def test_a_command_opens_its_data_set_once(tiny_table: Path, tmp_path: Path, com
     opened = [Path(path) for path in paths if path.startswith(str(tiny_table))]
     assert opened.count(tiny_table / "images") == 1
     assert opened.count(tiny_table / "tags.csv") == 1
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_is_shown_if_it_is_wanted(
+    tiny_run: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, progress: bool
+) -> None:
+    monkeypatch.setattr(runtime, "_TOLD_SECONDS", -1.0)
+    afa.evaluate(tiny_run, tiny_data, limit=2, progress=progress, **CPU)
+    assert ("evaluate seg 2/2" in capsys.readouterr().err) is progress
