@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import socket
 import sys
@@ -152,6 +153,27 @@ def eager(encoder: Any) -> Iterator[None]:
         encoder.config._attn_implementation = ATTENTION_NAME
 
 
+def test_a_picture_that_would_be_a_long_row_is_refused(tmp_path: Path) -> None:
+    run = open_untrained(tmp_path / "run", "mit_tiny", {"evaluation.short_side": 288})
+    EncodedImage(run.network, run.config, random_pixels(64, 300))
+    with refused("2000 x 3 pixels", "too narrow", "cut it"):
+        EncodedImage(run.network, run.config, random_pixels(3, 2000))
+
+
+def test_a_class_has_one_color_in_two_runs(tmp_path: Path) -> None:
+    run, colored = open_untrained(tmp_path / "run", "mit_tiny"), ("cow", "cat", "sheep", "dog")
+    seen = EncodedImage(run.network, run.config, random_pixels(), truth=np.full((60, 84), 3, dtype=np.uint8))
+    stages, tags = make_stages(seen, run.config, seen.tags), seen.tags
+    own = show_stages(seen, stages, run.config, run.classes, tags)
+    shown = show_stages(seen, stages, run.config, run.classes, tags, colored)
+    color = {each["name"]: each["color"] for each in shown["legend"]}
+    assert color["cow"] == "#800000"  # the first of VOC's palette
+    assert {each["name"]: each["color"] for each in own["legend"]}["cow"] == "#808000"  # the third
+    truth = next(pane["layer"] for pane in shown["panes"] if pane["key"] == "truth")
+    with Image.open(io.BytesIO(base64.b64decode(truth.partition(",")[2]))) as layer:
+        assert layer.getpixel((9, 9))[:3] == (128, 0, 0)
+
+
 def test_without_tags_all_labels_are_background(run: ExploredRun) -> None:
     seen = EncodedImage(run.network, run.config, random_pixels())
     stages = make_stages(seen, run.config, np.zeros(3, dtype=np.float32))
@@ -167,7 +189,7 @@ def test_other_words_are_looked_for_by_runs_with_a_text_encoder_alone(tmp_path: 
     run = open_untrained(tmp_path / "run", "clip_mini", {"model.text_embeddings": str(words)})
     explorer = Explorer(run)
     assert explorer.text(" , ") is None
-    assert word_names("zebra, horse | tree") == ("zebra", "horse")
+    assert word_names("zebra, | horse | tree, |") == ("zebra", "horse")
     text = explorer.text("zebra, horse | tree")
     truth, tags = np.full((60, 84), 3, dtype=np.uint8), np.ones(2, dtype=np.float32)
     seen = EncodedImage(run.network, run.config, random_pixels(), truth=truth)

@@ -139,6 +139,14 @@ def test_the_sheet_has_every_block_and_head_and_a_click_enlarges_one(page: Any) 
     first = {"x": 5, "y": 5}
     changes(page, layer("attention"), lambda: page.locator("#board .sheet").click(position=first))
     assert "block 1, mean" in page.inner_text("[data-key=attention] figcaption")
+    # The mark lies on a narrow sheet, too.
+    photo = io.BytesIO()
+    Image.new("RGB", (60, 480)).save(photo, format="PNG")
+    tall = {"name": "tall.png", "mimeType": "image/png", "buffer": photo.getvalue()}
+    changes(page, SOURCE, lambda: page.locator("#board input[type=file]").set_input_files(tall))
+    box, mark = page.locator("#board .sheet img").bounding_box(), page.locator("#board .mark").bounding_box()
+    assert mark["width"] == pytest.approx(box["width"] / 9, abs=1)
+    assert mark["height"] == pytest.approx(box["height"] / rows, abs=1)
 
 
 def test_a_slider_changes_the_label_and_reset_brings_it_back(page: Any) -> None:
@@ -149,6 +157,12 @@ def test_a_slider_changes_the_label_and_reset_brings_it_back(page: Any) -> None:
     assert page.evaluate(layer("pseudo")) == first
     changes(page, MESSAGE, lambda: (low.fill("0.9"), low.press("Enter")))
     assert "background_low is 0.9" in page.inner_text("#board .message")
+    changes(page, MESSAGE, lambda: (low.fill(""), low.press("Enter")))
+    assert "background_low is empty" in page.inner_text("#board .message")
+    changes(page, MESSAGE, lambda: (low.fill("-5"), low.press("Enter")))
+    assert "background_low is -5" in page.inner_text("#board .message")
+    low.fill("0.1")
+    changes(page, SOURCE, lambda: page.get_by_role("button", name="next").click())
 
 
 def test_a_photo_is_dropped_and_a_bomb_is_refused(page: Any) -> None:
@@ -199,6 +213,26 @@ def test_presses_that_come_while_an_image_is_encoded_add_up(page: Any, tiny_run:
     assert "busy" not in page.get_attribute("#board .afa", "class")
 
 
+NEXT_AND_CLICK = """() => {
+  document.dispatchEvent(new CustomEvent("afa-step", { detail: 1 }));
+  const box = document.querySelector("[data-key=image] .stack").getBoundingClientRect();
+  const at = { clientX: box.left + 9, clientY: box.top + 9, bubbles: true };
+  document.querySelector("[data-key=image] .stack").dispatchEvent(new MouseEvent("click", at));
+}"""
+
+
+def test_a_click_while_an_image_is_encoded_is_answered_of_the_new_one(page: Any) -> None:
+    changes(page, SOURCE, lambda: page.evaluate(NEXT_AND_CLICK))
+    page.wait_for_timeout(2000)
+    star = "document.querySelector('.star').style.cssText"
+    place, found = page.evaluate(star), page.evaluate(layer("affinity"))
+    picture = page.locator("[data-key=image] .stack")
+    changes(page, star, lambda: picture.click(position={"x": 150, "y": 150}))
+    changes(page, star, lambda: picture.click(position={"x": 9, "y": 9}))
+    if page.evaluate(star) == place:  # else the click came first, and the star was where the CAM is strongest
+        assert page.evaluate(layer("affinity")) == found
+
+
 def test_a_narrow_screen_has_the_pictures_before_the_settings(page: Any) -> None:
     page.set_viewport_size({"width": 400, "height": 900})
     places = [page.locator(f"#afa-{part}").bounding_box() for part in ("images", "board", "settings")]
@@ -216,6 +250,8 @@ def test_other_words_are_looked_for_and_unknown_ones_refused(page_of_two: Any) -
     assert page.locator("#afa-settings").get_by_label("zebra").is_checked()
     said = changes(page, MESSAGE, lambda: (words.fill("unicorn"), words.press("Enter")))
     assert "has no vector for 'unicorn'" in said
+    # What was found is still there to change.
+    changes(page, layer("cam"), lambda: page.locator("#afa-settings").get_by_label("zebra").uncheck())
     # Without words, the classes come back.
     words.fill("")
     words.press("Enter")
@@ -258,6 +294,8 @@ def test_masks_and_settings_are_saved_and_settings_are_compared(page: Any, tmp_p
     page.get_by_role("button", name="Keep these settings").click()
     assert page.locator("#board .left").input_value() == "kept:pseudo"
     assert page.locator("#board .wipe img").count() == 4
+    changes(page, SOURCE, lambda: page.get_by_role("button", name="next").click())
+    assert "kept" not in page.inner_html("#board .left")  # it was of another image
 
 
 @pytest.mark.parametrize(

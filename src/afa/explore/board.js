@@ -18,6 +18,9 @@ function figure(pane) {
   return `<figure data-key="${pane.key}">${picture}<figcaption><b>${escape(pane.title)}</b>${escape(pane.text)}</figcaption></figure>`;
 }
 
+const chips = (legend) => [...new Set(legend.map((each) =>
+  `<span class="chip"><i style="background:${each.color}"></i>${escape(each.name)}</span>`))].join("");
+
 const sources = () => ({ now: state, kept: state.kept, other: state.other });
 const names = { now: "now", kept: "kept settings", other: "other run" };
 
@@ -44,7 +47,7 @@ function wipe() {
     <img class="${right.layer ? "gray" : ""}" src="${rightFrom.photo}" alt="">
     ${right.layer ? `<img class="layer" src="${right.layer}" alt="">` : ""}</div><span class="cut" style="left:${cut}%"></span>`;
   find(".wipe").innerHTML = stack(left, leftFrom, over) +
-    `<input type="range" min="0" max="100" value="${cut}" aria-label="place of the wipe">`;
+    `<input type="range" min="0" max="100" value="${cut}" aria-label="place of the wipe"><div class="bar">${chips([...leftFrom.legend, ...rightFrom.legend])}</div>`;
   find(".wipe input").oninput = (event) => moveCut(event.target.value);
 }
 
@@ -59,8 +62,7 @@ function render() {
   const focused = document.activeElement?.closest?.(".afa figure")?.dataset.key;
   find(".message").textContent = state.message;
   find(".why").innerHTML = state.why.map((line) => `<li>${escape(line)}</li>`).join("");
-  find(".legend").innerHTML = state.legend.map((each) =>
-    `<span class="chip"><i style="background:${each.color}"></i>${escape(each.name)}</span>`).join("");
+  find(".legend").innerHTML = chips(state.legend);
   find(".panes").innerHTML = state.panes.map(figure).join("");
   find(".look").innerHTML = state.look.map(figure).join("");
   if (state.sheet) {
@@ -80,6 +82,9 @@ function render() {
 
 function take(value) {
   if (!value) return;
+  // What was asked of an image before the next one was open: ask again.
+  if (value.of && value.of !== (value.opened ?? state.opened)) { trigger("again"); return; }
+  if (value.opened && value.opened !== state.opened) state.kept = null;
   if (value.download) {
     const link = document.createElement("a");
     link.href = `data:application/octet-stream;base64,${value.download.data}`;
@@ -89,7 +94,7 @@ function take(value) {
   Object.assign(state, value, { download: null });
   root.classList.remove("busy");
   render();
-  if (waiting) setTimeout(() => { waiting = false; step(0); });
+  if (waiting && (value.opened || value.message)) setTimeout(() => { waiting = false; step(0); });
 }
 
 // Presses that come while an image is encoded add up.
@@ -137,7 +142,7 @@ root.addEventListener("keydown", (event) => {
 find(".opacity").oninput = (event) => root.style.setProperty("--opacity", event.target.value / 100);
 find(".file input").onchange = (event) => { open(event.target.files[0]); event.target.value = ""; };
 find(".keep").onclick = () => {
-  state.kept = { photo: state.photo, ratio: state.ratio, panes: state.panes };
+  state.kept = { photo: state.photo, ratio: state.ratio, panes: state.panes, legend: state.legend };
   choices(find(".left"), "now:pseudo");
   choices(find(".right"), "now:prediction");
   find(".left").value = "kept:pseudo";

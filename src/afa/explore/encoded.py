@@ -19,7 +19,17 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from afa.config import Config
-from afa.evaluation.protocols import LogitMaps, crf, image_tensor, logit_maps, pseudo_view, through_crf
+from afa.errors import AfaError
+from afa.evaluation.protocols import (
+    LogitMaps,
+    crf,
+    image_tensor,
+    logit_maps,
+    pseudo_sizes,
+    pseudo_view,
+    through_crf,
+    view_sizes,
+)
 from afa.model.attention import watch
 from afa.model.backbone import BackboneOutput
 from afa.model.network import AfaNetwork
@@ -34,6 +44,8 @@ if TYPE_CHECKING:
 
 MAX_SIDE: Final = 1024
 """Longer side above which photographs are scaled down before the network sees them, pixels."""
+
+_LONGEST: Final = 3 * MAX_SIDE
 
 Pixels = NDArray[np.uint8]
 
@@ -113,6 +125,9 @@ class EncodedImage:
         pixels: (H, W, 3) uint8 RGB.
         tags: (C,) above 0 where present; None takes the classes that the network finds.
         truth: (H, W) mask; None where there is none.
+
+    Raises:
+        AfaError: It is so narrow that the network would see more than `_LONGEST` pixels in a row.
     """
 
     def __init__(
@@ -129,6 +144,10 @@ class EncodedImage:
         if self.shrunk:
             height, width = (max(1, round(side * shrink)) for side in self.size)
             pixels = np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+        sizes = (*view_sizes(pixels.shape[:2], config), *pseudo_sizes(pixels.shape[:2], config))
+        if max(map(max, sizes)) > _LONGEST:
+            height, width = self.size
+            raise AfaError(f"the picture of {width} x {height} pixels is too narrow for the network; cut it in parts")
         self.pixels = pixels
         self.truth = truth
         self.image = pseudo_view(image_tensor(pixels, device=next(network.parameters()).device), config)

@@ -317,7 +317,8 @@ def word_names(words: str) -> tuple[str, ...]:
 
 def _ways(words: str) -> list[list[str]]:
     """The ways to say each word."""
-    return [[way.strip() for way in word.split("|")] for word in words.split(",") if word.strip()]
+    ways = ([way.strip() for way in word.split("|") if way.strip()] for word in words.split(","))
+    return [each for each in ways if each]
 
 
 def save_mask(

@@ -49,10 +49,10 @@ class _Asked(NamedTuple):
     """What the widgets say: the inputs of every event, in the order of `Page.inputs`."""
 
     key: str
+    words: str
     point: tuple[float, float] | None
     tags: list[str]
     told: bool
-    words: str
     which: int
     values: tuple[Any, ...]
 
@@ -100,7 +100,7 @@ class Page:
                         value={}, html_template=html, css_template=css, js_on_load=script, apply_default_css=False,
                         elem_id="board",
                     )  # fmt: skip
-            self.inputs = [self.key, self.point, self.tags, self.told, self.words, self.which, *self.controls]
+            self.inputs = [self.key, self.sought, self.point, self.tags, self.told, self.which, *self.controls]
             self._connect()
 
     def _heading(self) -> str:
@@ -112,7 +112,7 @@ class Page:
 
     def _add_images(self) -> None:
         names = self.explorer.names[:_LISTED]
-        self.key, self.point = gr.State(""), gr.State(None)
+        self.key, self.sought, self.point = gr.State(""), gr.State(""), gr.State(None)
         has = bool(names)
         orders = [(text, key) for key, text in ORDERS.items() if key != "iou" or self.run.has_masks]
         self.order = gr.Dropdown(orders, value="list", label="order of the images", visible=has)
@@ -138,7 +138,9 @@ class Page:
                 for key, text, low, high, step in sliders:
                     value = _value(self.run.config, key)
                     high = max(high, value)
-                    self._add(key, gr.Slider(low, high, step=step, label=text))
+                    slider = gr.Slider(low, high, step=step, label=text)
+                    slider.preprocess = _as_it_is
+                    self._add(key, slider)
                 if title.startswith("Refinement"):
                     self._add("pseudo.dilations", gr.Textbox(label="dilations, pixels"))
         self._add("crf", gr.Checkbox(label="dense CRF on prediction and pseudo label (takes about a second)"))
@@ -174,7 +176,8 @@ class Page:
         self.board.map(self._look_at_map, self.inputs, [self.which, self.board], **quick)
         changes = [each.submit if isinstance(each, gr.Textbox) else each.input for each in self.controls]
         gr.on([*changes, self.tags.input, self.told.input], self._redraw, self.inputs, [self.board], **quick)
-        self.words.submit(self._look_for, self.inputs, [self.tags, self.board], **slow)
+        self.words.submit(self._look_for, [self.words, *self.inputs], [self.sought, self.tags, self.board], **slow)
+        self.board.again(self._again, self.inputs, [self.board], **quick)
         self.reset.click(self._reset, self.inputs, [*self.controls, self.board], **quick)
         self.save.click(self._save, [self.kind, self.form, *self.inputs], [self.board], **slow)
         self.toml.click(self._save_settings, self.inputs, [self.board], **quick)
@@ -218,17 +221,17 @@ class Page:
     @_answer
     def _look(self, event: gr.EventData, *inputs: Any) -> Any:
         asked, point = _asked(inputs), (float(event.x), float(event.y))
-        return {self.point: point, self.board: self._from_point(self._seen(asked), point, asked.which)}
+        return {self.point: point, self.board: self._from_point(self._seen(asked), asked._replace(point=point))}
 
     @_answer
     def _look_again(self, *inputs: Any) -> Any:
         asked = _asked(inputs)
-        return {self.board: self._from_point(self._seen(asked), asked.point, asked.which)}
+        return {self.board: self._from_point(self._seen(asked), asked)}
 
     @_answer
     def _look_at_map(self, event: gr.EventData, *inputs: Any) -> Any:
         asked, which = _asked(inputs), self.maps.index((int(event.block), int(event.head)))
-        board = self._from_point(self._seen(asked), asked.point, which)
+        board = self._from_point(self._seen(asked), asked._replace(which=which))
         return {self.which: map_name(*self.maps[which]), self.board: board}
 
     @_answer
@@ -237,13 +240,20 @@ class Page:
         return {self.board: self._shown(self._seen(asked), asked)}
 
     @_answer
-    def _look_for(self, *inputs: Any) -> Any:
+    def _again(self, *inputs: Any) -> Any:
+        """All of the image that is open now, for changes that came while it was encoded."""
         asked = _asked(inputs)
+        seen = self._seen(asked)
+        return {self.board: self._shown(seen, asked) | self._from_point(seen, asked) | {"opened": asked.key}}
+
+    @_answer
+    def _look_for(self, words: str, *inputs: Any) -> Any:
+        asked = _asked(inputs)._replace(words=words)
         seen, names = self._seen(asked), self._classes(asked.words)
         own = [name for name, on in zip(names, seen.tags, strict=False) if on]
         asked = asked._replace(tags=list(names) if asked.words.strip() else own)
         shown = self._shown(seen, asked)
-        return {self.tags: gr.update(choices=list(names), value=asked.tags), self.board: shown}
+        return {self.sought: words, self.tags: gr.update(choices=list(names), value=asked.tags), self.board: shown}
 
     @_answer
     def _reset(self, *inputs: Any) -> Any:
@@ -288,14 +298,14 @@ class Page:
         tags = list(names) if asked.words.strip() else _chosen(names, seen.tags)
         asked = asked._replace(key=name, tags=tags)
         stages = self._stages(seen, asked)
-        point = _peak(stages)
-        board = self._shown(seen, asked, stages) | self._from_point(seen, point, asked.which) | {"other": None}
+        asked = asked._replace(point=_peak(stages))
+        board = self._shown(seen, asked, stages) | self._from_point(seen, asked) | {"opened": name, "other": None}
         if self.explorer.other is not None:
             board["other"] = self._other(name)
         return {
             self.image: name,
             self.key: name,
-            self.point: point,
+            self.point: asked.point,
             self.tags: gr.update(choices=list(names), value=tags),
             self.board: board,
         }
@@ -308,7 +318,8 @@ class Page:
             return None
         seen = self.explorer.encoded(name, other=True)
         stages = make_stages(seen, run.config, seen.tags)
-        return show_stages(seen, stages, run.config, run.classes, seen.tags)
+        colored = tuple(dict.fromkeys((*self.run.classes, *run.classes)))  # a class has one color in both
+        return show_stages(seen, stages, run.config, run.classes, seen.tags, colored)
 
     def _seen(self, asked: _Asked) -> EncodedImage:
         if not asked.key:
@@ -335,11 +346,13 @@ class Page:
         return show_stages(seen, stages, self._settings(asked), names, tags) | {
             "why": explain(seen, stages, names, tags),
             "message": "",
+            "of": asked.key,
         }
 
-    def _from_point(self, seen: EncodedImage, point: Sequence[float] | None, which: int) -> dict[str, Any]:
-        look, (block, head) = look_from(seen, *(point or (0.5, 0.5))), self.maps[which]
-        return show_look(seen, look, block=block, head=head, learned=self.run.learned_affinity)
+    def _from_point(self, seen: EncodedImage, asked: _Asked) -> dict[str, Any]:
+        look, (block, head) = look_from(seen, *(asked.point or (0.5, 0.5))), self.maps[asked.which]
+        shown = show_look(seen, look, block=block, head=head, learned=self.run.learned_affinity)
+        return shown | {"of": asked.key}
 
     def _download(self, name: str, content: bytes) -> dict[Any, Any]:
         return {
@@ -348,8 +361,13 @@ class Page:
 
 
 def _asked(inputs: Sequence[Any]) -> _Asked:
-    key, point, tags, told, words, which = inputs[:6]
-    return _Asked(key, point, tags or [], bool(told), words or "", which or 0, tuple(inputs[6:]))
+    key, words, point, tags, told, which = inputs[:6]
+    return _Asked(key, words, point, tags or [], bool(told), which or 0, tuple(inputs[6:]))
+
+
+def _as_it_is(number: Any) -> Any:
+    """Instead of gradio's check of a slider: an empty or wrong number is refused in words, where settings change."""
+    return number
 
 
 def _chosen(names: Sequence[str], tags: NDArray[np.float32]) -> list[str]:
@@ -381,5 +399,6 @@ def _typed(config: Config, key: str, value: Any) -> Any:
             return [int(part) for part in str(value).split(",")]
         except ValueError:
             raise AfaError(f"dilations are {value!r}; write whole numbers with commas, such as 1,2,4") from None
-    before = _value(config, key)
-    return type(before)(value)
+    if value is None:
+        raise AfaError(f"{key} is empty; write a number")
+    return type(_value(config, key))(value)

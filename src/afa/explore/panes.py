@@ -25,7 +25,12 @@ _GAP: Final = 3
 
 
 def show_stages(
-    seen: EncodedImage, stages: Stages, config: Config, classes: Sequence[str], tags: NDArray[np.float32]
+    seen: EncodedImage,
+    stages: Stages,
+    config: Config,
+    classes: Sequence[str],
+    tags: NDArray[np.float32],
+    colored: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The photograph, the panes in the order of the method, and the legend.
 
@@ -35,14 +40,17 @@ def show_stages(
         config: The settings that made them, for the captions.
         classes: C names.
         tags: (C,) the tags.
+        colored: Names in the order of their colors, all of `classes` among them; None takes `classes`.
     """
     size = _display(seen)
+    places = np.arange(256, dtype=np.uint8)
+    places[1 : 1 + len(classes)] = [min(254, 1 + (colored or classes).index(name)) for name in classes]
     photo = Image.fromarray(seen.pixels).resize(size[::-1], Image.Resampling.BILINEAR)
     return {
         "photo": data_uri(photo, "JPEG", quality=85),
         "ratio": size[1] / size[0],
-        "panes": list(_panes(seen, stages, config, classes, tags, size)),
-        "legend": _legend(seen, stages, classes),
+        "panes": list(_panes(seen, stages, config, classes, tags, size, places)),
+        "legend": _legend(seen, stages, classes, places),
     }
 
 
@@ -53,6 +61,7 @@ def _panes(
     classes: Sequence[str],
     tags: NDArray[np.float32],
     size: tuple[int, int],
+    places: Pixels,
 ) -> Iterator[dict[str, str]]:
     chosen = [name for name, on in zip(classes, tags, strict=True) if on]
     told = ", ".join(chosen) or "no tag"
@@ -74,14 +83,16 @@ def _panes(
         yield _pane("propagated", "propagated CAM", text + judged(stages.propagated_label), layer)
     share = float((stages.pseudo == IGNORE_INDEX).float().mean())
     text = f"What the segmentation learns from: it is told {told}. Hatched: {share:.0%} left open."
-    yield _pane("pseudo", "pseudo label", text + judged(stages.pseudo), _label(stages.pseudo, size))
+    yield _pane("pseudo", "pseudo label", text + judged(stages.pseudo), _label(stages.pseudo, size, places))
     if stages.prediction is not None and stages.certainty is not None:
         text = f"What the segmentation says by itself, {float(stages.certainty.mean()):.0%} certain."
-        yield _pane("prediction", "prediction", text + judged(stages.prediction), _label(stages.prediction, size))
+        yield _pane(
+            "prediction", "prediction", text + judged(stages.prediction), _label(stages.prediction, size, places)
+        )
         text = "Where the prediction is least certain. Bright is doubt."
         yield _pane("doubt", "doubt", text, _heat(1 - stages.certainty[None], size))
     if truth is not None:
-        layer = _label(torch.from_numpy(truth), size)
+        layer = _label(torch.from_numpy(truth), size, places)
         yield _pane("truth", "ground truth", "The mask. It never trains; it only judges.", layer)
 
 
@@ -187,13 +198,13 @@ def _heat(scores: Tensor, size: tuple[int, int]) -> str:
     return data_uri(Image.fromarray(heat_map(scores.cpu(), half)), "JPEG", quality=85)
 
 
-def _label(label: Tensor, size: tuple[int, int]) -> str:
-    color, weight = tint(at_size(label, size), alpha=0.75)
+def _label(label: Tensor, size: tuple[int, int], places: Pixels) -> str:
+    color, weight = tint(places[at_size(label, size)], alpha=0.75)
     layer = np.dstack([color, np.rint(255 * weight).astype(np.uint8)])
     return data_uri(Image.fromarray(layer), "PNG", compress_level=1)
 
 
-def _legend(seen: EncodedImage, stages: Stages, classes: Sequence[str]) -> list[dict[str, str]]:
+def _legend(seen: EncodedImage, stages: Stages, classes: Sequence[str], places: Pixels) -> list[dict[str, str]]:
     """Color and name of each class that a label shows."""
     palette, shown = voc_palette(), np.zeros(256, dtype=bool)
     labels = [stages.pseudo] + ([] if stages.prediction is None else [stages.prediction])
@@ -202,7 +213,7 @@ def _legend(seen: EncodedImage, stages: Stages, classes: Sequence[str]) -> list[
     for each in maps + ([] if truth is None else [truth]):
         shown |= np.bincount(each.ravel(), minlength=256) > 0
     return [
-        {"name": name, "color": "#{:02x}{:02x}{:02x}".format(*palette[value].tolist())}
+        {"name": name, "color": "#{:02x}{:02x}{:02x}".format(*palette[places[value]].tolist())}
         for value, name in enumerate(classes, start=1)
         if shown[value]
     ]
