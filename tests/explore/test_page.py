@@ -251,7 +251,11 @@ def test_other_words_are_looked_for_and_unknown_ones_refused(page_of_two: Any) -
     said = changes(page, MESSAGE, lambda: (words.fill("unicorn"), words.press("Enter")))
     assert "has no vector for 'unicorn'" in said
     # What was found is still there to change.
-    changes(page, layer("cam"), lambda: page.locator("#afa-settings").get_by_label("zebra").uncheck())
+    caption = "document.querySelector('[data-key=cam] figcaption').textContent"
+    seen = changes(page, caption, lambda: page.locator("#afa-settings").get_by_label("zebra").uncheck())
+    assert "Where the classifier sees tree." in seen
+    # The wipe, which had the prediction on its right, shows what there is.
+    assert page.locator("#board .right").input_value()
     # Without words, the classes come back.
     words.fill("")
     words.press("Enter")

@@ -31,6 +31,7 @@ function choices(select, wanted) {
       `<option value="${key}:${pane.key}">${escape(pane.title)}, ${names[key]}</option>`).join("")).join("");
   select.value = before;
   if (select.selectedIndex < 0) select.value = wanted;
+  if (select.selectedIndex < 0) select.selectedIndex = 0;
 }
 
 const picked = (select) => {

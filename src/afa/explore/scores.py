@@ -150,13 +150,7 @@ class _Judge:
 
     def _missed(self, c: int, true: NDArray[np.bool_], missed: int) -> str:
         name, total = self.classes[c], int(true.sum())
-        others = np.bincount(self.prediction[true], minlength=256)
-        others[c] = 0
-        taker = self.classes[int(others.argmax())]
-        line = (
-            f"The prediction misses {_percent(missed, total)} of {name!r}; {_percent(int(others.max()), total)} "
-            f"became {taker!r}."
-        )
+        line = f"The prediction misses {_percent(missed, total)} of {name!r}; {self._taker(self.prediction, c, true)}."
         in_cam, in_label = (_share((each == c) & true, true) for each in (self.cam, self.pseudo))
         if not self.tags[c - 1]:
             return f"{line} It is no tag of this image, so no pseudo label can show it."
@@ -167,8 +161,8 @@ class _Judge:
             )
         if in_label < _MISSED:
             return (
-                f"{line} The CAM covers {in_cam:.0%} of it, but the pseudo label keeps {in_label:.0%}: background "
-                "scores, walk or refinement lose it."
+                f"{line} The CAM covers {in_cam:.0%} of it, but the pseudo label keeps {in_label:.0%}: there "
+                f"{self._taker(self.pseudo, c, true)}. Background scores, walk or refinement lose it."
             )
         right = _share(true & (self.pseudo == c), self.counted & (self.pseudo == c))
         if right < _MISSED:
@@ -180,6 +174,14 @@ class _Judge:
             f"{line} The pseudo label has {in_label:.0%} of it, so the label is not at fault: the segmentation "
             "has not learned it."
         )
+
+    def _taker(self, label: Pixels, c: int, true: NDArray[np.bool_]) -> str:
+        """What most of a class became in a label that lacks it."""
+        others = np.bincount(label[true], minlength=256)
+        others[c] = 0
+        most = int(others.argmax())
+        share = _percent(int(others.max()), int(true.sum()))
+        return f"{share} stayed open" if most == IGNORE_INDEX else f"{share} became {self.classes[most]!r}"
 
     def _extra(self, c: int, extra: NDArray[np.bool_], *, has: bool) -> str:
         name, total = self.classes[c], int(self.counted.sum())
