@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -17,18 +17,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import afa
-from afa import peers
+from afa.cli import main
+from afa.config import DataConfig
+from afa.data.palette import write_index_png
 from afa.errors import AfaError, GoneError
-from afa.inference import masks
-from afa.inference.masks import Made, Task, write_masks
+from afa.inference.masks import Made, PredictSummary, Task, write_masks
 from afa.inference.predictor import PreparedImage
-from afa.runs.files import only_writer
+from afa.inference.shards import ShardFolder
+from afa.inference.sources import Images, Source
+from afa.inference.stamp import STAMP
+from afa.runs.files import only_writer, write_whole
 from afa.runtime import process_group
+from encoders import write_embeddings
 from mistakes import refused
+from stores import write_shards
+from test_masks import FLAGS
 from tiny import NO_DROPOUT, final_weights, start_python, tiny_config, tiny_flags, train_tiny
+from together import together
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 CPU = torch.device("cpu")
@@ -99,6 +108,60 @@ def test_predict_of_which_a_worker_is_killed(photos: Path, tiny_run: Path, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_shards_of_which_a_worker_is_killed(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: int
+) -> None:
+    """With `--max-restarts` the same call goes on, else one with `--resume` does."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = write_shards(tmp_path / "pets", 2, 80)
+    afa.predict(tiny_run, folder, tmp_path / "one", out_shards=40)
+    two = tmp_path / "two"
+    call = ("predict", tiny_run, folder, "--out-shards", "40", "--out", two)
+    launcher = torchrun(*call, restarts=restarts)
+    kill_worker(launcher, 1, when=lambda: len(list(two.glob(".parts/000001/masks/*/*.png"))) >= 5)
+    out, err = launcher.communicate(timeout=300)
+    if not restarts:
+        assert launcher.returncode != 0
+        assert not (two / "000001.tar").exists()
+        out, _ = run(*call, "--resume")
+    found = re.search(r"(\d+) masks written .*; (\d+) were there already", out)
+    assert found is not None, (out, err)
+    written, skipped = map(int, found.groups())
+    assert written + skipped == 160, out
+    assert skipped >= 5
+    for partial in two.rglob("*.partial"):
+        partial.unlink()
+    assert contents(two) == contents(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_masks_of_which_a_worker_is_killed(tmp_path: Path) -> None:
+    pets = tmp_path / "pets"
+    (pets / "images").mkdir(parents=True)
+    for number in range(80):
+        pixels = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((40, 30), Image.Resampling.BICUBIC).save(pets / "images" / f"{number}.png")
+    (pets / "tags.csv").write_text("file,tags\n" + "".join(f"{n}.png,{'cat' if n % 3 else 'dog'}\n" for n in range(80)))
+    words = write_embeddings(tmp_path / "words", ["cat", "dog", "sky", "grass"], 32)
+    small = ("--evaluation.short_side", "32", "--pseudo.iterations", "2", "--examples", "2")
+    call = ("masks", pets, *FLAGS, *small, "--model.text_embeddings", words, "--format", "coco", "--out")
+    assert main([*map(str, call), str(tmp_path / "one")]) == 0
+    two = tmp_path / "two"
+    killed = torchrun(*call, two)
+    kill_worker(killed, 1, when=lambda: len(list(two.glob("masks/*.png"))) >= 5)
+    killed.communicate(timeout=60)
+    assert killed.returncode != 0
+    there = len(list(two.glob("masks/*.png")))
+    assert 5 <= there < 80
+    out, _ = run(*call, two)
+    assert f"{80 - there} masks written" in out
+    for partial in two.rglob("*.partial"):
+        partial.unlink()
+    assert contents(two) == contents(tmp_path / "one")
+
+
+@pytest.mark.slow
 def test_pseudo_and_check_are_shared(tiny_data: Path, tiny_run: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     afa.pseudo_labels(tiny_run, tiny_data, one, formats="voc")
@@ -140,28 +203,6 @@ def relative(one: Tensor, other: Tensor) -> float:
 
 
 # --- What processes know of each other -----------------------------------------------------------------------------
-
-
-def together(target: Callable[..., None], folder: Path, *arguments: object) -> list[int | None]:
-    """Run a function as two processes of a group; their exit statuses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = get_context("spawn")
-    started = [context.Process(target=_join, args=(rank, port, target, str(folder), *arguments)) for rank in (0, 1)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(90)
-        assert process.exitcode is not None
-    return [process.exitcode for process in started]
-
-
-def _join(rank: int, port: int, target: Callable[..., None], folder: str, *arguments: object) -> None:
-    torch.set_num_threads(1)
-    peers._BEAT_SECONDS, peers._SILENCE_SECONDS, peers._GRACE_SECONDS = 0.1, 2.0, 2.0
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    target(rank, Path(folder), *arguments)
 
 
 def _end(rank: int, folder: Path, kind: str) -> None:
@@ -234,6 +275,14 @@ def test_who_lost_another_may_start_again() -> None:
 # --- Masks ---------------------------------------------------------------------------------------------------------
 
 
+class SlowDisk(Task[PreparedImage]):
+    """A task whose masks take longer to be written than to be made."""
+
+    def write(self, *arguments: Any) -> None:
+        time.sleep(0.02)
+        super().write(*arguments)
+
+
 def _task(folder: Path, *, size: int, end: int = -1) -> Task[PreparedImage]:
     """Masks of 8 x 8 pixels; it notes each batch that is made, and kills its process in the batch after `end`."""
     made: list[int] = []
@@ -249,7 +298,7 @@ def _task(folder: Path, *, size: int, end: int = -1) -> Task[PreparedImage]:
             file.write("x" * len(images))
         return [Made(torch.ones(8, 8, dtype=torch.uint8)) for _ in images]
 
-    return Task("test", {"made": "test"}, read, infer, size, ("cat",), False, False, "use another", "go on")
+    return SlowDisk("test", {"made": "test"}, read, infer, size, ("cat",), False, False, "use another", "go on")
 
 
 def _make_until(folder: str, size: int, end: int) -> None:
@@ -258,17 +307,54 @@ def _make_until(folder: str, size: int, end: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 8])
-def test_a_kill_loses_at_most_what_waits_to_be_written(tmp_path: Path, size: int) -> None:
+def test_a_kill_loses_at_most_one_finished_batch(tmp_path: Path, size: int) -> None:
     process = get_context("spawn").Process(target=_make_until, args=(str(tmp_path), size, 5))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
     made, there = len((tmp_path / "made").read_text()), len(list(tmp_path.glob("masks/*.png")))
     assert made == 5 * size
-    assert made - size - masks._WRITE_BEHIND <= there <= made
+    assert made - size <= there <= made
     names = [f"i{number}" for number in range(60)]
     summary = write_masks(_task(tmp_path, size=size), tmp_path, names, resume=True)
     assert (summary.written, summary.skipped) == (60 - there, there)
+
+
+def _write_shards(rank: int, folder: Path, kind: str) -> None:
+    def make(images: Images, place: Path) -> PredictSummary:
+        write_whole(place / STAMP, json.dumps({"weights": rank if kind == "weights" else 0}))
+        for name in images:
+            write_index_png(place / "masks" / f"{name}.png", np.zeros((4, 4), np.uint8))
+        return PredictSummary(place, len(images), 0, (), 0.0)
+
+    names = ["a", "b", "c", "d"][rank if kind == "images" else 0 :]
+    sources = [Source.of("", lambda: dict.fromkeys(names))]
+    try:
+        with process_group(CPU) as processes:
+            target = ShardFolder(str(folder / "out"), 2, False, ("cat",), DataConfig())
+            made = target.write(make, sources, resume=False, processes=processes)
+            (folder / f"told{rank}").write_text(f"{made.written} masks")
+    except AfaError as error:
+        (folder / f"told{rank}").write_text(str(error))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("", "4 masks"),
+        (
+            "weights",
+            "process 1 of 2 sees other weights or settings than the first one; give all machines the same files",
+        ),
+        ("images", "out: some process could not read a shard; the same call with --resume goes on"),
+    ],
+)
+def test_processes_write_shards_of_the_same_masks(tmp_path: Path, kind: str, told: str) -> None:
+    assert together(_write_shards, tmp_path, kind) == [0, 0]
+    for rank in (0, 1):
+        assert (tmp_path / f"told{rank}").read_text().removesuffix(" files").endswith(told)
+    assert len(list((tmp_path / "out").glob("*.tar"))) == (0 if kind else 2)
 
 
 def test_two_calls_do_not_write_to_one_output(tmp_path: Path) -> None:

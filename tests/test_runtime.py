@@ -183,13 +183,14 @@ def test_a_bar_on_a_terminal_shows_count_rate_and_extra(
     console = runtime.Console
     monkeypatch.setattr(runtime, "Console", lambda **settings: console(force_terminal=True, width=120, **settings))
     with progress_bar(extra="loss") as progress:
-        progress.update(progress.add_task("train", total=4, rate="", loss=""), completed=3, rate="12 it/s", loss="0.25")
+        task = progress.add_task("train", total=4, rate="", left="", loss="")
+        progress.update(task, completed=3, rate="12 it/s", left="9 s left", loss="0.25")
     out, err = capsys.readouterr()
     assert out == ""
-    for text in ("train", "3/4", "12 it/s", "0.25", "left"):
+    for text in ("train", "3/4", "12 it/s", "0.25", "9 s left"):
         assert text in err
     with progress_bar(enabled=False) as progress:
-        progress.add_task("train", total=4, rate="")
+        progress.add_task("train", total=4, rate="", left="")
     assert capsys.readouterr() == ("", "")
 
 

@@ -20,7 +20,7 @@ from typing import Final, TypeVar
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -315,8 +315,7 @@ def progress_bar(*, enabled: bool = True, extra: str = "") -> Progress:
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
     ]
     if extra:
         columns.append(TextColumn("{task.fields[" + extra + "]}"))
@@ -350,32 +349,33 @@ def image_progress(
 
     Yields:
         Function that takes how many were done since its last call; then, if they are known, images per second, else
-        their mean since the start, and words to show beside them. Threads may call it.
+        their mean since the start, and words to show beside them. `skipped` says that these took no time. Threads may
+        call it.
     """
     first, began = done, time.monotonic()
     enabled = enabled and shows_progress() and processes.is_main
     told, lock = began, threading.Lock()
     with _as_innermost(description), progress_bar(enabled=enabled and len(_bars) == 1, extra="words") as bar:
         in_lines = enabled and (len(_bars) > 1 or not bar.console.is_terminal)
-        task = bar.add_task(description, total=total, completed=done, rate="", words="")
+        task = bar.add_task(description, total=total, completed=done, rate="", left="", words="")
 
-        def advance(count: int, rate: float | None = None, words: str = "") -> None:
-            nonlocal done, told
+        def advance(count: int, rate: float | None = None, words: str = "", *, skipped: bool = False) -> None:
+            nonlocal done, first, told
             now = time.monotonic()
             with lock:
                 done += count * processes.count
                 done = done if total is None else min(total, done)
+                first = done if skipped else first
                 telling = in_lines and now - told > _TOLD_SECONDS
                 told = now if telling else told
             if rate is None:
                 rate = (done - first) * images / max(now - began, 1e-6)
-            bar.update(task, completed=done, rate=f"{rate:.3g} {unit}/s" if rate else "", words=words)
+            pace = f"{rate:.3g} {unit}/s" if rate else ""
+            left = f"{duration((total - done) * images / rate)} left" if rate and total is not None else ""
+            bar.update(task, completed=done, rate=pace, left=left, words=words)
             if telling:
-                parts = [f"{description} {done}" if total is None else f"{description} {done}/{total}"]
-                parts += [f"{rate:.3g} {unit}/s"] if rate else []
-                parts += [words] if words else []
-                parts += [f"{duration((total - done) * images / rate)} left"] if rate and total is not None else []
-                say("  ".join(parts))
+                count_text = f"{description} {done}" if total is None else f"{description} {done}/{total}"
+                say("  ".join(filter(None, [count_text, pace, words, left])))
 
         yield advance
 
@@ -392,7 +392,9 @@ def _as_innermost(description: str) -> Iterator[None]:
 def duration(seconds: float) -> str:
     """A time in words.
 
-    >>> duration(12.3), duration(400)
-    ('12 s', '7 min')
+    >>> duration(12.3), duration(400), duration(40_000)
+    ('12 s', '7 min', '11.1 h')
     """
+    if seconds >= 2 * 3600:
+        return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

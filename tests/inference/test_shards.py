@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 import tarfile
 import time
@@ -17,9 +18,13 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from afa import runtime
 from afa.api import predict, pseudo_labels
 from afa.cli import main
+from afa.config import DataConfig
 from afa.data.palette import index_png
+from afa.inference.shards import ShardFolder
+from afa.runs.files import only_writer
 from mistakes import said
 from stores import FailingStore, empty_store, jpeg, largest_file, samples, tar_of, write_shards
 from tiny import start_python, write_untrained
@@ -60,6 +65,10 @@ def packed(content: bytes) -> dict[str, bytes]:
         return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def shards_in(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".tar"}
 
@@ -94,7 +103,9 @@ def test_shards_of_a_stated_size(run: Path, tmp_path: Path, expected: dict[str, 
     }  # fmt: skip
     found = {name: mask for content in shards.values() for name, mask in packed(content).items()}
     assert found == {f"{int(key) // 6:04d}/{key}.mask.png": mask for key, mask in expected.items()}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {*shards, "predict.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "predict.json", *shards, *(f"{name[:-4]}.masks.json" for name in shards),
+    }  # fmt: skip
     predict(run, [tmp_path / "photos"], tmp_path / "other", out_shards=12)
     assert packed(shards_in(tmp_path / "other")["000000.tar"]) == {f"{k}.mask.png": m for k, m in expected.items()}
 
@@ -188,12 +199,13 @@ def test_a_killed_call_goes_on_and_gives_the_same_bytes(run: Path, tmp_path: Pat
         process.wait()
         process.communicate()
     assert process.returncode == -signal.SIGKILL
-    there = {path: path.stat().st_mtime_ns for path in [*out.glob("*.tar"), *parts.rglob("*.png")]}
-    assert len(there) >= 5
-    assert main([*words, "--out", str(out), "--resume"]) == 0
-    assert all(path.stat().st_mtime_ns == there[path] for path in out.glob("*.tar") if path in there)
-    assert shards_in(out) == shards_in(tmp_path / "whole")
-    assert (out / "predict.json").read_bytes() == (tmp_path / "whole" / "predict.json").read_bytes()
+    masks = len(list(parts.rglob("*.png")))
+    there = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert masks >= 5
+    summary = predict(run, folder, out, out_shards=30, resume=True, **{"evaluation.batch_size": 1})
+    assert summary.skipped >= masks + 30  # what was done of the shard in work, and the one before
+    assert all(path.stat().st_mtime_ns == before for path, before in there.items())
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_shards_of_other_weights_or_sizes_are_not_mixed(run: Path, tmp_path: Path) -> None:
@@ -230,33 +242,112 @@ def test_pseudo_labels_of_shards_are_those_of_files(run: Path, tmp_path: Path) -
     assert pseudo_labels(run, folder, tmp_path / "out", out_shards=7, **keys).skipped == 12
 
 
-def test_each_of_several_processes_makes_its_own_shards(run: Path, tmp_path: Path) -> None:
-    from afa.config import DataConfig
-    from afa.inference.files import predict_files
-    from afa.inference.predictor import Predictor
-    from afa.inference.shards import ShardFolder, shard_files
-    from afa.runtime import Processes
+def test_images_that_failed_are_tried_again_alone(
+    run: Path, tmp_path: Path, expected: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_shards(tmp_path / "pets")
+    whole = (folder / "0001.tar").read_bytes()
+    broken = whole.replace(jpeg(8), b"\0" * len(jpeg(8)))
+    assert broken != whole
+    (folder / "0001.tar").write_bytes(broken)
+    for rle in ((), ("--rle",)):
+        out, words = tmp_path / f"out{len(rle)}", ["--out-shards", "9", *rle]
+        call = ["predict", str(run), str(folder), "--out", str(out), *words]
+        assert main(call) == 1
+        first = shards_in(out)
+        (line,) = json.loads((out / "000000.masks.json").read_text())["failed"]
+        assert "0001.tar/00008.jpg: not an image" in line
+        capsys.readouterr()
+        assert main([*call, "--resume"]) == 1
+        told = capsys.readouterr()
+        assert f"skipped: {line}" in told.err
+        assert "0 masks written" in told.out
+        assert shards_in(out) == first
+        (folder / "0001.tar").write_bytes(whole)
+        assert main([*call, "--resume"]) == 0
+        assert "1 masks written" in capsys.readouterr().out
+        predict(run, folder, tmp_path / f"whole{len(rle)}", out_shards=9, rle=bool(rle))
+        assert contents(out) == contents(tmp_path / f"whole{len(rle)}")
+        (folder / "0001.tar").write_bytes(broken)
 
-    folder = write_shards(tmp_path / "pets", 5, 4)
-    predictor, data = Predictor.from_run(run), DataConfig()
 
-    def write(out: Path, *groups: Processes) -> list[int]:
-        target = ShardFolder(str(out), 0, False, CLASSES, data)
-        return [
-            target.write(
-                lambda files, place: predict_files(predictor, files, place, resume=True),
-                shard_files([str(folder)], data),
-                {},
-                resume=True,
-                processes=group,
-            ).written
-            for group in groups
-        ]
+def test_a_shard_that_was_repaired_is_done_anew(
+    run: Path, tmp_path: Path, expected: dict[str, bytes], store: type[FailingStore]
+) -> None:
+    files = fsspec.filesystem("failing")
+    files.pipe("/pets/0000.tar", samples(6))
+    files.pipe("/pets/0001.tar", samples(6, start=6)[:5000])
+    summary = predict(run, "failing://pets", "failing://masks")
+    assert summary.failed
+    assert "0001.tar: is cut short" in summary.failed[-1]
+    files.pipe("/pets/0001.tar", samples(6, start=6))
+    summary = predict(run, "failing://pets", "failing://masks", resume=True)
+    assert (summary.written, summary.skipped, summary.failed) == (6, 6, ())
+    found = {name: mask for n in (0, 1) for name, mask in packed(files.cat_file(f"/masks/000{n}.tar")).items()}
+    assert found == {f"{key}.mask.png": mask for key, mask in expected.items()}
 
-    assert write(tmp_path / "one", Processes()) == [20]
-    assert write(tmp_path / "two", Processes(0, 2), Processes(1, 2)) == [12, 8]
-    assert shards_in(tmp_path / "one").keys() == {f"{number:04d}.tar" for number in range(5)}
-    assert shards_in(tmp_path / "one") == shards_in(tmp_path / "two")
+
+def test_shards_that_are_done_are_not_fetched_again(run: Path, tmp_path: Path, store: type[FailingStore]) -> None:
+    files = fsspec.filesystem("failing")
+    for number in range(3):
+        files.pipe(f"/pets/{number:04d}.tar", samples(2, start=2 * number))
+    predict(run, "failing://pets", "failing://masks")
+    files.rm("/masks/0002.tar")
+    for path in (tmp_path / "cache" / "afa" / "shards").iterdir():
+        if path.is_file():
+            path.unlink()
+    summary = predict(run, "failing://pets", "failing://masks", resume=True)
+    assert (summary.written, summary.skipped) == (2, 4)
+    assert len(list((tmp_path / "cache" / "afa" / "shards").glob("*.tar"))) == 1
+
+
+@pytest.mark.parametrize("place", ["out", "failing://masks"])
+def test_two_calls_do_not_write_to_one_output(run: Path, tmp_path: Path, place: str, store: type[FailingStore]) -> None:
+    folder = write_shards(tmp_path / "pets")
+    out = place if "://" in place else str(tmp_path / place)
+    target = ShardFolder(out, 5, False, CLASSES, DataConfig())
+    with only_writer(target._stage("") if "://" in out else Path(out)):
+        text = said(predict, run, folder, out, out_shards=5)
+    assert "another call is writing there; wait for it, or choose another folder" in text
+    assert predict(run, folder, out, out_shards=5).written == 12
+
+
+def test_progress_over_all_shards(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "_TOLD_SECONDS", -1.0)
+    folder = write_shards(tmp_path / "pets", 4, 3)
+    for size in (0, 5, 2):
+        capsys.readouterr()
+        predict(run, folder, tmp_path / f"out{size}", out_shards=size)
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("shards ")]
+        assert [line.split()[1] for line in lines] == ["1/4", "2/4", "3/4", "4/4"]
+        assert re.fullmatch(r"shards 4/4  [\d.]+ shards/s  0 s left", lines[-1])
+        predict(run, folder, tmp_path / f"out{size}", out_shards=size, resume=True)
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("shards ")]
+        assert lines == [f"shards {number}/4" for number in range(1, 5)]  # nothing says how fast it would be
+
+
+def test_formats_of_shards_are_those_of_files(run: Path, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "pets", 2, 3)
+    for shard in folder.iterdir():
+        with tarfile.open(shard) as tar:
+            tar.extractall(tmp_path / "unpacked" / shard.stem, filter="data")
+    keys: dict[str, Any] = {"formats": "coco,voc,yolo,mmseg,labelme,labelstudio"}
+    predict(run, folder, tmp_path / "out", **keys)
+    predict(run, tmp_path / "unpacked", tmp_path / "files", **keys)
+    ours, theirs = contents(tmp_path / "out"), contents(tmp_path / "files")
+    images = {f"labelme/{n // 3:04d}/{n:05d}.jpg" for n in range(6)}
+    images |= {f"labelstudio/images/{n // 3:04d}/{n:05d}.jpg" for n in range(6)}
+    assert ours.keys() - theirs.keys() == images
+    for name in images:
+        assert ours[name] == (tmp_path / "unpacked" / "/".join(name.split("/")[-2:])).read_bytes()
+    differing = {name for name in theirs if ours[name] != theirs[name]}
+    assert differing == {f"labelme/{n // 3:04d}/{n:05d}.json" for n in range(6)} | {"labelstudio/tasks.json"}
+    labels = tmp_path / "out" / "labelme" / "0001"
+    assert (labels / json.loads((labels / "00004.json").read_text())["imagePath"]).resolve().is_file()
+    tasks = json.loads(ours["labelstudio/tasks.json"])
+    assert tasks[4]["data"]["image"] == "/data/local-files/?d=images/0001/00004.jpg"
 
 
 def test_a_full_disk_leaves_what_was_made(run: Path, tmp_path: Path) -> None:
@@ -273,8 +364,10 @@ def test_a_full_disk_leaves_what_was_made(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({"formats": "coco"}, "--format names or copies image files, and images in shards are none; leave it out"),
-        ({"formats": "coco", "out_shards": 3}, "coco is not written beside shards of masks; leave it out"),
+        (
+            {"formats": "coco", "out_shards": 3},
+            "coco is not written beside shards of masks; leave it out, or --out-shards",
+        ),
         ({"scores": True, "out_shards": 3}, "--scores is not written beside shards of masks"),
         ({"rle": True}, "--rle is for shards; add --out-shards N, or leave it out"),
     ],

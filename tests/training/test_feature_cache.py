@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ from torch import Tensor
 from afa.config import Config
 from afa.data.loader import train_batches
 from afa.data.open import open_data
-from afa.errors import AfaError
+from afa.errors import AfaError, GoneError
 from afa.model.language import LanguageBackbone
 from afa.model.network import AfaNetwork
 from afa.pseudo.cam import normalize_cam
 from afa.runs.network import build_network
-from afa.runtime import showing_progress
+from afa.runtime import process_group, showing_progress
 from afa.training import feature_cache, feature_store
 from afa.training.engine import TrainingEngine
 from afa.training.feature_cache import FeatureReader, feature_key, prepare_features
@@ -32,6 +33,7 @@ from afa.types import Batch, normalize_image
 from encoders import write_embeddings
 from mistakes import refused
 from tiny import assert_same_weights, tiny_config, train_tiny
+from together import together
 
 CPU = torch.device("cpu")
 WORDS = [("red",), ("green",), ("blue",)]
@@ -336,6 +338,60 @@ def test_a_cache_that_was_cut_off_goes_on(
     assert sum(counts) == 3
     for index in range(6):
         np.testing.assert_array_equal(reader.store.row(index), straight.store.row(index))
+
+
+def _fill_shared(rank: int, folder: Path, root: str, end: int) -> None:
+    """Fill a cache with another process; the second one is killed in its batch after `end`."""
+    feature_cache._BATCH_IMAGES, feature_cache._COMMIT_BYTES = {"cpu": 2}, 0  # type: ignore[misc]
+    config, done = make_config(Path(root)), 0
+    compute = feature_cache._rows
+
+    def rows(*arguments: Any) -> Any:
+        nonlocal done
+        if rank == 1 and done == end:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done += 1
+        with (folder / "batches").open("a") as file:
+            file.write("x")
+        return compute(*arguments)
+
+    feature_cache._rows = rows
+    network, images = make_network(config), open_data(config.data).train()
+    try:
+        with process_group(CPU) as processes:
+            prepare_features(network, images, config, folder / "run", processes=processes)
+    except GoneError:
+        raise SystemExit(3) from None
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_is_killed(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then two others, and one: each row has the bytes that one process alone gives it."""
+    monkeypatch.setattr(feature_cache, "_BATCH_IMAGES", {"cpu": 2})
+    root = shutil.copytree(pictures, tmp_path / "pictures")
+    lines = (root / "lists" / "tags.csv").read_text().splitlines()
+    names = []
+    for number in range(20):
+        names.append(f"q{number}")
+        shutil.copy(root / "JPEGImages" / f"p{number % 6}.png", root / "JPEGImages" / f"q{number}.png")
+        lines.append(f"q{number},red")
+    (root / "lists" / "tags.csv").write_text("\n".join(lines))
+    (root / "lists" / "train.txt").write_text("\n".join([f"p{number}" for number in range(6)] + names))
+    config = make_config(root)
+    alone = prepare(config, tmp_path / "alone")
+    taken = list(alone.grids)
+    assert len(taken) == 24
+    assert together(_fill_shared, tmp_path, str(root), 2) == [3, -signal.SIGKILL]
+    done = len((tmp_path / "batches").read_text())
+    store = feature_store.FeatureStore.open(next((tmp_path / "run" / "features").iterdir()))
+    assert store is not None
+    assert 24 - len(store.missing(taken)) == 2 * done
+    assert 2 <= done < 12
+    assert together(_fill_shared, tmp_path, str(root), -1) == [0, 0]
+    assert len((tmp_path / "batches").read_text()) == 12
+    reader = prepare(config, tmp_path / "run")
+    for index in taken:
+        assert reader.store.row(index).tobytes() == alone.store.row(index).tobytes()
 
 
 class Answers:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from afa.errors import AfaError
 from afa.inference import files as prediction
 from afa.inference import shards as sharding
 from afa.inference.masks import MasksSummary, PredictSummary, joined_masks, summarize_masks
-from afa.inference.output import NO_FORMATS, Output
+from afa.inference.output import Output
 from afa.inference.predictor import Predictor
+from afa.inference.sources import Source, is_sharded, shard_sources
 from afa.report.masks import write_masks_page
 from afa.runs.network import build_network, load_run
 
@@ -66,7 +66,7 @@ def predict(
     """
     run = Path(run)
     texts = [str(images)] if isinstance(images, str | Path) else [str(path) for path in images]
-    sharded = [text for text in texts if sharding.is_sharded(text)]
+    sharded = [text for text in texts if is_sharded(text)]
     paths = [Path(text) for text in texts if text not in sharded]
     size = out_shards or (sharding.DEFAULT_SIZE if paths and is_remote(str(out)) else 0)
     output = Output(out, formats=formats, shard_size=size, rle=rle, scores=scores)
@@ -84,19 +84,21 @@ def predict(
             summary = prediction.predict_files(predictor, paths, output.folder, resume=resume, **settings)
             files = prediction.output_names(paths, output.folder) if output.formats and processes.is_main else {}
             return output.convert(summary, files, predictor.classes, processes)
-        if output.formats:
-            raise AfaError(NO_FORMATS)
 
-        def make(files: Mapping[str, Path], place: Path, *, resume: bool = True) -> PredictSummary:
-            return prediction.predict_files(predictor, files, place, resume=resume, **{"overlay": False, **settings})
+        def make(part: Mapping[str, Path], place: Path, *, resume: bool = True) -> PredictSummary:
+            return prediction.predict_files(predictor, part, place, resume=resume, **{"overlay": False, **settings})
 
-        parts = sharding.shard_files(sharded, config.data)
+        sources = shard_sources(sharded, config.data)
         if paths:
-            parts = itertools.chain([("images", prediction.output_names(paths, output.folder))], parts)
-        if not output.in_shards:
-            return sharding.make_parts(make, parts, output.folder, resume=resume, processes=processes)
-        shards = output.shards(predictor.classes, config.data)
-        return sharding.whole(shards.write(make, parts, {}, resume=resume, processes=processes), processes)
+            named = prediction.output_names(paths, output.folder)
+            sources.insert(0, Source.of("images", lambda: named))
+        if output.in_shards:
+            shards = output.shards(predictor.classes, config.data)
+            return shards.write(make, sources, resume=resume, processes=processes)
+        summary = sharding.make_parts(make, sources, output.folder, resume=resume, processes=processes)
+        found = [source.read(bring=False)[0] or {} for source in sources if output.formats and processes.is_main]
+        files = {name: path for part in found for name, path in part.items()}
+        return output.convert(summary, files, predictor.classes, processes)
 
 
 def pseudo_labels(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import itertools
+import math
 import os
 import re
 import time
@@ -74,10 +76,7 @@ def expand(text: str) -> list[str]:
             parts.append([f"{number:0{width}d}" for number in steps])
         else:
             parts.append(part[1:-1].split(",") if part.startswith("{") and part.endswith("}") else [part])
-    count = 1
-    for choices in parts:
-        count *= len(choices)
-    if count > _MOST:
+    if (count := math.prod(map(len, parts))) > _MOST:
         raise AfaError(f"{shown(text)}: the braces stand for {count:,} addresses; name a folder")
     return ["".join(chosen) for chosen in itertools.product(*parts)]
 
@@ -91,6 +90,7 @@ def find_files(address: str, suffixes: Collection[str], *, retries: int) -> list
     fs, path = _open(address)
 
     def find() -> dict[str, Any]:
+        fs.invalidate_cache()  # others may have written there since the last look
         info = fs.info(path)
         return {path: info} if info["type"] == "file" else fs.find(path, maxdepth=2, detail=True)
 
@@ -141,7 +141,12 @@ def put(source: Path, address: str, *, retries: int) -> None:
 def read_bytes(address: str, *, retries: int) -> bytes | None:
     """The contents of a small file; None where there is none."""
     fs, path = _open(address)
-    content: bytes | None = patiently(lambda: fs.cat_file(path) if fs.exists(path) else None, address, retries=retries)
+
+    def read() -> Any:
+        with contextlib.suppress(FileNotFoundError):
+            return fs.cat_file(path)
+
+    content: bytes | None = patiently(read, address, retries=retries)
     return content
 
 

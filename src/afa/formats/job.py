@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afa.data.images import IMAGE_SUFFIXES
+from afa.data.members import MemberPath
 from afa.errors import AfaError
 from afa.runs.files import link_or_copy, unwritable
 from afa.types import IGNORE_INDEX
@@ -103,15 +104,25 @@ class Job:
         return path
 
     def add_image(self, item: MaskItem, name: str) -> None:
-        """Put an image file into the folder, as `name` below it: a hard link, or a copy where links are not possible.
+        """Put an image file into the folder, as `name` below it: a hard link, or a copy, such as from a shard.
 
         Raises:
             AfaError: The image is not there.
         """
         source = item.image_path.resolve()
+        if isinstance(source, MemberPath):
+            self.write(name, source.read_bytes())
+            return
         if not source.is_file():
             raise AfaError(f"{item.image_path}: no such image; keep the images where they were when predicted")
         link_or_copy(source, self.place(name))
+
+    def image_path(self, item: MaskItem, name: str) -> Path:
+        """Where an image lies: where it was, or if it is in a shard, below the folder, into which it is put."""
+        if not isinstance(item.image_path, MemberPath):
+            return item.image_path.absolute()
+        self.add_image(item, name)
+        return self.target.absolute() / name
 
     def color(self, value: int) -> tuple[int, int, int]:
         """RGB color of a mask value, 0..255 each."""

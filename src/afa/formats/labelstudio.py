@@ -47,7 +47,8 @@ def write_labelstudio(job: Job) -> None:
                 }
                 for value in job.present(label)
             ]
-            tasks.add({"data": {"image": _url(item)}, "predictions": [{"model_version": "afa", "result": results}]})
+            predictions = [{"model_version": "afa", "result": results}]
+            tasks.add({"data": {"image": _url(job, item)}, "predictions": predictions})
         file.write(b"]\n")
     labels = [
         f'    <Label value={quoteattr(name)} background="#{"".join(f"{part:02x}" for part in job.color(value))}"/>'
@@ -103,8 +104,8 @@ def brush_rle(mask: NDArray[np.bool_]) -> list[int]:
     return packed
 
 
-def _url(item: MaskItem) -> str:
+def _url(job: Job, item: MaskItem) -> str:
     """The image as local storage names it: its path below the parent of the folder of images."""
     depth = len(PurePosixPath(item.name).parts)
-    root = list(item.image_path.absolute().parents)[:depth][-1]
+    root = list(job.image_path(item, f"images/{item.file_name}").parents)[:depth][-1]
     return "/data/local-files/?d=" + quote(f"{root.name}/{item.file_name}")

@@ -42,9 +42,9 @@ _CORNERS: Final[dict[int, tuple[tuple[int, int, int], ...]]] = {
 
 
 def write_labelme(job: Job) -> None:
-    """Write NAME.json for each image, larger regions first; the images stay where they are."""
+    """Write NAME.json for each image, larger regions first; images stay where they are, but for those of shards."""
     for item, label in job.masks:
-        path = job.target / f"{item.name}.json"
+        path, image = job.target / f"{item.name}.json", job.image_path(item, item.file_name)
         annotation = {
             "version": "5.5.0",
             "flags": {},
@@ -60,7 +60,7 @@ def write_labelme(job: Job) -> None:
                 }
                 for value, polygon in _polygons(job, label)
             ],
-            "imagePath": os.path.relpath(item.image_path.resolve(), path.parent.resolve()),
+            "imagePath": os.path.relpath(image.resolve(), path.parent.resolve()),
             "imageData": None,
             "imageHeight": label.shape[0],
             "imageWidth": label.shape[1],

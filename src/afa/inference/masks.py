@@ -39,9 +39,6 @@ from afa.inference.stamp import current_masks, missing_in_all
 from afa.runs.files import only_writer, write_whole
 from afa.runtime import ALONE, Advance, Processes, image_progress, read_ahead, say, showing_progress
 
-_WRITE_BEHIND = 4
-"""Number of results that may wait to be written, beside those of the last batch."""
-
 _Image = TypeVar("_Image", bound=PreparedImage)
 
 
@@ -323,9 +320,11 @@ class _Work(Generic[_Image]):
             closing(_readable(task, self.names, self._leave_out, advance, self._large)) as images,
         ):
             for group in group_by_size(images, sizes=lambda item: item[1].sizes, batch_size=task.batch_size):
-                for (name, image), made in zip(group, task.infer([image for _, image in group]), strict=True):
+                results = task.infer([image for _, image in group])
+                # A kill loses the masks that wait for the disk: never more than a batch of them.
+                self._finish(task.batch_size - len(group), advance)
+                for (name, image), made in zip(group, results, strict=True):
                     self._writing.append((name, writers.submit(task.write, self.out_dir, name, image.pixels, made)))
-                self._finish(_WRITE_BEHIND + len(group), advance)
             self._finish(0, advance)
 
     def make_large(self) -> None:

@@ -12,19 +12,15 @@ from typing import Any
 
 from afa.config import Config, DataConfig
 from afa.data.dataset import TaggedImages
-from afa.data.members import MemberPath
 from afa.data.stores import is_remote
 from afa.errors import AfaError
 from afa.formats.write import mask_items, parse_formats, write_format
 from afa.inference.files import pseudo_files
 from afa.inference.masks import PredictSummary
-from afa.inference.shards import ShardFolder, whole
+from afa.inference.shards import ShardFolder
 from afa.inference.stamp import current_masks
 from afa.model.network import AfaNetwork
 from afa.runtime import Processes
-
-NO_FORMATS = "--format names or copies image files, and images in shards are none; leave it out, or unpack the shards"
-"""What is wrong with formats for images in shards."""
 
 
 class Output:
@@ -54,7 +50,9 @@ class Output:
         if rle and not self.in_shards:
             raise AfaError("--rle is for shards; add --out-shards N, or leave it out")
         if self.in_shards and (refused := "--scores" if scores else formats):
-            raise AfaError(f"{refused} is not written beside shards of masks; leave it out, or write files")
+            raise AfaError(
+                f"{refused} is not written beside shards of masks; leave it out, or --out-shards and addresses"
+            )
         self.folder, self._place, self._size, self._rle = Path(place), str(place).rstrip("/"), shard_size, rle
 
     def shards(self, classes: Sequence[str], data: DataConfig) -> ShardFolder:
@@ -93,11 +91,9 @@ class Output:
             how: `kind`, `refine` and `tiling` of `pseudo_files`.
 
         Raises:
-            AfaError: As `pseudo_files` and `write_format`; formats for images in shards.
+            AfaError: As `pseudo_files` and `write_format`.
         """
         if not self.in_shards:
-            if self.formats and len(images) and isinstance(images.image_path(0), MemberPath):
-                raise AfaError(NO_FORMATS)
             how |= {"overlay": overlay, "processes": processes}
             summary = pseudo_files(network, images, self.folder, config=config, **how)
             files = {name: images.image_path(i) for i, name in enumerate(images.names)} if self.formats else {}
@@ -108,4 +104,4 @@ class Output:
             look(written, part, place)
             return written
 
-        return whole(self.shards(images.classes, config.data).write_images(make, images, processes), processes)
+        return self.shards(images.classes, config.data).write_images(make, images, processes)
