@@ -146,8 +146,8 @@ def test_masks_of_which_a_worker_is_killed(tmp_path: Path) -> None:
     words = write_embeddings(tmp_path / "words", ["cat", "dog", "sky", "grass"], 32)
     small = ("--evaluation.short_side", "32", "--pseudo.iterations", "2", "--examples", "2")
     call = ("masks", pets, *FLAGS, *small, "--model.text_embeddings", words, "--format", "coco", "--out")
-    assert main([*map(str, call), str(tmp_path / "one")]) == 0
-    two = tmp_path / "two"
+    assert main([*map(str, call), str(tmp_path / "one" / "out")]) == 0
+    two = tmp_path / "two" / "out"  # the page has the name of the folder
     killed = torchrun(*call, two)
     kill_worker(killed, 1, when=lambda: len(list(two.glob("masks/*.png"))) >= 5)
     killed.communicate(timeout=60)
@@ -158,7 +158,7 @@ def test_masks_of_which_a_worker_is_killed(tmp_path: Path) -> None:
     assert f"{80 - there} masks written" in out
     for partial in two.rglob("*.partial"):
         partial.unlink()
-    assert contents(two) == contents(tmp_path / "one")
+    assert contents(two) == contents(tmp_path / "one" / "out")
 
 
 @pytest.mark.slow
