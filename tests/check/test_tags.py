@@ -81,6 +81,16 @@ def test_thin_classes_are_counted_by_how_thin_they_are(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("limit", "lost"), [(0, ""), (1, "cat, dog"), (2, "")])
+def test_classes_that_a_limit_leaves_without_an_image_are_named(tmp_path: Path, limit: int, lost: str) -> None:
+    write_table(tmp_path, ["cat dog"] * 20 + ["cat"] * 20 + ["dog"] * 20 + ["owl"] * 20)
+    told = [text for text in found(tmp_path, **{"train.max_images": limit, "train.seed": 1}) if "max_images" in text]
+    if lost:
+        assert told[0].startswith(f"warning: train.max_images is {limit}, too few for {lost}: ")
+        assert told[0].endswith("; raise it to 3 or more, or give more --minutes")
+    assert len(told) == bool(lost)
+
+
 def test_untagged_images_are_counted_and_many_of_them_are_a_warning(tmp_path: Path) -> None:
     write_table(tmp_path, CATS_AND_DOGS)
     (tmp_path / "images" / "extra.jpg").touch()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 import naive
@@ -415,11 +416,16 @@ def test_whole_views_are_of_the_images_that_are_asked_for(images: TaggedImages) 
     assert all(view.equal(every[i]) for view, i in zip([*some[0], *some[1]], [5, 0, 3], strict=True))
 
 
+def make_tagged(tags: NDArray[np.bool_]) -> TaggedImages:
+    names = tuple(str(index) for index in range(len(tags)))
+    classes = tuple(f"class {index}" for index in range(tags.shape[1]))
+    return TaggedImages(classes=classes, names=names, paths=[Path(name) for name in names], tags=tags)
+
+
 def test_a_limit_takes_rare_classes_first_and_negatives_by_their_share() -> None:
     tags = np.zeros((90, 3), dtype=bool)
     tags[:54, 0], tags[54:60, 1] = True, True  # of 60 images, 6 have the rare class; 30 more have none
-    names = tuple(str(index) for index in range(90))
-    images = TaggedImages(classes=("x", "y", "z"), names=names, paths=[Path(name) for name in names], tags=tags)
+    images = make_tagged(tags)
     rare = []
     for seed in range(20):
         config = Config(train=TrainConfig(seed=seed, max_images=20, class_balance=1.0))
@@ -432,6 +438,26 @@ def test_a_limit_takes_rare_classes_first_and_negatives_by_their_share() -> None
         assert (batches >= 60).mean() == pytest.approx(30 / 90, abs=0.01)  # as often as without a limit
     assert np.mean(rare) > 4  # 2 without regard to classes
     assert len(Order(images, Config(train=TrainConfig(max_images=60))).taken(1000)) == 90
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(10, [1, 1, 1, 1]), (2, [1, 1, 1, 1]), (1, [1, 0, 1, 1])])
+def test_a_limit_leaves_an_image_of_each_class(limit: int, kept: list[int]) -> None:
+    """All of 1000 images have the first class, two the second, one the third and the fourth, none the last."""
+    tags = np.zeros((1000, 5), dtype=bool)
+    tags[:, 0], tags[[300, 301], 1], tags[302, 2:4] = True, True, True
+    for seed in range(5):
+        order = Order(make_tagged(tags), Config(train=TrainConfig(seed=seed, max_images=limit)))
+        taken = order.taken(2000)
+        assert len(taken) == limit
+        assert tags[taken].any(axis=0).tolist() == [*map(bool, kept), False]
+        assert order.lost.tolist() == [*(not each for each in kept), False]
+
+
+def test_a_draw_that_has_all_classes_stays_as_it_is() -> None:
+    """Runs of before go on with the images that they took."""
+    images = make_tagged(np.eye(2, dtype=bool)[np.arange(1000) % 2])
+    order = Order(images, Config(train=TrainConfig(seed=7, max_images=20)))
+    assert sorted(order.taken(2000)) == sorted(visits(1000, range(20), seed=7, stream=(2,)).tolist())
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 3, 1000])

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from afa.config import Config, DataConfig
 from afa.data.classes import folded
 from afa.data.dataset import TaggedImages
+from afa.data.order import Order
 from afa.data.open import DataSet
 from afa.errors import AfaError
 from afa.report.render import counted
@@ -138,6 +139,10 @@ def check_tags(opened: OpenedData, config: Config) -> Iterator[Problem]:
     if train is not None:
         yield from _check_counts(data.classes, opened.train_tags, by_words=config.model.classifier == "text")
         yield from _check_pairs(data.classes, opened.train_tags)
+        if config.train.max_images and opened.train_tags.any() and (lost := Order(train, config).lost).any():
+            message = f"train.max_images is {config.train.max_images}, too few for {_some(_chosen(data.classes, lost))}"
+            message += ": no image of them is left, so they are never learned; raise it to "
+            yield Problem("warning", message + f"{opened.train_tags.any(axis=0).sum()} or more, or give more --minutes")
         if len(train) < batch_size:
             message = f"schedule.batch_size is {batch_size}, with {len(train)} training images: each is in a step "
             yield Problem("note", message + "several times; lower it")

@@ -368,8 +368,8 @@ class TrainConfig:
     often than the mean. Source: repeat factor sampling (LVIS, Gupta et al. 2019)."""
     max_images: Annotated[int, Meta(ge=0)] = 0
     """Train on at most so many of the images that have a class, and on as large a share of the others; 0 = on all. The
-    seed draws them, those with rare classes more likely, as `train.class_balance` says; the feature cache holds these
-    alone."""
+    seed draws them, those with rare classes more likely, as `train.class_balance` says, and each class keeps an image
+    if so many are enough; the feature cache holds these alone."""
     negative_share: Share = 0.5
     """Largest share of a batch's images that hold none of the classes; they come as often as others unless that would
     be more. 0 = such images are scored, and never train."""

@@ -103,6 +103,9 @@ class Order:
         images: N images.
         config: Its `train` section, and `schedule.batch_size`: images per step, over all processes.
 
+    Attributes:
+        lost: (C,) bool, classes that images have, and none of those that `train.max_images` keeps.
+
     Raises:
         AfaError: No image has a class.
     """
@@ -115,18 +118,24 @@ class Order:
         if not self._groups[0].size:
             raise AfaError("no image to train on has any of the classes; add images that have them")
         share = self._groups[1].size / len(images)
-        self._limit(images.tagged, config.train)
-        self._repeats = class_repeats(images.tagged[self._groups[0]], config.train.class_balance)
+        tagged = images.tagged
+        self._limit(tagged, config.train)
+        kept = tagged[self._groups[0]]
+        self.lost = tagged.any(axis=0) & ~kept.any(axis=0)
+        self._repeats = class_repeats(kept, config.train.class_balance)
         self._share = min(config.train.negative_share, share)
 
     def _limit(self, tagged: NDArray[np.bool_], train: TrainConfig) -> None:
-        """Keep `train.max_images`, drawn as an epoch draws them, and as large a share of those without any class."""
+        """Keep `train.max_images`, drawn as an epoch draws them, and as large a share of those without any class.
+
+        Each class keeps an image, unless there are fewer images than that takes.
+        """
         some, none = self._groups
         if not 0 < train.max_images < some.size:
             return
         repeats = class_repeats(tagged[some], train.class_balance)
         drawn = visits(some.size, range(some.size + repeats.extra), seed=train.seed, repeats=repeats, stream=(2,))
-        kept = list(dict.fromkeys(drawn.tolist()))[: train.max_images]
+        kept = _covering(np.array(list(dict.fromkeys(drawn.tolist()))), tagged[some], train.max_images)
         share = math.ceil(none.size * train.max_images / some.size)
         others = visits(none.size, range(share), seed=train.seed, stream=(3,)).tolist() if share else []
         self._groups = [np.sort(some[kept]), np.sort(none[others])]
@@ -162,6 +171,25 @@ class Order:
         """Place in the batch and index of each image of a share of it, those without any class last."""
         pairs = list(enumerate(self.indices(step).tolist()))[share]
         return sorted(pairs, key=lambda pair: bool(self.negative[pair[1]]))
+
+
+def _covering(order: NDArray[np.int64], tagged: NDArray[np.bool_], count: int) -> NDArray[np.int64]:
+    """The first images of an order; if a class has none of them, first a few in which all classes are.
+
+    >>> _covering(np.arange(4), np.array([[1, 0], [1, 0], [1, 1], [0, 1]], dtype=bool), 2)
+    array([2, 0])
+    """
+    counts = tagged.sum(axis=0)
+    missing = counts > 0
+    if (tagged[order[:count]].any(axis=0) == missing).all():
+        return order[:count]
+    first: list[int] = []
+    for index in np.argsort(counts, kind="stable").tolist():
+        if missing[index]:
+            holders = order[tagged[order, index]]
+            first.append(int(holders[(tagged[holders] & missing).sum(axis=1).argmax()]))
+            missing &= ~tagged[first[-1]]
+    return np.concatenate([first, order[~np.isin(order, first)]])[:count]
 
 
 def step_plan(
