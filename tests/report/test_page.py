@@ -114,6 +114,20 @@ def test_interrupted_and_partly_evaluated_run_shows_what_there_is(full: Path) ->
     assert '<th scope="col">propagated CAM</th>' in html
 
 
+def test_a_run_that_an_earlier_version_scored_says_how_to_rank_its_images(full: Path) -> None:
+    scores = full / "evaluation" / "seg.json"
+    figures = json.loads(scores.read_text())
+    del figures["images"], figures["confusion"]
+    scores.write_text(json.dumps(figures))
+    (line,) = re.findall(r'<p class="missing">(.*?)</p>', written(full), re.DOTALL)
+    assert line.startswith("<b>No images are ranked yet.</b> An earlier version scored this run.")
+    name = "my&lt;run&gt;"
+    commands = re.findall("<code>(.*?)</code>", line)
+    assert commands == [
+        f"afa evaluate {name} --data DIR --labels seg --json {name}/evaluation/seg.json", f"afa report {name}"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("contents", [b"\xaa", b"[{}]", b"7"])
 def test_broken_index_of_the_examples(full: Path, contents: bytes) -> None:
     (full / "examples" / "index.json").write_bytes(contents)
