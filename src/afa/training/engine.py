@@ -45,6 +45,17 @@ class _Recording:
     losses: StepLosses
 
 
+class _ByName(torch.nn.Module):
+    """A network whose output is a dictionary: DistributedDataParallel averages nothing if it finds no tensor in it."""
+
+    def __init__(self, network: AfaNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor | Encoded, **wanted: bool) -> dict[str, Any]:
+        return vars(self.network(image, **wanted))
+
+
 class TrainingEngine:
     """Takes training steps.
 
@@ -89,9 +100,7 @@ class TrainingEngine:
         if config.train.compile:
             network.backbone.compile(dynamic=False)
             network.decoder.compile(dynamic=False)
-        if processes.count > 1 and self.shards is None:
-            # The phases leave decoder and affinity head unused at first.
-            self.module = DistributedDataParallel(network, find_unused_parameters=True)
+        self._joined: tuple[bool, bool] | None = None
         # The dense CRF synchronizes the GPU, and a recording has no place for masks.
         recordable = config.pseudo.refinement != "crf" and config.train.supervision == "tags"
         recordable = recordable and processes.count == 1 and not self.scaler.is_enabled()
@@ -156,6 +165,8 @@ class TrainingEngine:
         num_slots = self._num_slots(batch.tags)
         if kind.affinity and not self._affinity_is_set:
             self.start_affinity(batch.to(self.device))
+        if self.processes.count > 1 and self.shards is None:
+            self._join(kind)
         seed_step(config.train.seed, step, self.processes.rank)
         set_learning_rate(self.optimizer, step, config.schedule)
         if self._stream is None:
@@ -167,6 +178,13 @@ class TrainingEngine:
             losses = self._recorded_step(batch.to(self.device, non_blocking=True), kind, num_slots)
         outer.wait_stream(self._stream)
         return losses
+
+    def _join(self, kind: Phase) -> None:
+        """Let the processes average gradients. Each phase leaves other weights out, and its first step shows which."""
+        used = (kind.segmentation, kind.affinity)
+        if used != self._joined:
+            self.module = DistributedDataParallel(_ByName(self.network), static_graph=True)
+            self._joined = used
 
     def check(self, step: int) -> None:
         """Give up on a run whose gradients are not finite for many steps up to the last one. Waits for the device.
@@ -300,8 +318,8 @@ class TrainingEngine:
 
     def _forward(self, image: Tensor | Encoded, segmentation: bool, affinity: bool) -> NetworkOutput:
         with autocast(self.device, self.config.train.precision):
-            output: NetworkOutput = self.module(image, segmentation=segmentation, affinity=affinity)
-        return output
+            output = self.module(image, segmentation=segmentation, affinity=affinity)
+        return NetworkOutput(**output) if isinstance(output, dict) else output
 
     def _score(self, image: Tensor | Encoded, affinity: bool) -> NetworkOutput:
         with autocast(self.device, self.config.train.precision):
