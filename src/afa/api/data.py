@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from afa.api.settings import at_work, changed, file_config
+from afa.api.settings import at_work, changed, file_config, rooted
 from afa.check import collect
 from afa.check.scale import parse_count
 from afa.config import Config
@@ -54,7 +54,7 @@ def check_data(
     if isinstance(data, Config):
         config = changed(data, overrides)
     else:
-        keys = {"data.root": str(data)} | overrides
+        keys = rooted(data, overrides)
         config = file_config(file, keys, preset)
         if file is None and preset is None:
             with contextlib.suppress(AfaError):  # what is wrong with the data set is the check's to tell

@@ -51,8 +51,7 @@ def evaluate(
         list_file: Names of the images, one a line; None is what the data has for validation.
         limit: Only the first so many images.
         progress: Show progress on standard error.
-        overrides: Keys of the run's configuration to change, none that only training reads:
-            `**{"train.device": "cpu"}`.
+        overrides: Keys of the run's configuration to change, of those that this reads: `**{"train.device": "cpu"}`.
 
     Returns:
         Scores in percent; of the tags alone where there are no masks and the segmentation was asked for.
@@ -62,7 +61,7 @@ def evaluate(
     """
     run = Path(run)
     protocols = {} if protocol is None else {"evaluation.protocol": protocol}
-    config = run_config(run, overrides | protocols, data=data)
+    config = run_config(run, overrides | protocols, f"evaluate --labels {labels}", data=data)
     with at_work(config, progress) as (device, processes):
         network, layout = load_run(run, device).network, open_data(config.data)
         with showing_progress(processes.is_main):

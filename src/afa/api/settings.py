@@ -9,13 +9,10 @@ from typing import Any
 
 import torch
 
-from afa.config import Config, config_to_keys, load_config
+from afa.config import Config, config_to_keys, load_config, refuse_unread
 from afa.errors import AfaError
 from afa.runs.run import Run
 from afa.runtime import Processes, pick_device, process_group, showing_progress
-
-_TRAINED = ("augment", "model", "loss", "schedule")
-"""Sections that only training reads."""
 
 
 @contextlib.contextmanager
@@ -26,24 +23,29 @@ def at_work(config: Config, progress: bool) -> Iterator[tuple[torch.device, Proc
         yield device, processes
 
 
-def run_config(run: Path, overrides: Mapping[str, Any], *, data: str | Path | None = None) -> Config:
+def run_config(run: Path, overrides: Mapping[str, Any], command: str, *, data: str | Path | None = None) -> Config:
     """The configuration of a run under other keys, with its own classes.
 
     Args:
         run: Run folder.
         overrides: Dotted keys that win.
+        command: What they are for: as of `refuse_unread`.
         data: Folder of the data set to read instead of the run's.
 
     Raises:
-        AfaError: Not a run folder; a key that only training reads; as `load_config`.
+        AfaError: Not a run folder; as `refuse_unread` and `load_config`; `data` and data.root differ.
     """
     keys: dict[str, Any] = {"data.class_subset": Run(run).classes()}
-    if data is not None:
-        keys["data.root"] = str(data)
-    for key in overrides:
-        if key.partition(".")[0] in _TRAINED or key == "train.supervision":
-            raise AfaError(f"{key} was fixed when {run} was trained, so it changes nothing now; leave it out")
-    return Run(run).config(keys | dict(overrides))
+    refuse_unread(command, overrides)
+    return Run(run).config(keys | (dict(overrides) if data is None else rooted(data, overrides)))
+
+
+def rooted(folder: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys with the folder of the data set; an `AfaError` if they name another one."""
+    keys = {"data.root": str(folder)} | dict(overrides)
+    if keys["data.root"] != str(folder):
+        raise AfaError(f"{folder} and data.root {keys['data.root']} both name the data set; leave one out")
+    return keys
 
 
 def file_config(file: str | Path | None, overrides: Mapping[str, Any], preset: str | None) -> Config:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from afa.api.settings import changed, file_config
+from afa.api.settings import changed, file_config, rooted
 from afa.check.cost import measure_pace
 from afa.check.tags import check_fast
 from afa.config import Config, load_config
@@ -289,8 +289,7 @@ def training_config(
     """
     keys = dict(overrides or {})
     if folder is not None:
-        if keys.setdefault("data.root", str(folder)) != str(folder):
-            raise AfaError(f"{folder} and data.root {keys['data.root']} both name the data set; leave one out")
+        keys = rooted(folder, keys)
         if file is None and preset is None and run is not None and Run(run).exists:
             return Run(run).config(keys), (), None
     config = file_config(file, keys, preset)

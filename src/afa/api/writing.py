@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from afa.api.settings import at_work, file_config, run_config
+from afa.api.settings import at_work, file_config, rooted, run_config
+from afa.config import refuse_unread
 from afa.data.open import open_data
 from afa.data.readers.tag_files import read_tags
 from afa.data.stores import is_remote
@@ -59,7 +60,7 @@ def predict(
         tiles: As of `Predictor`.
         max_pixels: As of `Predictor`.
         progress: Show progress on standard error.
-        overrides: Keys of the run's configuration to change, none that only training reads.
+        overrides: Keys of the run's configuration to change, of those that this reads.
 
     Raises:
         AfaError: As `afa.inference.files.predict_files` and `afa.formats.write.write_format`; not a run folder.
@@ -70,7 +71,7 @@ def predict(
     paths = [Path(text) for text in texts if text not in sharded]
     size = out_shards or (sharding.DEFAULT_SIZE if paths and is_remote(str(out)) else 0)
     output = Output(out, formats=formats, shard_size=size, rle=rle, scores=scores)
-    config = run_config(run, overrides)
+    config = run_config(run, overrides, "predict")
     if crf:
         config = dataclasses.replace(config, evaluation=config.evaluation.with_crf(True))
     with at_work(config, progress) as (device, processes):
@@ -131,14 +132,14 @@ def pseudo_labels(
             is the side of the tiles, and larger images are tiled; `off` tiles none.
         max_pixels: As of `Predictor`.
         progress: Show progress on standard error.
-        overrides: Keys of the run's configuration to change, none that only training reads.
+        overrides: Keys of the run's configuration to change, of those that this reads.
 
     Raises:
         AfaError: As `afa.inference.files.pseudo_files` and `afa.formats.write.write_format`; not a run folder; the
             data set is missing or broken.
     """
     run, output = Path(run), Output(out, formats=formats, shard_size=out_shards, rle=rle)
-    config = run_config(run, overrides, data=data)
+    config = run_config(run, overrides, "pseudo", data=data)
     with at_work(config, progress) as (device, processes):
         network = load_run(run, device).network
         images = open_data(config.data).train(list_file=list_file)
@@ -185,7 +186,8 @@ def masks(
             `afa.formats.write.write_format`; `model.classifier` is not text.
     """
     output = Output(out, formats=formats, shard_size=out_shards, rle=rle)
-    config = file_config(file, {"data.root": str(data)} | overrides, None if file else "frozen")
+    refuse_unread("masks", overrides)
+    config = file_config(file, rooted(data, overrides), None if file else "frozen")
     if config.model.classifier != "text":
         raise AfaError("model.classifier is learned, and nothing was learned yet; set it to text, or use afa train")
     with at_work(config, progress) as (device, processes):

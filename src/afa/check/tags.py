@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from afa.config import Config, DataConfig
 from afa.data.classes import folded
 from afa.data.dataset import TaggedImages
-from afa.data.order import Order
 from afa.data.open import DataSet
+from afa.data.order import Order
 from afa.errors import AfaError
 from afa.report.render import counted
 

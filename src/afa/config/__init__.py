@@ -1,6 +1,14 @@
 """Every knob of afa, typed: a preset, then a TOML file, then flags, give one frozen `Config`."""
 
-from afa.config.load import PRESETS, config_from_dict, config_to_dict, config_to_keys, config_to_toml, load_config
+from afa.config.load import (
+    PRESETS,
+    config_from_dict,
+    config_to_dict,
+    config_to_keys,
+    config_to_toml,
+    load_config,
+    refuse_unread,
+)
 from afa.config.schema import (
     SUPERVISION_NAMES,
     AugmentConfig,
@@ -45,4 +53,5 @@ __all__ = [
     "config_to_keys",
     "config_to_toml",
     "load_config",
+    "refuse_unread",
 ]

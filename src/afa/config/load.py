@@ -13,7 +13,7 @@ import json
 import re
 import tomllib
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -69,6 +69,40 @@ def load_config(
         named = set(re.findall(r"[a-z]\w*\.\w+", message))
         raise AfaError(f"{path}: {message}" if named & filed.keys() and not named & given.keys() else message)
     return config
+
+
+_NETWORK: Final = ("train.device", "train.precision", "train.seed")
+# Scales of pseudo labels contradict the feature cache; whoever changes them switches it off.
+_LABELS: Final = ("pseudo.", "evaluation.short_side", "evaluation.batch_size", "evaluation.crf_", "train.feature_cache")
+_IMAGES: Final = ("data.negatives", "data.white_level", "data.skip_broken", "data.shard_gib", "data.store_retries")
+_READ_BY: Final[dict[str, tuple[str, ...]]] = {
+    "evaluate --labels seg": ("data.", "evaluation.", *_NETWORK),
+    "evaluate --labels": ("data.", *_LABELS, "evaluation.protocol", *_NETWORK),
+    "predict": (*_IMAGES, "evaluation.", *_NETWORK),
+    "pseudo": ("data.", *_LABELS, "augment.crop_size", *_NETWORK),
+    "masks": ("data.", "model.", *_LABELS, "augment.crop_size", *_NETWORK),
+}
+"""How a command that does not train begins -> how the keys begin that it reads. Other commands read all or none."""
+_FOR_BATCHES: Final = ("data.workers", "data.cache_gib", "data.large_gib", "data.feature_dir")
+
+
+def refuse_unread(command: str, keys: Iterable[str]) -> None:
+    """Refuse keys that change nothing in a command.
+
+    Args:
+        command: `evaluate --labels KIND`, `predict`, `pseudo` or `masks`.
+        keys: Dotted keys that the user gave.
+
+    Raises:
+        AfaError: There is such a key, and the command does not read it.
+
+    >>> refuse_unread("predict", ["train.device", "evaluation.scales"])
+    """
+    read = next(read for name, read in _READ_BY.items() if command.startswith(name))
+    for key in keys:
+        if key in kinds() and (key in _FOR_BATCHES or not key.startswith(read)):
+            words = ", ".join(each if each in kinds() else f"{each}*" for each in read)
+            raise AfaError(f"{key} changes nothing in afa {command}; leave it out. What does is among {words}")
 
 
 def config_from_dict(tree: Mapping[str, Any], *, origin: str) -> Config:
