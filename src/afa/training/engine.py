@@ -53,7 +53,8 @@ class _ByName(torch.nn.Module):
         self.network = network
 
     def forward(self, image: Tensor | Encoded, **wanted: bool) -> dict[str, Any]:
-        return vars(self.network(image, **wanted))
+        output: NetworkOutput = self.network(image, **wanted)
+        return vars(output)
 
 
 class TrainingEngine:
