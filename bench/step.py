@@ -7,8 +7,9 @@ rescaled by 0.5 to 2 and cropped as in training (a crop larger than its image ha
 three tags. Stochastic depth and dropout are off, so that nothing is random. Before it times anything, the command
 compares the pseudo labels and losses of the chosen phases in fp32; if they differ, it ends with status 1. Then both
 sides take whole steps in turn: transfer, learning rate, labels, losses, backward, optimizer. The times of the stages
-come from further steps, measured one stage at a time. The last line is the ratio of the medians of the last phase, such
-as `5.1x`; with `--phase all` this is the refined phase.
+come from further steps, measured one stage at a time. At the end stand the ratios of each phase: of the medians, of the
+fastest steps and, on a CPU, of the medians of processor time, which other jobs on the machine move least. The last line
+is the ratio of the medians of the last phase, such as `5.1x`; with `--phase all` this is the refined phase.
 
 Our side computes in `--precision`, the published side in fp32. On a GPU, fp32 on both sides may use TF32.
 """
@@ -323,7 +324,7 @@ def flops_of(step: OurStep | PublishedStep, batch: Batch, phase: Phase) -> dict[
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter, with attention on a CPU added and the backward pass of grouped convolutions corrected."""
+    """PyTorch's counter, with what is only on a CPU added and the backward pass of grouped convolutions corrected."""
     operators = torch.ops.aten
     return FlopCounterMode(
         display=False,
@@ -331,6 +332,8 @@ def flop_counter() -> FlopCounterMode:
             operators._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
             operators._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
             operators.convolution_backward: _convolution_backward_flops,
+            torch.ops.mkldnn._linear_pointwise: _linear_flops,
+            torch.ops.mkldnn._convolution_pointwise: _linear_flops,
         },
     )
 
@@ -342,6 +345,11 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
 
 def _attention_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
+
+
+def _linear_flops(tokens: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    """Of linear layers and of convolutions that are not strided or dilated otherwise."""
+    return 2 * int(math.prod(out_shape)) * int(math.prod(weight[1:]))
 
 
 def _convolution_backward_flops(gradient: Any, image: Any, weight: Any, *rest: Any, **_: Any) -> int:
@@ -400,9 +408,12 @@ def measure(
         for batch in batches:
             ours(batch, phase, number)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
+    processor: dict[str, list[float]] = {side: [] for side in sides}
     for batch in batches:
         for side, step in sides.items():
+            start = time.process_time()
             seconds[side].append(seconds_of(functools.partial(step, batch, phase, number), device))
+            processor[side].append(time.process_time() - start)
     stages: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for batch in batches:
         for side, step in sides.items():
@@ -411,6 +422,7 @@ def measure(
     found: dict[str, Any] = {
         "seconds": medians,
         "ratio": medians["published"] / medians["ours"],
+        "fastest_ratio": min(seconds["published"]) / min(seconds["ours"]),
         "stages": {
             side: {name: statistics.median(times.get(name, 0.0) for times in runs) for name in STAGES}
             for side, runs in stages.items()
@@ -418,9 +430,20 @@ def measure(
     }
     shares = [times.get("PAR", 0.0) / sum(times.values()) for times in stages["ours"]]
     found["par_share"] = statistics.median(shares)
-    if device.type == "cuda":
+    if device.type == "cpu":
+        found["processor_ratio"] = statistics.median(processor["published"]) / statistics.median(processor["ours"])
+    else:
         found["peak_bytes"] = {side: peak_bytes(step, batches[0], phase, device) for side, step in sides.items()}
     return found
+
+
+def print_ratios(phases: dict[str, dict[str, Any]]) -> None:
+    """Print how many times as fast our steps of each phase are."""
+    kinds = {"ratio": "medians", "fastest_ratio": "fastest steps", "processor_ratio": "processor time"}
+    print("\nratios" + "".join(f"{name:>10}" for name in phases))
+    for kind, words in kinds.items():
+        if all(kind in found for found in phases.values()):
+            print("".join(f"{found[kind]:>9.2f}x" for found in phases.values()).rjust(6 + 10 * len(phases)), words)
 
 
 def print_phase(name: str, found: dict[str, Any], num_steps: int) -> None:
@@ -535,6 +558,7 @@ def run(arguments: argparse.Namespace) -> None:
         figures["phases"][name] = found_phase
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    print_ratios(figures["phases"])
     print(f"\n{figures['phases'][names[-1]]['ratio']:.1f}x")
 
 

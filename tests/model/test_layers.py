@@ -112,9 +112,9 @@ def test_linear_takes_any_number_of_leading_dimensions_and_no_bias() -> None:
 
 def test_linear_in_other_precisions_is_a_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
-        raise AssertionError("convolved")
+        raise AssertionError("float32")
 
-    monkeypatch.setattr(functions, "conv2d", refuse)
+    monkeypatch.setattr(functions, "_map", refuse)
     layer = PointwiseLinear(6, 10)
     tokens = torch.randn(4, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from afa.kernels.layers import Linear
+
 _COLUMNS = 8
 """Columns of pixels that one program convolves."""
 
@@ -54,28 +56,8 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     kind = tokens.device.type
     if torch.is_autocast_enabled(kind):
         tokens = tokens.to(torch.get_autocast_dtype(kind))
-    mapped: Tensor = _Linear.apply(tokens, weight, bias)
+    mapped: Tensor = Linear.apply(tokens, weight, bias, torch.nn.functional.linear, _column_sums)
     return mapped
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens, weight)
-        return torch.nn.functional.linear(tokens, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        tokens, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1]).contiguous()  # (N, O)
-        grad_tokens = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_tokens = (rows @ weight.to(rows.dtype)).view(tokens.shape)  # (..., I)
-        if ctx.needs_input_grad[1]:
-            grad_weight = (rows.t() @ tokens.reshape(-1, tokens.shape[-1])).to(weight.dtype)  # (O, I)
-        if ctx.needs_input_grad[2]:
-            grad_bias = _column_sums(rows).to(weight.dtype)  # (O,)
-        return grad_tokens, grad_weight, grad_bias
 
 
 def _column_sums(rows: Tensor) -> Tensor:
