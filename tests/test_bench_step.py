@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import step as bench
+from afa.kernels.layers import depthwise_gelu, linear
 from afa.kernels.walk import window_mask
 from afa.runs.network import build_network
 from afa.training.schedule import phase
@@ -77,6 +78,9 @@ def test_benchmark_prints_and_writes_figures(tmp_path: Path, capsys: pytest.Capt
     assert re.fullmatch(r"\d+\.\dx", lines[-1])
     refined = json.loads((tmp_path / "step.json").read_text())["phases"]["refined"]
     assert lines[-1] == f"{refined['ratio']:.1f}x"
+    last = [line.split(maxsplit=1) for line in lines[-6:-2]]
+    kinds = {"ratio": "medians", "fastest_ratio": "fastest steps", "processor_ratio": "processor time"}
+    assert last == [["ratios", "refined"], *([f"{refined[kind]:.2f}x", words] for kind, words in kinds.items())]
     assert refined["ratio"] == refined["seconds"]["published"] / refined["seconds"]["ours"]
     for side, stages in refined["stages"].items():
         assert list(stages) == list(bench.STAGES)
@@ -130,6 +134,11 @@ def test_counter_knows_grouped_convolutions_and_attention() -> None:
     with bench.flop_counter() as counter:
         convolution(image).sum().backward()
     assert counter.get_total_flops() == 3 * forward
+    rows, weight, kernel = torch.randn(2 * 16, 8), torch.randn(12, 8), torch.randn(8, 1, 3, 3)
+    with bench.flop_counter() as counter, torch.no_grad():
+        linear(rows, weight, None)
+        depthwise_gelu(rows.view(2, 16, 8), kernel, None, 4, 4)
+    assert counter.get_total_flops() == 2 * 32 * 8 * 12 + 2 * 32 * 8 * 9
     query = torch.randn(1, 2, 32, 8)
     with bench.flop_counter() as counter:
         torch.nn.functional.scaled_dot_product_attention(query, query, query)

@@ -139,8 +139,8 @@ def _takes_linear(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Map tokens as `torch.nn.functional.linear` does; on a CPU in float32 by oneDNN.
 
-    It adds the bias on the way and stays fast with few channels; the matrix product that PyTorch uses for a linear layer
-    writes the bias into the result first. On a GPU the gradient of the bias has a kernel of its own.
+    It adds the bias on the way and stays fast with few channels; the matrix product that PyTorch uses for a linear
+    layer writes the bias into the result first. On a GPU the gradient of the bias has a kernel of its own.
 
     Args:
         tokens: (..., I).
