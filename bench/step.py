@@ -462,6 +462,14 @@ def print_phase(name: str, found: dict[str, Any], num_steps: int) -> None:
         print(f"peak memory: published {peaks['published']}, ours {peaks['ours']}")
 
 
+def product_rate(device: torch.device, side: int = 2048, repeats: int = 10) -> float:
+    """Operations a second of a product of two square fp32 matrices, the best of several."""
+    matrix = torch.rand(side, side, device=device)
+    product = torch.empty_like(matrix)
+    multiply = functools.partial(torch.mm, matrix, matrix, out=product)
+    return 2 * side**3 / min(seconds_of(multiply, device) for _ in range(repeats))
+
+
 def roofline(
     ours: OurStep, published: PublishedStep, batch: Batch, phase: Phase, stages: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
@@ -474,13 +482,16 @@ def roofline(
             count, seconds = flops[side].get(stage, 0.0), stages[side][stage]
             cells.append(f"{side} {count / 1e9:10.2f}  {count / 1e9 / seconds if seconds else 0:10.1f}/s")
         print(f"{stage:<18}" + "   ".join(cells))
+    rate = product_rate(ours.device)
+    least = sum(flops["ours"].values()) / rate
+    print(f"large products in fp32 run at {rate / 1e9:.0f} GFLOP/s; at that speed our step would take {least:.3f} s")
     operations, moved = refinement_floor(ours.config, batch, phase)
     seconds = stages["ours"]["PAR"]
-    rate = (
+    reached = (
         f"; at our time {operations / 1e9 / seconds:.1f} GFLOP/s, {moved / 1e9 / seconds:.1f} GB/s" if seconds else ""
     )
-    print(f"PAR needs at least {operations / 1e9:.2f} GFLOP, {moved / 1e9:.3f} GB in fp32{rate}")
-    return {"flops": flops, "par_flops": operations, "par_bytes": moved}
+    print(f"PAR needs at least {operations / 1e9:.2f} GFLOP, {moved / 1e9:.3f} GB in fp32{reached}")
+    return {"flops": flops, "product_rate": rate, "par_flops": operations, "par_bytes": moved}
 
 
 def compile_keys(config: Config) -> dict[str, Any]:

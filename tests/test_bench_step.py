@@ -86,6 +86,7 @@ def test_benchmark_prints_and_writes_figures(tmp_path: Path, capsys: pytest.Capt
         assert list(stages) == list(bench.STAGES)
         assert all(seconds > 0 for seconds in stages.values()), side
     assert 0 < refined["par_share"] < 1
+    assert refined["roofline"]["product_rate"] > 0
     flops = refined["roofline"]["flops"]
     # Six whole passes, at 1, 1/4 and 9/4 of the area, beside the training forward.
     assert flops["published"]["CAM passes"] >= 2 * 3.5 * flops["published"]["training forward"]

@@ -165,7 +165,7 @@ def _map(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _column_sums(rows: Tensor) -> Tensor:
-    return rows.sum(0)
+    return rows.new_ones(len(rows)) @ rows  # for wide rows up to twice as fast as a sum
 
 
 def _onednn_pays(tokens: Tensor) -> bool:
