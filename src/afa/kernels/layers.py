@@ -88,10 +88,9 @@ def depthwise_gelu(tokens: Tensor, weight: Tensor, bias: Tensor | None, height: 
     if not torch.is_grad_enabled() and _onednn_pays(tokens):
         # GELU on the way: neither a second pass over the widest maps nor PyTorch's slower error function.
         ones, groups = [1, 1], len(weight)
-        image = torch.ops.mkldnn._convolution_pointwise(
-            image, weight, bias, ones, ones, ones, groups, "gelu", [], "none"
-        )
-        return image.flatten(2).transpose(1, 2)  # (B, H * W, C)
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        activated: Tensor = convolve(image, weight, bias, ones, ones, ones, groups, "gelu", [], "none")  # (B, C, H, W)
+        return activated.flatten(2).transpose(1, 2)  # (B, H * W, C)
     image = conv2d(image, weight, bias, padding=1, groups=len(weight))  # (B, C, H, W)
     return sparing_gelu(image.flatten(2).transpose(1, 2))  # (B, H * W, C)
 
@@ -118,7 +117,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of tokens, weight and bias."""
+        """Gradients of tokens, weight and bias from that of the result, (N, O) in rows."""
         tokens, weight = ctx.saved_tensors
         rows = grads[0].reshape(-1, len(weight)).contiguous()  # (N, O)
         grad_tokens = grad_weight = grad_bias = None
@@ -154,7 +153,7 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(tokens, weight, bias)
     if not torch.is_grad_enabled():
         return _map(tokens, weight, bias)
-    mapped: Tensor = Linear.apply(tokens, weight, bias, _map, _column_sums)
+    mapped: Tensor = Linear.apply(tokens, weight, bias, _map, _column_sums)  # type: ignore[no-untyped-call]
     return mapped
 
 
