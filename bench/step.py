@@ -284,7 +284,7 @@ def exact(ours: OurStep) -> Iterator[None]:
         torch.set_float32_matmul_precision(matmul)
 
 
-def seconds_of(call: Callable[[], None], device: torch.device) -> float:
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     """Time a call; on a GPU from event to event."""
     if device.type != "cuda":
         start = time.perf_counter()
