@@ -101,7 +101,8 @@ def test_resuming_what_is_finished_or_not_begun(
     config = tiny_config(tiny_data, DROPOUT | EVERY_STEP)
     run = tmp_path / "run"
     train_tiny(config, run, resume=True)
-    assert capsys.readouterr().err == f"{run}: has no checkpoint to resume; the training starts with its first step\n"
+    told = f"{run}: has no checkpoint to resume; the training starts with its first step\n"
+    assert capsys.readouterr().err.startswith(told)
     assert_same_weights(run, straight)
     log = (run / "metrics.jsonl").read_bytes()
     train_tiny(config, run, resume=True)
