@@ -221,53 +221,44 @@ class Page:
     @_answer
     def _look(self, event: gr.EventData, *inputs: Any) -> Any:
         asked, point = _asked(inputs), (float(event.x), float(event.y))
-        return {self.point: point, self.board: self._from_point(self._seen(asked), asked._replace(point=point))}
+        return {self.point: point, self.board: self._from_point(asked._replace(point=point))}
 
     @_answer
     def _look_again(self, *inputs: Any) -> Any:
-        asked = _asked(inputs)
-        return {self.board: self._from_point(self._seen(asked), asked)}
+        return {self.board: self._from_point(_asked(inputs))}
 
     @_answer
     def _look_at_map(self, event: gr.EventData, *inputs: Any) -> Any:
         asked, which = _asked(inputs), self.maps.index((int(event.block), int(event.head)))
-        board = self._from_point(self._seen(asked), asked._replace(which=which))
-        return {self.which: map_name(*self.maps[which]), self.board: board}
+        return {self.which: map_name(*self.maps[which]), self.board: self._from_point(asked._replace(which=which))}
 
     @_answer
     def _redraw(self, *inputs: Any) -> Any:
-        asked = _asked(inputs)
-        return {self.board: self._shown(self._seen(asked), asked)}
+        return {self.board: self._shown(_asked(inputs))}
 
     @_answer
     def _again(self, *inputs: Any) -> Any:
         """All of the image that is open now, for changes that came while it was encoded."""
         asked = _asked(inputs)
-        seen = self._seen(asked)
-        return {self.board: self._shown(seen, asked) | self._from_point(seen, asked) | {"opened": asked.key}}
+        return {self.board: self._shown(asked) | self._from_point(asked) | {"opened": asked.key}}
 
     @_answer
     def _look_for(self, words: str, *inputs: Any) -> Any:
-        asked = _asked(inputs)._replace(words=words)
-        seen, names = self._seen(asked), self._classes(asked.words)
-        own = [name for name, on in zip(names, seen.tags, strict=False) if on]
-        asked = asked._replace(tags=list(names) if asked.words.strip() else own)
-        shown = self._shown(seen, asked)
-        return {self.sought: words, self.tags: gr.update(choices=list(names), value=asked.tags), self.board: shown}
+        asked = self._with_tags(_asked(inputs)._replace(words=words))
+        return {self.sought: words, self.tags: self._tag_boxes(asked), self.board: self._shown(asked)}
 
     @_answer
     def _reset(self, *inputs: Any) -> Any:
         values = tuple(_value(self.run.config, key) for key in self.keys)
         asked = _asked(inputs)._replace(values=values)
         found = dict(zip(self.controls, values, strict=True))
-        return found | {self.board: self._shown(self._seen(asked), asked)}
+        return found | {self.board: self._shown(asked)}
 
     @_answer
     def _save(self, kind: str, form: str, *inputs: Any) -> Any:
         asked = _asked(inputs)
-        seen = self._seen(asked)
-        stages, names = self._stages(seen, asked), self._classes(asked.words)
-        return self._download(*save_mask(seen, stages, asked.key, names, kind=kind, form=form))
+        stages, names = self._stages(asked), self._classes(asked.words)
+        return self._download(*save_mask(self._seen(asked), stages, asked.key, names, kind=kind, form=form))
 
     @_answer
     def _save_settings(self, *inputs: Any) -> Any:
@@ -293,20 +284,17 @@ class Page:
 
     def _open(self, name: str, asked: _Asked) -> dict[Any, Any]:
         """Everything of an image: its tags, its maps, and the look from where its CAM is strongest."""
-        seen = self.explorer.encoded(name)
-        names = self._classes(asked.words)
-        tags = list(names) if asked.words.strip() else _chosen(names, seen.tags)
-        asked = asked._replace(key=name, tags=tags)
-        stages = self._stages(seen, asked)
+        asked = self._with_tags(asked._replace(key=name))
+        stages = self._stages(asked)
         asked = asked._replace(point=_peak(stages))
-        board = self._shown(seen, asked, stages) | self._from_point(seen, asked) | {"opened": name, "other": None}
+        board = self._shown(asked, stages) | self._from_point(asked) | {"opened": name, "other": None}
         if self.explorer.other is not None:
             board["other"] = self._other(name)
         return {
             self.image: name,
             self.key: name,
             self.point: asked.point,
-            self.tags: gr.update(choices=list(names), value=tags),
+            self.tags: self._tag_boxes(asked),
             self.board: board,
         }
 
@@ -333,15 +321,23 @@ class Page:
         keys = dict(zip(self.keys, asked.values, strict=True))
         return change_settings(self.run.config, {key: _typed(self.run.config, key, keys[key]) for key in keys})
 
-    def _stages(self, seen: EncodedImage, asked: _Asked) -> Stages:
-        tags = self._tags(asked)
-        return make_stages(seen, self._settings(asked), tags, told=asked.told, text=self.explorer.text(asked.words))
+    def _with_tags(self, asked: _Asked) -> _Asked:
+        """With the tags that an image begins with: its own, or all of the other words."""
+        own = _chosen(self.run.classes, self._seen(asked).tags)
+        return asked._replace(tags=list(word_names(asked.words)) or own)
+
+    def _tag_boxes(self, asked: _Asked) -> Any:
+        return gr.update(choices=list(self._classes(asked.words)), value=asked.tags)
+
+    def _stages(self, asked: _Asked) -> Stages:
+        seen, tags, text = self._seen(asked), self._tags(asked), self.explorer.text(asked.words)
+        return make_stages(seen, self._settings(asked), tags, told=asked.told, text=text)
 
     def _tags(self, asked: _Asked) -> NDArray[np.float32]:
         return np.array([name in asked.tags for name in self._classes(asked.words)], dtype=np.float32)
 
-    def _shown(self, seen: EncodedImage, asked: _Asked, stages: Stages | None = None) -> dict[str, Any]:
-        stages = stages or self._stages(seen, asked)
+    def _shown(self, asked: _Asked, stages: Stages | None = None) -> dict[str, Any]:
+        seen, stages = self._seen(asked), stages or self._stages(asked)
         names, tags = self._classes(asked.words), self._tags(asked)
         return show_stages(seen, stages, self._settings(asked), names, tags) | {
             "why": explain(seen, stages, names, tags),
@@ -349,7 +345,8 @@ class Page:
             "of": asked.key,
         }
 
-    def _from_point(self, seen: EncodedImage, asked: _Asked) -> dict[str, Any]:
+    def _from_point(self, asked: _Asked) -> dict[str, Any]:
+        seen = self._seen(asked)
         look, (block, head) = look_from(seen, *(asked.point or (0.5, 0.5))), self.maps[asked.which]
         shown = show_look(seen, look, block=block, head=head, learned=self.run.learned_affinity)
         return shown | {"of": asked.key}
