@@ -23,7 +23,7 @@ from afa.report.compare import compare_runs, render_text, write_comparison
 from afa.report.figures import write_figures
 from afa.report.page import write_report
 from afa.runs.network import load_run
-from afa.runtime import pick_device, say, showing_progress
+from afa.runtime import pick_device, say
 
 
 def evaluate(
@@ -64,8 +64,7 @@ def evaluate(
     config = run_config(run, overrides | protocols, f"evaluate --labels {labels}", data=data)
     with at_work(config, progress) as (device, processes):
         network, layout = load_run(run, device).network, open_data(config.data)
-        with showing_progress(processes.is_main):
-            layout.leave_out_broken((VALIDATION,), list_file=list_file)
+        layout.leave_out_broken((VALIDATION,), list_file=list_file)
         if labels == "seg" and not layout.has_masks and config.data.mask_dir == DataConfig().mask_dir:
             if processes.is_main:
                 say(f"{layout.root}: no masks, so nothing tells the mIoU; the tags are scored")

@@ -17,9 +17,9 @@ from afa.runtime import Processes, pick_device, process_group, showing_progress
 
 @contextlib.contextmanager
 def at_work(config: Config, progress: bool) -> Iterator[tuple[torch.device, Processes]]:
-    """The device and the processes of a command; inside it, progress is shown or not."""
+    """The device and the processes of a command; inside it, the first process shows progress or not."""
     device = pick_device(config.train.device)
-    with process_group(device) as processes, showing_progress(progress):
+    with process_group(device) as processes, showing_progress(progress and processes.is_main):
         yield device, processes
 
 

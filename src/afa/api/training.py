@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from afa.api.settings import changed, file_config, rooted
+from afa.api.settings import at_work, changed, file_config, rooted
 from afa.check.cost import measure_pace
 from afa.check.tags import check_fast
 from afa.config import Config, load_config
@@ -108,10 +108,10 @@ def train_and_report(
         AfaError: The data is not fit for training; as `afa.training.loop.train` and
             `afa.evaluation.evaluate.evaluate`.
     """
-    run, device = Path(run), pick_device(config.train.device)
+    run = Path(run)
     check_trackers(config.train.trackers)
     data, resume = data or open_data(config.data), resume or is_restarted()
-    with process_group(device) as processes, showing_progress(progress and processes.is_main):
+    with at_work(config, progress) as (device, processes):
         data.leave_out_broken()
         warnings = _check(config, data)
         for warning in warnings if processes.is_main else ():
